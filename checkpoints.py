@@ -16,7 +16,7 @@ import re
 import struct
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -116,6 +116,12 @@ def open_safetensors(file):
                               f"format. Fetch it again.") from None
 
 
+def stored_config(file) -> dict:
+    """What the tensors of a file cannot tell, as `save_networks` wrote it; empty for released files."""
+    with open_safetensors(file) as opened:
+        return json.loads((opened.metadata() or {}).get("config", "{}"))
+
+
 def build(make, tensors: dict, file) -> torch.nn.Module:
     """Construct a network without memory, then give it exactly these tensors: one strict load."""
     with torch.device("meta"):
@@ -195,9 +201,9 @@ def read_network(name: str, file, dtype=torch.float32, prefix: str | None = None
             ours = rename(key[len(prefix):], table) if key.startswith(prefix) else None
             if ours is not None and ours not in tensors:
                 tensors[ours] = opened.get_tensor(key).to(dtype)
-        metadata = json.loads((opened.metadata() or {}).get("config", "{}"))
     if not tensors:
         return None
+    metadata = stored_config(file)
     try:
         if name == "mmdit":
             return build_mmdit(tensors, metadata.get("mmdit", {}), file)
@@ -216,7 +222,8 @@ class Components:
     mmdit: MMDiT | None = None
     vae: VAE | None = None
     text: TextEncoders | None = None
-    file: Path | None = None            # where the MM-DiT came from, for the record
+    sampling: dict = field(default_factory=dict)       # how the model wants to be sampled, if its file says
+    file: Path | None = None                           # where the MM-DiT came from, for the record
 
 
 def find_model_file(path) -> Path:
@@ -253,8 +260,7 @@ def load_text(file: Path, dtype=torch.float32, tokenizers=None) -> TextEncoders:
                               f"in clip/, spiece.model of T5 in t5/; give their folder with --tokenizers.")
     makers = {"clip_l": lambda: CLIPTokenizer(folder / "clip"), "clip_g": lambda: CLIPTokenizer(folder / "clip", padding=0),
               "t5": lambda: T5Tokenizer(folder / "t5" / "spiece.model")}
-    with open_safetensors(file) as opened:
-        stored = json.loads((opened.metadata() or {}).get("config", "{}")).get("text", {})
+    stored = stored_config(file).get("text", {})
     widths = {f"{name}_width": encoder.config.hidden_size for name, encoder in encoders.items()}
     return TextEncoders(encoders, {name: makers[name]() for name in encoders}, TextConfig(**{**stored, **widths})).eval()
 
@@ -272,7 +278,7 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
         if {"vae", "text"} & set(wanted) and fingerprint(encoders_file) != named["fingerprint"]:
             raise CheckpointError(f"{encoders_file} is not the file that {file.parent} was trained with "
                                   f"(fingerprint {fingerprint(encoders_file)}, expected {named['fingerprint']}).")
-    parts = Components(file=file)
+    parts = Components(sampling=stored_config(file).get("sampling", {}), file=file)
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", file, dtype)
     if "vae" in wanted:
@@ -313,9 +319,10 @@ def single_file_tensors(networks: dict, dtype=None) -> dict:
     return tensors
 
 
-def save_networks(file, networks: dict, text: TextConfig | None = None, dtype=None):
-    """Write networks as one single-file checkpoint. text: the token counts to store with text encoders."""
-    config = {}
+def save_networks(file, networks: dict, text: TextConfig | None = None, sampling: dict | None = None, dtype=None):
+    """Write networks as one single-file checkpoint. text: the token counts to store with text encoders; sampling: the
+    settings this model wants to be sampled with (the keys of sample.RELEASED_DEFAULTS)."""
+    config = {"sampling": sampling} if sampling else {}
     if "mmdit" in networks and networks["mmdit"].config.clip_tokens:
         config["mmdit"] = {"clip_tokens": networks["mmdit"].config.clip_tokens}
     if "vae" in networks:

@@ -11,11 +11,14 @@ Run         python data.py          draws 24 scenes with their captions into sce
             python data.py PATH     the same for your own images, and names every file that cannot be used
 """
 
+import copy
 import csv
 import io
 import json
+import struct
 import sys
 import tarfile
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -224,3 +227,307 @@ class Scenes:
     def captions(self, index: int) -> tuple[str, ...]:
         """The short caption and the full one (they do not depend on the size)."""
         return scene_captions(make_scene(self.seed, index))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Real pictures: reading one
+# ------------------------------------------------------------------------------------------------------------
+
+MAX_PIXELS = 2**27          # more than this by its header is refused before anything is decoded
+Image.MAX_IMAGE_PIXELS = None                                                    # that check is ours
+
+
+class UnreadableImage(ValueError):
+    """A picture that cannot be used; the message names the file and the reason."""
+
+
+def read_image(source, name: str = "") -> Image.Image:
+    """A picture as upright 8-bit RGB. source: a path or the bytes of a file; name: what to call it in messages.
+
+    EXIF rotation is applied, transparency laid on white, 16-bit gray scaled, the first frame of an animation taken.
+    """
+    name = name or (str(source) if isinstance(source, (str, Path)) else "picture")
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not content:
+            raise UnreadableImage(f"{name}: the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadableImage(f"{name}: its header says {image.width}x{image.height} px, over {MAX_PIXELS} pixels in all")
+            return as_rgb(ImageOps.exif_transpose(image))
+    except UnreadableImage:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as problem:
+        raise UnreadableImage(f"{name}: not a whole picture ({problem or type(problem).__name__})") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow -> RGB."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale until the picture covers (height, width), keeping its proportions, and cut out the centre (App. E.1)."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def to_tensor(picture) -> torch.Tensor:
+    """Picture or uint8 array (height, width, 3) -> (3, height, width) float in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def from_tensor(image: torch.Tensor) -> Image.Image:
+    """(3, height, width) in [-1, 1] -> picture; clamped and rounded to 8 bits."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Real pictures: finding them and their captions
+# ------------------------------------------------------------------------------------------------------------
+
+PICTURE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where one captioned picture lies: `size` bytes at `offset` of a file (-1: all of it)."""
+    name: str
+    path: Path
+    captions: tuple[str, ...]
+    offset: int = 0
+    size: int = -1
+
+
+def clean_caption(raw) -> str:
+    """One caption from bytes (strict UTF-8, a byte order mark allowed) or str: white space collapsed, never empty."""
+    text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+    if not isinstance(text, str):
+        raise ValueError(f"the caption is {text!r}, not a text")
+    text = " ".join(text.split())
+    if not text or "\0" in text:
+        raise ValueError("the caption is empty" if not text else "the caption holds a NUL byte")
+    return text
+
+
+def captions_of(entry: dict) -> tuple[str, ...]:
+    """The captions of a metadata line: a list under "captions", or one under "text" or "caption"."""
+    several = entry.get("captions") or [entry.get("text", entry.get("caption"))]
+    return tuple(clean_caption(caption) for caption in several)
+
+
+def scan_folder(folder: Path, problems: list):
+    """Pictures with captions of the same name beside them: cat.jpg and cat.txt, in any depth of folders."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    pictures = {p.with_suffix("") for p in files if p.suffix.lower() in PICTURE_TYPES}
+    for file in files:
+        caption = file.with_suffix(".txt")
+        if file.suffix.lower() in PICTURE_TYPES:
+            try:
+                yield Record(str(file), file, (clean_caption(caption.read_bytes()),))
+            except FileNotFoundError:
+                problems.append(f"{file}: no caption; write one into {caption.name} beside it")
+            except ValueError as problem:
+                problems.append(f"{caption}: {problem}; save it as UTF-8 text")
+        elif file.suffix == ".txt" and file.with_suffix("") not in pictures:
+            problems.append(f"{file}: a caption without a picture")
+
+
+def scan_metadata(file: Path, problems: list):
+    """metadata.jsonl or metadata.csv: file_name (or image) relative to its folder, and text, caption or captions."""
+    if file.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig", newline="")))
+        entries = ((number, dict(row)) for number, row in enumerate(rows, 2))
+    else:
+        entries = ((number, line) for number, line in enumerate(file.read_bytes().splitlines(), 1) if line.strip())
+    for number, entry in entries:
+        try:
+            entry = json.loads(entry) if isinstance(entry, bytes) else entry
+            if not isinstance(entry, dict) or not isinstance(name := entry.get("file_name") or entry.get("image"), str):
+                raise ValueError("no file_name")
+            path = file.parent / name
+            if not path.resolve().is_relative_to(file.parent.resolve()):
+                raise ValueError(f"{name} lies outside of the folder")
+            if not path.is_file():
+                raise ValueError(f"{name} does not exist")
+            yield Record(str(path), path, captions_of(entry))
+        except ValueError as problem:
+            problems.append(f"{file}, line {number}: {problem}")
+
+
+def scan_tar(file: Path, problems: list):
+    """A WebDataset shard: KEY.jpg (or .png, ...) with KEY.txt, or KEY.json that holds "captions". Nothing is unpacked:
+    a picture is found again by its place in the file."""
+    samples, end, length = {}, 0, file.stat().st_size
+    try:
+        with tarfile.open(file, "r:") as tar, open(file, "rb") as raw:
+            for member in tar:
+                end = member.offset_data + (member.size + 511) // 512 * 512
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                key, kind = f"{folder}/{key}".lstrip("/"), kind.lower()
+                if kind in samples.get(key, ()):
+                    problems.append(f"{file}:{member.name}: a second file of this name; give every sample a key of its own")
+                    continue
+                if member.offset_data + member.size > length:
+                    problems.append(f"{file}:{member.name}: the shard ends inside of it; fetch it again")
+                    continue
+                raw.seek(member.offset_data)
+                content = raw.read(member.size) if kind in ("txt", "json") else (member.offset_data, member.size)
+                samples.setdefault(key, {})[kind] = content
+            raw.seek(end)
+            if any(raw.read(1024)):
+                problems.append(f"{file}: damaged after {len(samples)} samples; fetch it again")
+    except (tarfile.TarError, OSError) as problem:
+        problems.append(f"{file}: not a readable .tar ({problem}); compressed ones must be unpacked first")
+    for key, parts in samples.items():
+        kind = next((kind for kind in parts if "." + kind in PICTURE_TYPES), None)
+        try:
+            if kind is None:
+                raise ValueError("a caption without a picture")
+            if "json" not in parts and "txt" not in parts:
+                raise ValueError("no caption (.txt or .json)")
+            entry = json.loads(parts["json"]) if "json" in parts else {}
+            captions = captions_of(entry) if {"captions", "text", "caption"} & set(entry) else (clean_caption(parts["txt"]),)
+            yield Record(f"{file}:{key}.{kind}", file, captions, *parts[kind])
+        except (ValueError, KeyError) as problem:
+            problems.append(f"{file}:{key}: {problem}")
+
+
+class ImageFiles:
+    """Captioned pictures from a folder (with .txt captions, metadata.jsonl or .csv, or .tar shards) or from one such file.
+
+    Protocol as `Scenes`. What cannot be used is named in `problems`.
+    """
+
+    def __init__(self, path):
+        self.path, self.problems = Path(path), []
+        shards = [self.path] if self.path.suffix == ".tar" else sorted(self.path.glob("*.tar"))
+        tables = [self.path] if self.path.suffix in (".jsonl", ".csv") else \
+            [p for p in (self.path / "metadata.jsonl", self.path / "metadata.csv") if p.is_file()][:1]
+        if not self.path.exists():
+            raise ValueError(f"{self.path}: no such file or folder")
+        scans = [(scan_tar, shard) for shard in shards] or [(scan_metadata, table) for table in tables] or \
+            [(scan_folder, self.path)]
+        self.records = [record for scan, file in scans for record in scan(file, self.problems)]
+        if not self.records:
+            first = f" First problem: {self.problems[0]}" if self.problems else ""
+            raise ValueError(f"{self.path} holds no captioned picture; it should hold pictures with .txt captions, a "
+                             f"metadata.jsonl or .csv, or .tar shards.{first}")
+
+    def subset(self, indices) -> "ImageFiles":
+        """The same source with some of its records only."""
+        part = copy.copy(self)
+        part.records = [self.records[i] for i in indices]
+        return part
+
+    def __len__(self):
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        """What to call the picture in messages."""
+        return self.records[index].name
+
+    def picture(self, index: int) -> Image.Image:
+        """RGB at its own size; raises UnreadableImage."""
+        record = self.records[index]
+        with open(record.path, "rb") as file:                                    # a handle of its own: safe in any thread
+            file.seek(record.offset)
+            return read_image(file.read(record.size), record.name)
+
+    def image(self, index: int, height: int, width: int) -> np.ndarray:
+        """uint8 (height, width, 3), resized and cropped; raises UnreadableImage."""
+        return np.array(resize_and_crop(self.picture(index), height, width))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """One caption or several."""
+        return self.records[index].captions
+
+
+def check_problems(problems: list, total: int, limit: float = 0.01):
+    """Say how much cannot be used; stop with the names if it is more than `limit` of everything."""
+    if not problems:
+        return
+    names = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
+    if len(problems) > limit * total:
+        raise ValueError(f"{len(problems)} of {total} pictures or captions cannot be used, more than {limit:.0%}; "
+                         f"mend or remove them:\n  {names}")
+    print(f"note: {len(problems)} of {total} pictures or captions cannot be used and are skipped:\n  {names}", file=sys.stderr)
+
+
+def readable(source, height: int, width: int):
+    """(index, uint8 (height, width, 3), captions) of everything in a source that can be read, in order; the rest is
+    counted, named and skipped, and more than 1 % of it stops with a ValueError."""
+    problems = list(getattr(source, "problems", []))
+    total = len(source) + len(problems)
+    if len(problems) > 0.01 * total:
+        check_problems(problems, total)
+    for index in range(len(source)):
+        try:
+            yield index, source.image(index, height, width), source.captions(index)
+        except UnreadableImage as problem:
+            problems.append(str(problem))
+    check_problems(problems, total)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Looking at them
+# ------------------------------------------------------------------------------------------------------------
+
+def captioned_grid(images, captions, columns: int, cell: int = 168) -> Image.Image:
+    """Pictures or uint8 arrays in rows, each with its caption below. Small pictures are enlarged by whole factors."""
+    images = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+    factor = max(1, cell // max(images[0].size))
+    width, height = (factor * side for side in images[0].size)
+    font = ImageFont.load_default(size=13)
+    wrapped = [wrap(caption, font, width) for caption in captions]
+    step_x, step_y = width + 12, height + 18 + 16 * max(len(lines) for lines in wrapped)
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * step_x + 12, rows * step_y + 12), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (image, lines) in enumerate(zip(images, wrapped)):
+        left, top = 12 + i % columns * step_x, 12 + i // columns * step_y
+        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.rectangle((left - 1, top - 1, left + width, top + height), outline="#cccccc")
+        for n, line in enumerate(lines):
+            draw.text((left, top + height + 4 + 16 * n), line, font=font, fill="black")
+    return grid
+
+
+def wrap(text: str, font, width: int) -> list[str]:
+    """Lines of at most `width` px, at most five."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines[:5]
+
+
+def main():
+    """Draw 24 captioned pictures, of the built-in scenes or of a path, and name what cannot be used."""
+    source = ImageFiles(sys.argv[1]) if len(sys.argv) > 1 else Scenes(24)
+    pictures, captions = [], []
+    for index, picture, texts in readable(source, 64 if isinstance(source, Scenes) else 160, 64 if isinstance(source, Scenes) else 160):
+        if len(pictures) < 24:
+            pictures.append(picture)
+            captions.append(" / ".join(texts[:2]))
+    captioned_grid(pictures, captions, 6).save("scenes.png")
+    print(f"{len(source)} captioned pictures; the first {len(pictures)} are in scenes.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as problem:
+        sys.exit(f"data.py: {problem}")
