@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
-from text_encoders import (CLIPConfig, CLIPTextEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer, TextConfig,
-                           TextEncoders)
+from text_encoders import CLIPConfig, CLIPTextEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer, TextConfig, TextEncoders
 from vae import VAE, VAEConfig
 
 SHIPPED = Path(__file__).parent / "pretrained" / "tiny"

@@ -108,7 +108,8 @@ def make_scene(seed: int, index: int, height: int = 64, width: int = 64) -> Scen
     word_color = pick(tuple(COLORS) if background in ("black", "navy", "brown") else ("black", "red", "blue", "green"))
     if background == "gray":
         word_color = "black"
-    return Scene(kind, height, width, background, (thing(*halves[relation]),), relation, pick(WORDS), word_color, wording)
+    things = (thing(*halves[relation]),)
+    return Scene(kind, height, width, background, things, relation, pick(WORDS), word_color, wording)
 
 
 @lru_cache(maxsize=4096)
@@ -255,7 +256,7 @@ def read_image(source, name: str = "") -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(content))
             if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(f"{name}: its header says {image.width}x{image.height} px, over {MAX_PIXELS} pixels in all")
+                raise UnreadableImage(f"{name}: its header says {image.width}x{image.height} px, over {MAX_PIXELS} in all")
             return as_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage:
         raise
@@ -516,9 +517,9 @@ def wrap(text: str, font, width: int) -> list[str]:
 
 def main():
     """Draw 24 captioned pictures, of the built-in scenes or of a path, and name what cannot be used."""
-    source = ImageFiles(sys.argv[1]) if len(sys.argv) > 1 else Scenes(24)
+    source, size = (ImageFiles(sys.argv[1]), 160) if len(sys.argv) > 1 else (Scenes(24), 64)
     pictures, captions = [], []
-    for index, picture, texts in readable(source, 64 if isinstance(source, Scenes) else 160, 64 if isinstance(source, Scenes) else 160):
+    for _, picture, texts in readable(source, size, size):
         if len(pictures) < 24:
             pictures.append(picture)
             captions.append(" / ".join(texts[:2]))

@@ -158,9 +158,8 @@ def euler_steps(velocity, noise, times):
 
 def euler(velocity, noise, times):
     """The end of `euler_steps`: a sample (B, C, H, W)."""
-    for z, _ in euler_steps(velocity, noise, times):
-        pass
-    return z
+    *_, (sample, _) = euler_steps(velocity, noise, times)
+    return sample
 
 
 def path_length(velocities, times):

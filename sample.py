@@ -100,11 +100,9 @@ def generate_latents(pipeline, prompts, noise, num_steps, guidance_scale, timest
             v = pipeline.mmdit(torch.cat([z, z]), torch.cat([t, t]), prepared).float()
             return flow.guide(v[:batch], v[batch:], guidance_scale)
 
-        velocities, latent = [], noise.to(pipeline.device)
-        for latent, v in tqdm(flow.euler_steps(velocity, latent, times), total=num_steps, disable=not progress,
-                              desc="sampling", leave=False):
-            velocities.append(v)
-    return latent, flow.path_length(velocities, times)
+        steps = flow.euler_steps(velocity, noise.to(pipeline.device), times)
+        latents, velocities = zip(*tqdm(steps, total=num_steps, disable=not progress, desc="sampling", leave=False))
+    return latents[-1], flow.path_length(velocities, times)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +29,16 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from PIL import Image, ImageDraw
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from checkpoints import CheckpointError, find_model_file, fingerprint, load_components, save_networks, write_atomically
-from data import ImageFiles, Scenes, captioned_grid, readable, to_tensor
+from data import ImageFiles, Scenes, captioned_grid
+from encode import Batch, Batches, EncodedImages
 from evaluate import format_scores, geneval
 from flow import LogitNormal, RectifiedFlow, Shifted
 from mmdit import MMDiT, MMDiTConfig, count_parameters
 from sample import Pipeline, generate, pick_device, pick_precision
-from text_encoders import drop_encoders
-from vae import sample_code
 
 FIXED_PROMPTS = ("a red circle", "a blue square and a yellow star", "three green hearts", "a purple ring above a pink cross",
                  "a large orange triangle on a navy background", "two cyan diamonds on a gray background",
@@ -59,7 +59,7 @@ class TrainConfig:
     weight_sets: int = 2               # 3: CLIP tokens, T5 tokens and image tokens each have their own (Sec. 5.2.3)
     minutes: float = 10.0              # length of the run, everything included; ignored where steps is given
     steps: int = 0                     # optimizer steps; 0: as many as fit in the minutes
-    batch_size: int = 128              # samples per step over all processes
+    batch_size: int = 64               # samples per step over all processes
     accumulate: int = 1                # parts that a process splits its share of the batch into, to save memory
     lr: float = 1e-3                   # AdamW; the paper's 1e-4 belongs to wide models and batch 1024 (App. B.3)
     warmup: float = 0.03               # share of the run with rising learning rate
@@ -72,9 +72,11 @@ class TrainConfig:
     logit_mean: float = 0.0            # m and s of Eq. 19
     logit_std: float = 1.0
     shift: float = 1.0                 # alpha of Eq. 23, in training and in the sampling defaults
+    guidance_scale: float = 4.0        # of the sample grids and the sampling defaults
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"            # auto, bf16 (autocast) or fp32
+    compile: bool = False              # torch.compile: a minute to start, then faster; pays off in long runs
     log_every: int = 20                # steps
     sample_every: float = 0.2          # share of the run between sample grids and validations
     save_every: float = 0.1            # share of the run between checkpoints
@@ -124,98 +126,6 @@ class World:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data: pictures to latents, once (App. E.1)
-# ------------------------------------------------------------------------------------------------------------
-
-class EncodedImages:
-    """The latents' means and log-variances of a whole source in fp16, and its captions.
-
-    Pictures are encoded in fixed groups of 64, so that the numbers do not depend on batches or processes.
-    """
-
-    def __init__(self, source, vae, resolution: int, device, autocast, quiet: bool):
-        self.moments, self.captions = [], []
-        pending = []
-
-        def flush():
-            image = torch.stack([to_tensor(picture) for picture in pending]).to(device)
-            with torch.no_grad(), autocast():
-                self.moments.append(torch.cat(vae.encode_moments(image), dim=1).half().cpu())     # (64, 2C, H, W)
-            pending.clear()
-
-        for _, picture, captions in tqdm(readable(source, resolution, resolution), total=len(source), disable=quiet,
-                                         desc="encoding pictures", unit="image", leave=False):
-            pending.append(picture)
-            self.captions.append(captions)
-            if len(pending) == 64:
-                flush()
-        if pending:
-            flush()
-        self.moments = torch.cat(self.moments)                                                    # (N, 2C, H, W)
-
-    def __len__(self):
-        return len(self.captions)
-
-
-@dataclass
-class Batch:
-    """This process's share of one step, on its device."""
-    latent: torch.Tensor        # (B, C, H, W) clean, sampled from the VAE's Gaussian
-    context: torch.Tensor       # (B, L, context_dim)
-    pooled: torch.Tensor        # (B, pooled_dim)
-    noise: torch.Tensor         # (B, C, H, W)
-    uniform: torch.Tensor       # (B,) in (0, 1): becomes t through the density's quantile
-
-
-class Batches:
-    """The global batch of any step, or this process's share of it, from (seed, step, index) alone."""
-
-    def __init__(self, images: EncodedImages, vae, text, config: TrainConfig, world: World, autocast):
-        self.images, self.vae, self.text, self.config, self.world = images, vae, text, config, world
-        self.autocast = autocast
-        self.order = {}                                                                # epoch -> permutation
-
-    def index(self, count: int) -> int:
-        """Which picture is sample number `count` of the run: every epoch is a new permutation."""
-        epoch, place = divmod(count, len(self.images))
-        if epoch not in self.order:
-            self.order = {epoch: np.random.default_rng((self.config.seed, 1, epoch)).permutation(len(self.images))}
-        return int(self.order[epoch][place])
-
-    def __call__(self, step: int) -> Batch:
-        config, world = self.config, self.world
-        share = config.batch_size // world.size
-        numbers = range(world.rank * share, (world.rank + 1) * share)                 # indices in the global batch
-        indices = [self.index(step * config.batch_size + i) for i in numbers]
-        moments = self.images.moments[indices].float()                                # (B, 2C, H, W)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        captions, draws, code_noise, noise = [], [], [], []
-        for number, index in zip(numbers, indices):
-            rng = np.random.default_rng((config.seed, 2, step, number))
-            draws.append(rng.random(5))                                               # t, caption, three encoders
-            noise.append(rng.standard_normal(shape, dtype=np.float32))
-            code_noise.append(rng.standard_normal(shape, dtype=np.float32))
-            captions.append(pick_caption(self.images.captions[index], draws[-1][1], config.full_captions))
-        draws = torch.from_numpy(np.stack(draws)).float()                             # (B, 5)
-        mean, logvar = moments.chunk(2, dim=1)
-        latent = self.vae.normalize(sample_code(mean, logvar, torch.from_numpy(np.stack(code_noise))))
-        with self.autocast():
-            context, pooled = self.text(captions)
-        keep = (draws[:, 2:] >= config.encoder_dropout).to(world.device)
-        context, pooled = drop_encoders(context, pooled, keep, self.text.config)
-        to_device = lambda x: x.to(world.device, non_blocking=True)
-        return Batch(to_device(latent), context, pooled, to_device(torch.from_numpy(np.stack(noise))),
-                     to_device(draws[:, 0].clamp(1e-6, 1 - 1e-6)))
-
-
-def pick_caption(captions, draw: float, full_share: float) -> str:
-    """(original, full) are mixed by `full_share` (Sec. 5.2.2); any other number of captions is drawn from evenly."""
-    if len(captions) == 2:
-        return captions[int(draw < full_share)]
-    return captions[int(draw * len(captions))]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # One step
 # ------------------------------------------------------------------------------------------------------------
 
@@ -239,6 +149,15 @@ def train_step(model, optimizer, batch: Batch, formulation, config: TrainConfig,
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.cat(losses), t, grad_norm
+
+
+@contextmanager
+def compute_context(device, precision):
+    """Matrix products in `precision`. On a CPU attention is written out: for short sequences the backward pass of torch's
+    fused CPU kernel costs as much as a third of the whole step (results/bench-cpu.json)."""
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with plain, torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        yield
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -279,36 +198,69 @@ def validate(model, batches: Batches, formulation, autocast, levels: int = 8, co
 class Run:
     """runs/NAME: config.json, log.jsonl, loss.png, samples-STEP.png, model.safetensors (EMA), checkpoints/STEP."""
 
-    def __init__(self, folder: Path, config: dict, resume: bool):
-        self.folder, self.config = folder, config
-        if not resume:
+    def __init__(self, folder: Path, config: TrainConfig, steps: int, setup):
+        self.folder = folder
+        if not config.resume:
             try:
                 folder.mkdir(parents=True)
             except FileExistsError:
-                raise ValueError(f"{folder} exists already; go on with it by --resume {folder}, or choose another --out") from None
-        write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1)))
+                raise ValueError(f"{folder} exists already; go on with --resume {folder}, or choose another --out") from None
+        settings = {"train": dataclasses.asdict(dataclasses.replace(config, steps=steps, resume="")),
+                    "encoders": {"path": config.encoders, "fingerprint": fingerprint(setup.encoders_file)}}
+        write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(settings, indent=1)))
 
     def log(self, **entry):
         """One line of log.jsonl."""
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def save(self, state: dict, step: int, average: MMDiT, sampling: dict):
+    def report(self, s, step: int):
+        """Validation losses, a grid of samples of fixed prompts from fixed noise, and the loss curve so far."""
+        levels = validate(s.average, s.held_out, s.formulation, s.autocast)
+        self.log(step=step, validation=round(levels[:-1].mean().item(), 6), validation_by_t=[round(v, 5) for v in levels.tolist()])
+        grid = captioned_grid(generate(s.pipeline, s.prompts, seed=1), s.prompts, 4)
+        write_atomically(self.folder / f"samples-{step:06}.png", lambda file: grid.save(file, format="PNG"))
+        curve = draw_losses([json.loads(line) for line in open(self.folder / "log.jsonl")])
+        write_atomically(self.folder / "loss.png", lambda file: curve.save(file, format="PNG"))
+
+    def save(self, s, step: int, steps: int):
         """checkpoints/STEP to resume from (the last two are kept) and model.safetensors, each under a temporary name first."""
         target = self.folder / "checkpoints" / f"{step:08}"
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            dcp.save(state, checkpoint_id=partial, no_dist=True)
+            dcp.save(run_state(s.model, s.average, s.optimizer, step, steps), checkpoint_id=partial, no_dist=True)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         except Exception as problem:                                              # a full disk shows as several types
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"could not save {target} ({problem}); the last good checkpoint is untouched. "
                           f"Free some space and go on with --resume {self.folder}") from None
-        save_networks(self.folder / "model.safetensors", {"mmdit": average}, sampling=sampling)
+        save_networks(self.folder / "model.safetensors", {"mmdit": s.average}, sampling=s.pipeline.defaults)
         for old in sorted(target.parent.glob("[0-9]*"))[:-2]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def run_state(model, average, optimizer, step: int, steps: int) -> dict:
+    """What a run is resumed from. Random numbers need no state: they are keyed by step and index."""
+    return {"model": model.state_dict(), "average": average.state_dict(), "step": step, "steps": steps,
+            "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def restore(checkpoint: Path, model, average, optimizer) -> tuple[int, int]:
+    """Load weights, average and optimizer in place; returns (steps done, steps planned).
+
+    torch.distributed.checkpoint pickles its metadata: only resume from your own runs.
+    """
+    state = run_state(model, average, optimizer, 0, 0)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    for group, setting in zip(optimizer.param_groups, settings):                  # a changed --weight-decay takes effect
+        group.update(setting)
+    return state["step"], state["steps"]
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -322,7 +274,7 @@ def last_checkpoint(folder: Path) -> Path:
 def draw_losses(log: list[dict], size=(720, 440)) -> Image.Image:
     """log lines -> a picture of the loss over steps: the mean (black) and every tenth of t (blue near data to red near
     noise), with their last values."""
-    entries = [entry for entry in log if "loss" in entry]
+    entries = [entry for entry in log if "loss" in entry] or [{"step": 1, "loss": 1.0, "loss_by_t": [None] * 10}]
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 50, 16, size[0] - 120, size[1] - 30
@@ -403,138 +355,120 @@ def open_data(config: TrainConfig):
     return files.subset(range(held_out, len(files))), files.subset(range(held_out))
 
 
-def count_steps(seconds: float, step, trials: int = 6) -> int:
-    """How many steps fit into the seconds, by timing a few; `step(i)` must leave no trace."""
-    times = []
-    for i in range(trials):
+def count_steps(seconds: float, setup, config: TrainConfig, trials: int = 6) -> int:
+    """How many steps fit into the seconds, by timing a few on a copy of the model."""
+    model = copy.deepcopy(setup.model)
+    optimizer, times = torch.optim.AdamW(model.parameters(), lr=0.0), []
+    for step in range(trials):
         start = time.time()
-        step(i)
+        train_step(model, optimizer, setup.batches(step), setup.formulation, config, setup.autocast)
         times.append(time.time() - start)
     return max(1, int(seconds / np.median(times[1:])))
 
 
-def train(config: TrainConfig):
-    """A whole run, from data to scores. Returns the run folder and the averaged model."""
-    started = time.time()
-    world = World(config.device)
-    precision = pick_precision(config.precision, world.device)
-    autocast = lambda: torch.autocast(world.device.type, precision, enabled=precision != torch.float32)
-    quiet = world.rank > 0
-    say = (lambda *_: None) if quiet else print
+@dataclass
+class Setup:
+    """Everything a run works with, on this process."""
+    model: MMDiT
+    average: MMDiT                # EMA of the weights: what is validated, sampled and kept
+    optimizer: torch.optim.Optimizer
+    formulation: RectifiedFlow
+    batches: Batches
+    held_out: Batches
+    pipeline: Pipeline            # samples from the average
+    prompts: list[str]            # of the sample grids
+    autocast: object
+    encoders_file: Path
 
+
+def set_up(config: TrainConfig, world: World, say) -> Setup:
+    """Load the frozen networks, encode the pictures, make the model and its optimizer."""
     encoders_file = find_model_file(config.encoders)
     frozen = load_components(encoders_file, ("vae", "text"))
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
-    model_config = MMDiTConfig(
-        depth=config.depth, qk_norm=config.qk_norm, latent_channels=vae.config.latent_channels,
-        context_dim=text.config.context_dim, pooled_dim=text.config.pooled_dim,
-        clip_tokens=text.config.clip_length if config.weight_sets == 3 else 0,
-        **({"pos_embed_max_size": 32, "pos_embed_base_size": 32} if config.depth < 15 else {}))
+    small = {"pos_embed_max_size": 16, "pos_embed_base_size": 16} if config.depth < 15 else {}      # up to 256 x 256 px
+    sizes = MMDiTConfig(config.depth, latent_channels=vae.config.latent_channels, context_dim=text.config.context_dim,
+                        pooled_dim=text.config.pooled_dim, qk_norm=config.qk_norm,
+                        clip_tokens=text.config.clip_length if config.weight_sets == 3 else 0, **small)
+    precision = pick_precision(config.precision, world.device)
+    autocast = lambda: compute_context(world.device, precision)
     source, held_out = open_data(config)
-    say(f"MM-DiT depth {config.depth}: {count_parameters(model_config) / 1e6:.1f} M parameters; {len(source)} pictures at "
+    say(f"MM-DiT of depth {config.depth}: {count_parameters(sizes) / 1e6:.1f} M parameters; {len(source)} pictures at "
         f"{config.resolution} px; {world.size} x {world.device}, {str(precision).removeprefix('torch.')}")
     if not config.data:
         say("training on built-in scenes; your own pictures: --data PATH, released encoders: --encoders FILE")
 
     torch.manual_seed(config.seed)
-    model = MMDiT(model_config).to(world.device)
-    average = copy.deepcopy(model).requires_grad_(False)
+    model = MMDiT(sizes).to(world.device)
+    average = copy.deepcopy(model).requires_grad_(False)              # stays uncompiled: the sampler's shapes vary
+    if config.compile:
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
-                                  eps=1e-15 if config.qk_norm else 1e-8)              # Sec. 5.3.2
+                                  eps=1e-15 if config.qk_norm else 1e-8, fused=True)                # Sec. 5.3.2
     density = LogitNormal(config.logit_mean, config.logit_std)
     formulation = RectifiedFlow(Shifted(density, config.shift) if config.shift != 1 else density)
-    parallel = world.wrap(model)
-
-    images = EncodedImages(source, vae, config.resolution, world.device, autocast, quiet)
-    batches = Batches(images, vae, text, config, world, autocast)
-    held_out_batches = Batches(EncodedImages(held_out, vae, config.resolution, world.device, autocast, True), vae, text,
-                               config, world, autocast)
-    sampling = {"num_steps": 28, "guidance_scale": 4.0, "timestep_shift": config.shift, "schedule": "shifted",
-                "unconditional": "zeros", "height": config.resolution, "width": config.resolution}
+    batches, held_out_batches = (
+        Batches(EncodedImages(part, vae, config.resolution, world.device, autocast, world.rank > 0), vae, text, config,
+                world, autocast) for part in (source, held_out))
+    sampling = {"num_steps": 28, "guidance_scale": config.guidance_scale, "timestep_shift": config.shift,
+                "schedule": "shifted", "unconditional": "zeros", "height": config.resolution, "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
-    prompts = FIXED_PROMPTS if not config.data else [captions[0] for captions in held_out_batches.images.captions[:8]]
+    prompts = [captions[0] for captions in held_out_batches.images.captions[:8]] if config.data else list(FIXED_PROMPTS)
+    return Setup(model, average, optimizer, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
 
-    first_step, steps, skipped = 0, config.steps, 0
-    folder = Path(config.out)
+
+def train(config: TrainConfig) -> Path:
+    """A whole run, from data to scores. Returns its folder."""
+    started, world = time.time(), World(config.device)
+    say = print if world.rank == 0 else lambda *_: None
+    s = set_up(config, world, say)
+    folder, first_step, steps = Path(config.out), 0, config.steps
     if config.resume:
-        checkpoint = last_checkpoint(folder)
-        first_step, steps = restore(checkpoint, model, average, optimizer, config)
-        say(f"going on from {checkpoint}")
+        first_step, planned = restore(last_checkpoint(folder), s.model, s.average, s.optimizer)
+        steps = steps or planned
     elif not steps:
-        scratch = copy.deepcopy(model)
-        scratch_optimizer = torch.optim.AdamW(scratch.parameters(), lr=0.0)
-        left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.2 * config.num_prompts
-        steps = world.same(count_steps(left, lambda i: train_step(
-            scratch, scratch_optimizer, batches(i), formulation, config, autocast)))
-        del scratch, scratch_optimizer
-    run = None
-    if world.rank == 0:
-        run = Run(folder, {"train": dataclasses.asdict(dataclasses.replace(config, steps=steps, resume="")),
-                           "encoders": {"path": config.encoders, "fingerprint": fingerprint(encoders_file)}}, bool(config.resume))
+        left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.25 * config.num_prompts
+        steps = world.same(count_steps(left, s, config))
+    run = Run(folder, config, steps, s) if world.rank == 0 else None
+    model = world.wrap(s.model)
 
-    def checkpoint_now(step):
-        if run:
-            run.save({"model": model.state_dict(), "average": average.state_dict(), "step": step, "steps": steps,
-                      "optimizer": get_optimizer_state_dict(model, optimizer)}, step, average, sampling)
-
-    bar = tqdm(total=steps, initial=first_step, disable=quiet, unit="step", smoothing=0.05)
-    window, window_start = [], time.time()
+    window, window_start, skipped = [], time.time(), 0
+    bar = tqdm(total=steps, initial=first_step, disable=world.rank > 0, unit="step", smoothing=0.05)
     for step in range(first_step, steps):
-        for group in optimizer.param_groups:
+        for group in s.optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config)
-        loss, t, grad_norm = train_step(parallel, optimizer, batches(step), formulation, config, autocast)
-        skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
-        if skipped == 10:
-            raise RuntimeError(f"loss or gradient was not finite 10 times in a row, last at step {step}; the last checkpoint in "
-                               f"{folder} is good: lower --lr or switch on --qk-norm, then --resume")
-        update_average(average, model, step, steps, config)
+        batch = s.batches(step)
+        loss, t, grad_norm = train_step(model, s.optimizer, batch, s.formulation, config, s.autocast)
+        update_average(s.average, s.model, step, steps, config)
 
         done = step + 1
+        skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
+        if skipped == 10:
+            raise RuntimeError(f"loss or gradient was not finite 10 times in a row, last at step {done}. The last checkpoint in "
+                               f"{folder} is good: go on with --resume {folder} and a lower --lr, or start with --qk-norm true")
         window.append((world.gather(loss), world.gather(t), grad_norm))
         bar.update()
-        if done % config.log_every == 0 or done == steps:
-            if run:
-                entry = summarize(window, done, config, time.time() - window_start)
-                run.log(**entry)
-                bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['images_per_second']:.0f} images/s")
+        if run and (done % config.log_every == 0 or done == steps):
+            entry = summarize(window, done, config, time.time() - window_start)
+            run.log(**entry)
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['images_per_second']:.0f} images/s")
+        if done % config.log_every == 0:
             window, window_start = [], time.time()
         if run and (every(done, steps, config.sample_every) or done == steps):
-            levels = validate(average, held_out_batches, formulation, autocast)
-            run.log(step=done, validation=levels[:-1].mean().item(), validation_by_t=[round(v, 5) for v in levels.tolist()])
-            pictures = generate(pipeline, prompts, seed=1, num_steps=28)
-            grid = captioned_grid(pictures, prompts, 4)
-            write_atomically(folder / f"samples-{done:06}.png", lambda file: grid.save(file, format="PNG"))
-            losses = draw_losses([json.loads(line) for line in open(folder / "log.jsonl")])
-            write_atomically(folder / "loss.png", lambda file: losses.save(file, format="PNG"))
-            window_start = time.time()
-        if every(done, steps, config.save_every) or done == steps:
-            checkpoint_now(done)
+            run.report(s, done)
+            window, window_start = [], time.time()
+        if run and (every(done, steps, config.save_every) or done == steps):
+            run.save(s, done, steps)
     bar.close()
     if run and not config.data and config.num_prompts:
-        scores = geneval(lambda prompts: [np.asarray(p) for p in generate(pipeline, prompts, seed=100)],
-                         config.num_prompts, height=config.resolution, width=config.resolution)
+        draw = lambda prompts: [np.asarray(picture) for picture in generate(s.pipeline, prompts, seed=100)]
+        scores = geneval(draw, config.num_prompts, height=config.resolution, width=config.resolution)
         run.log(step=steps, geneval=scores)
         say(format_scores(scores))
-    say(f"{(time.time() - started) / 60:.1f} minutes; everything is in {folder}. "
-        f'Next: python sample.py --checkpoint {folder} --prompt "{prompts[0]}"')
+    say(f"{(time.time() - started) / 60:.1f} minutes; the model, log.jsonl, loss.png and samples are in {folder}. "
+        f'Next: python sample.py --checkpoint {folder} --prompt "{s.prompts[0]}"')
     world.close()
-    return folder, average
-
-
-def restore(checkpoint: Path, model, average, optimizer, config):
-    """Load weights, average and optimizer in place; returns (steps done, steps planned).
-
-    torch.distributed.checkpoint pickles its metadata: only resume from your own runs.
-    """
-    state = {"model": model.state_dict(), "average": average.state_dict(), "step": 0, "steps": 0,
-             "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    for group in optimizer.param_groups:                                              # a changed setting takes effect
-        group["weight_decay"] = config.weight_decay
-    return state["step"], config.steps or state["steps"]
+    return folder
 
 
 def every(done: int, steps: int, share: float) -> bool:

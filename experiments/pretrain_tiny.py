@@ -33,20 +33,32 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import SHIPPED, save_networks                                                        # noqa: E402
-from data import ImageFiles, Scenes, resize_and_crop, to_tensor                                       # noqa: E402
-from evaluate import CLIPImageConfig, CLIPImageEncoder                                                # noqa: E402
-from text_encoders import (CLIPConfig, CLIPTextEncoder, CLIPTokenizer, RMSNorm, T5Attention, T5Config,  # noqa: E402
-                           T5Encoder, T5FeedForward, T5Tokenizer, TextConfig, clip_text_rules, relative_position_bucket)
-from vae import VAE, VAEConfig, VAELossConfig, psnr, vae_loss                                         # noqa: E402
+from checkpoints import SHIPPED, save_networks  # noqa: E402
+from data import ImageFiles, Scenes, resize_and_crop, to_tensor  # noqa: E402
+from evaluate import CLIPImageConfig, CLIPImageEncoder  # noqa: E402
+from text_encoders import (  # noqa: E402
+    CLIPConfig,
+    CLIPTextEncoder,
+    CLIPTokenizer,
+    RMSNorm,
+    T5Attention,
+    T5Config,
+    T5Encoder,
+    T5FeedForward,
+    T5Tokenizer,
+    TextConfig,
+    clip_text_rules,
+    relative_position_bucket,
+)
+from vae import VAE, VAEConfig, VAELossConfig, psnr, vae_loss  # noqa: E402
 
 VOCABULARY, SENTINELS = 2048, 16
 TEXT = TextConfig(clip_l_width=64, clip_g_width=128, t5_width=192, clip_length=16, t5_length=20)
-CLIP_L = CLIPConfig(VOCABULARY, 64, 4, max_length=24, activation="quick_gelu")
+CLIP_L = CLIPConfig(VOCABULARY, 64, 3, max_length=24, activation="quick_gelu")
 CLIP_G = CLIPConfig(VOCABULARY, 128, 3, max_length=24, activation="gelu", projection_dim=128)
 CLIP_L_IMAGE = CLIPImageConfig(64, 8, 128, 2, projection_dim=64, activation="quick_gelu")
 CLIP_G_IMAGE = CLIPImageConfig(64, 8, 128, 2, projection_dim=128, activation="gelu")
-T5 = T5Config(VOCABULARY + SENTINELS, 192, ff_size=384, num_layers=2, num_heads=3)
+T5 = T5Config(VOCABULARY + SENTINELS, 192, ff_size=256, num_layers=2, num_heads=3)
 AUTOENCODER = VAEConfig(16, (32, 64, 64, 64), norm_groups=8)
 HELD_OUT = 100
 TRAIN_SCENES, HELD_OUT_SCENES = Scenes(1 << 30, seed=1), Scenes(1 << 30, seed=2)
@@ -57,8 +69,8 @@ TRAIN_SCENES, HELD_OUT_SCENES = Scenes(1 << 30, seed=1), Scenes(1 << 30, seed=2)
 # ------------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal, matrix by matrix (Jordan et al. 2024, "Muon"). On this autoencoder it reached
-    AdamW's reconstruction in a third of the time. For weights of two or more dimensions, flattened to (out, rest)."""
+    """Momentum whose step is made orthogonal, matrix by matrix (Jordan et al. 2024, "Muon"), for weights of two or more
+    dimensions, flattened to (out, rest). On this autoencoder it was ahead after 4 minutes of where AdamW was after 8."""
 
     def __init__(self, parameters, lr: float):
         super().__init__(parameters, {"lr": lr})
@@ -174,13 +186,14 @@ def train_tokenizers(corpus: Corpus, out: Path):
     (out / "clip" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(prompts + 4 * scenes), model_prefix=str(out / "t5" / "spiece"), vocab_size=VOCABULARY, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, minloglevel=1)
+        unk_id=2, bos_id=-1, normalization_rule_name="identity", minloglevel=1)
     (out / "t5" / "spiece.vocab").unlink()
     clip, t5 = CLIPTokenizer(out / "clip"), T5Tokenizer(out / "t5" / "spiece.model")
     for name, tokenizer, length in (("clip", clip, TEXT.clip_length), ("t5", t5, TEXT.t5_length)):
-        needed = {kind: np.array(tokenizer(texts, length)[1]) for kind, texts in (("scenes", scenes), ("prompts", prompts))}
-        print(f"{name}: " + ", ".join(f"{kind} need {n.mean():.1f} tokens, at most {n.max()}, {(n > length).mean():.1%} are cut"
-                                      for kind, n in needed.items()))
+        for kind, texts in (("scenes", scenes), ("prompts", prompts)):
+            needed = np.array(tokenizer(texts, length)[1])
+            print(f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max()}; "
+                  f"{(needed > length).mean():.1%} are cut to {length}")
 
 
 # ------------------------------------------------------------------------------------------------------------

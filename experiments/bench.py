@@ -1,0 +1,107 @@
+"""bench.py: how fast the network trains, alone, and what share of the machine's matrix-product peak that is.
+
+Measures one training step (forward, backward, AdamW) of MM-DiT at depth 4 on 64-px pictures, 16 image tokens, for several
+numbers of text tokens; and the same step with everything around it (drawing cached, text encoders, random numbers).
+
+Run         python experiments/bench.py     writes results/bench-<device>.json
+"""
+
+import argparse
+import copy
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import SHIPPED, load_components
+from data import Scenes
+from encode import Batch, Batches, EncodedImages
+from flow import RectifiedFlow
+from mmdit import MMDiT, MMDiTConfig
+from sample import pick_device, pick_precision
+from train import TrainConfig, train_step
+
+
+def seconds_per_call(call, device, trials: int) -> float:
+    """Median time of a call after one to warm up."""
+    times = []
+    for _ in range(trials + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def matmul_peak(device, dtype, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / seconds_per_call(lambda: a @ b, device, 20)
+
+
+def training_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> float:
+    """Matrix-product FLOPs of one sample's training step: forward, and twice that for backward."""
+    D, n = config.hidden_size, text_tokens + image_tokens
+    blocks = 2 * 12 * D**2 * n * config.depth - 2 * 9 * D**2 * text_tokens            # the last text block only feeds q, k, v
+    attention = 2 * 2 * n**2 * D * config.depth
+    embedding = 2 * text_tokens * config.context_dim * D + 2 * 2 * image_tokens * 4 * config.latent_channels * D
+    modulation = 2 * D * (12 * D * config.depth - 4 * D + 2 * D)
+    return 3 * (blocks + attention + embedding + modulation)
+
+
+def main():
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--text-tokens", type=int, nargs="+", default=[12, 32, 48])
+    parser.add_argument("--trials", type=int, default=9)
+    options = parser.parse_args()
+    device = pick_device()
+    precision = pick_precision("auto", device)
+    autocast = lambda: torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    peak, B = matmul_peak(device, precision), options.batch_size
+    sizes = MMDiTConfig(options.depth, context_dim=192, pooled_dim=192, pos_embed_max_size=16, pos_embed_base_size=16)
+    model = MMDiT(sizes).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-15)
+    config, rows = TrainConfig(batch_size=B), []
+
+    def measure(name, make_batch, text_tokens):
+        step = lambda: train_step(model, optimizer, make_batch(), RectifiedFlow(), config, autocast)
+        rate = B / seconds_per_call(step, device, options.trials)
+        share = rate * training_flops(sizes, text_tokens, 16) / peak
+        rows.append({"what": name, "text_tokens": text_tokens, "images_per_second": round(rate, 1), "share_of_peak": round(share, 3)})
+        print(f"{name:14} {text_tokens:3} text tokens: {rate:7.1f} images/s, {share:.0%} of the matrix-product peak")
+
+    for L in options.text_tokens:
+        random = Batch(*(torch.randn(shape, device=device) for shape in
+                         ((B, 16, 8, 8), (B, L, 192), (B, 192), (B, 16, 8, 8))), torch.rand(B, device=device))
+        measure("network alone", lambda batch=random: batch, L)
+    parts = load_components(SHIPPED, ("vae", "text"))
+    world = SimpleNamespace(rank=0, size=1, device=device)
+    images = EncodedImages(Scenes(512), parts.vae.to(device), 64, device, autocast, True)
+    batches = Batches(images, parts.vae, parts.text.to(device), copy.copy(config), world, autocast)
+    length = parts.text.config.clip_length + parts.text.config.t5_length
+    steps = iter(range(1 << 30))
+    random = Batch(*(torch.randn(shape, device=device) for shape in
+                     ((B, 16, 8, 8), (B, length, 192), (B, 192), (B, 16, 8, 8))), torch.rand(B, device=device))
+    measure("network alone", lambda: random, length)
+    measure("end to end", lambda: batches(next(steps)), length)
+    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "processor": platform.processor() or platform.machine(),
+              "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": str(precision), "batch_size": B,
+              "depth": options.depth, "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
+    file = Path(__file__).parents[1] / "results" / f"bench-{device.type}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s ({str(precision).removeprefix('torch.')}); written to {file.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The training loop: resuming, splitting over processes, averaging, and one whole run."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data import Scenes
+from encode import Batches, EncodedImages, pick_caption
+from flow import RectifiedFlow
+from mmdit import MMDiT, MMDiTConfig
+from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig, TextEncoders
+from train import TrainConfig, complete, draw_losses, learning_rate, summarize, train_step, update_average
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).parents[1]
+FP32 = lambda: torch.autocast("cpu", enabled=False)
+
+
+class WordTokenizer:
+    """Ids from letters: stands in for a trained vocabulary."""
+
+    def __call__(self, prompts, length):
+        rows = [[ord(letter) % 40 + 2 for letter in prompt][: length - 1] + [49] for prompt in prompts]
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows]), [len(row) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """A random autoencoder and random text encoders, small enough to make in no time."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(4, (32, 32, 32, 32), norm_groups=8)).eval().requires_grad_(False)
+    config = TextConfig(clip_l_width=64, clip_g_width=64, t5_width=128, clip_length=8, t5_length=8)
+    encoders = {"clip_l": CLIPTextEncoder(CLIPConfig(50, 64, 2, 8)), "clip_g": CLIPTextEncoder(CLIPConfig(50, 64, 2, 8)),
+                "t5": T5Encoder(T5Config(50, 128, 64, 1, 2))}
+    text = TextEncoders(encoders, {name: WordTokenizer() for name in encoders}, config).eval().requires_grad_(False)
+    text.truncation_said = True
+    return vae, text
+
+
+def make_batches(frozen, rank=0, size=1, **settings):
+    vae, text = frozen
+    world = SimpleNamespace(rank=rank, size=size, device=torch.device("cpu"))
+    images = EncodedImages(Scenes(40), vae, 32, world.device, FP32, quiet=True)
+    return Batches(images, vae, text, TrainConfig(**{"batch_size": 8, **settings}), world, FP32)
+
+
+def small_model():
+    torch.manual_seed(1)
+    model = MMDiT(MMDiTConfig(1, latent_channels=4, context_dim=128, pooled_dim=128, pos_embed_max_size=4,
+                              pos_embed_base_size=4))
+    for parameter in model.parameters():                                       # past the zero-initialised start
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def run_main(*options, **kwargs):
+    """train.py as a user starts it, on two scenes' worth of work."""
+    command = [sys.executable, "train.py", "--device", "cpu", "--precision", "fp32", "--depth", "1", "--num-scenes", "64",
+               "--batch-size", "8", "--num-prompts", "0", *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def test_a_batch_split_over_two_ranks_is_the_same_batch(frozen):
+    """Every draw is keyed by the index in the global batch, never by the rank."""
+    whole = make_batches(frozen)(3)
+    parts = [make_batches(frozen, rank, 2)(3) for rank in range(2)]
+    for field in dataclasses.fields(whole):
+        joined = torch.cat([getattr(part, field.name) for part in parts])
+        torch.testing.assert_close(joined, getattr(whole, field.name), rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_pictures_is_a_new_permutation_every_epoch(frozen):
+    batches = make_batches(frozen)
+    first, second = ([batches.index(epoch * 40 + i) for i in range(40)] for epoch in range(2))
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    assert [batches.index(i) for i in range(40)] == first                      # asking for a later epoch changed nothing
+
+
+def test_encoders_are_dropped_independently_at_the_given_rate(frozen):
+    """App. B.3: 0.464 each, so about 10 % of the samples have no text at all."""
+    batches = make_batches(frozen, batch_size=1000)
+    pooled = batches(0).pooled
+    dropped_l, dropped_g = (part.abs().sum(dim=1) == 0 for part in pooled.chunk(2, dim=1))
+    assert abs(dropped_l.float().mean() - 0.464) < 0.05
+    assert abs((dropped_l & dropped_g).float().mean() - 0.464**2) < 0.05
+
+
+def test_two_captions_are_mixed_and_five_are_drawn_evenly():
+    """Sec. 5.2.2: half original, half full captions."""
+    draws = torch.linspace(0, 0.999, 1000).tolist()
+    assert sum(pick_caption(("short", "full"), u, 0.5) == "full" for u in draws) == pytest.approx(500, abs=2)
+    assert [sum(pick_caption(tuple("abcde"), u, 0.5) == letter for u in draws) for letter in "abcde"] == [
+        pytest.approx(200, abs=2)] * 5
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_gradient_accumulation_changes_nothing(frozen, accumulate):
+    results = []
+    for parts in (1, accumulate):
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss, t, norm = train_step(model, optimizer, make_batches(frozen)(0), RectifiedFlow(),
+                                   TrainConfig(accumulate=parts), FP32)
+        results.append((loss, t, norm, model.final_layer.linear.weight.detach()))
+    for ours, expected in zip(results[1], results[0]):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_non_finite_gradient_does_not_touch_the_weights(frozen):
+    model, batch = small_model(), make_batches(frozen)(0)
+    batch.latent[0, 0, 0, 0] = float("nan")
+    before = model.final_layer.linear.weight.detach().clone()
+    _, _, norm = train_step(model, torch.optim.AdamW(model.parameters()), batch, RectifiedFlow(), TrainConfig(), FP32)
+    assert not torch.isfinite(norm) and torch.equal(model.final_layer.linear.weight, before)
+
+
+def test_one_batch_can_be_overfitted(frozen):
+    model, batch = small_model(), make_batches(frozen, batch_size=4, encoder_dropout=0.0)(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = [train_step(model, optimizer, batch, RectifiedFlow(), TrainConfig(), FP32)[0].mean() for _ in range(150)]
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    config = TrainConfig(lr=1.0, warmup=0.1, cooldown=0.2)
+    rates = [learning_rate(step, 1000, config) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and rates[99] == rates[799] == 1.0
+    assert rates[899] == pytest.approx(0.505) and 0 < rates[999] < 0.01
+
+
+def test_the_average_forgets_the_initial_weights_within_a_short_run():
+    """The paper's 0.99 every 100 steps would still hold 89 % of them after 1,270 steps."""
+    model, average = small_model(), small_model()
+    start = average.final_layer.linear.bias.clone()
+    model.final_layer.linear.bias.data = start + 1
+    for step in range(300):
+        update_average(average, model, step, 300, TrainConfig())
+    torch.testing.assert_close(average.final_layer.linear.bias, start + 1, rtol=0, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- logs and refusals
+
+
+def test_a_log_line_sorts_losses_by_tenth_of_t():
+    window = [(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.05, 0.07, 0.95]), torch.tensor(1.0))]
+    entry = summarize(window, 4, TrainConfig(batch_size=3), 1.0)
+    assert entry["loss"] == 3 and entry["loss_by_t"] == [2, *[None] * 8, 5] and entry["images_seen"] == 12
+
+
+def test_the_loss_curve_is_drawn_also_from_one_entry():
+    picture = draw_losses([{"step": 20, "loss": 1.0, "loss_by_t": [1.0, *[None] * 9]}])
+    assert picture.size == (720, 440) and len(picture.getcolors(1 << 20)) > 5
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"resolution": 100}, "multiple of 16"), ({"batch_size": 10, "accumulate": 4}, "multiple of"),
+    ({"data": "/no/such/path"}, "no such file or folder"), ({"weight_sets": 4}, "weight sets are 2 or 3")])
+def test_settings_that_cannot_work_are_refused_in_one_sentence(settings, words):
+    with pytest.raises(ValueError, match=words):
+        complete(TrainConfig(**settings))
+
+
+def test_small_models_train_on_64_px_and_large_ones_on_256():
+    assert complete(TrainConfig()).resolution == 64 and complete(TrainConfig(depth=38)).resolution == 256
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    """SIGKILL at some moment after the first checkpoint, then --resume, against a run that nothing disturbed."""
+    settings = ("--steps", 12, "--save-every", 0.25, "--sample-every", 0)
+    assert run_main("--out", tmp_path / "whole", *settings).returncode == 0
+    command = [sys.executable, "train.py", "--device", "cpu", "--precision", "fp32", "--depth", "1", "--num-scenes", "64",
+               "--batch-size", "8", "--num-prompts", "0", "--out", str(tmp_path / "killed"), *map(str, settings)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/0000000[369]")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run_main("--resume", tmp_path / "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    """torchrun with gloo: every random number is keyed by the sample, so only rounding may differ."""
+    settings = ("--steps", 6, "--log-every", 1, "--sample-every", 0, "--save-every", 0)
+    assert run_main("--out", tmp_path / "one", *settings).returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571", "train.py",
+               "--device", "cpu", "--precision", "fp32", "--depth", "1", "--num-scenes", "64", "--batch-size", "8",
+               "--num-prompts", "0", "--out", str(tmp_path / "two"), *map(str, settings)]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    one, two = ([e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("one", "two"))
+    assert len(one) == 6 and one == pytest.approx(two, abs=1e-5)
+
+
+def test_a_run_leaves_everything_the_readme_promises_and_refuses_to_be_overwritten(tmp_path):
+    out = tmp_path / "run"
+    result = run_main("--out", out, "--steps", 4)
+    assert result.returncode == 0, result.stderr
+    files = {path.name for path in out.iterdir()}
+    assert {"config.json", "log.jsonl", "loss.png", "samples-000004.png", "model.safetensors", "checkpoints"} <= files
+    validation = next(entry for entry in log_of(out) if "validation" in entry)
+    levels = validation["validation_by_t"]
+    assert len(levels) == 8 and validation["validation"] == pytest.approx(sum(levels[:-1]) / 7, abs=1e-4)   # without t = 1
+    again = run_main("--out", out, "--steps", 4)
+    assert again.returncode != 0 and "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    def no_space(state, checkpoint_id, **_):
+        checkpoint_id.mkdir(parents=True)
+        (checkpoint_id / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    run = object.__new__(train.Run)
+    run.folder = tmp_path
+    good = tmp_path / "checkpoints" / "00000001"
+    good.mkdir(parents=True)
+    monkeypatch.setattr(train.dcp, "save", no_space)
+    model = small_model()
+    setup = SimpleNamespace(model=model, average=model, optimizer=torch.optim.AdamW(model.parameters()))
+    with pytest.raises(OSError, match="last good checkpoint is untouched"):
+        run.save(setup, 2, 4)
+    assert [path.name for path in good.parent.iterdir()] == ["00000001"]
+
+
+def test_depth_cannot_change_when_resuming(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"train": dataclasses.asdict(TrainConfig(depth=4))}))
+    result = run_main("--resume", tmp_path)                                    # run_main asks for depth 1
+    assert result.returncode != 0 and "cannot change within a run" in result.stderr
