@@ -38,6 +38,8 @@ PREFIXES = {
     "t5": "text_encoders.t5xxl.transformer.",
 }
 
+ENCODERS = ("vae", "clip_l", "clip_g", "t5")         # the frozen ones
+
 # Released name -> our name, piece by piece. None: dropped on purpose.
 CLIP_NAMES = {
     "text_model.embeddings.position_ids": None,          # 0, 1, 2, ...: some files carry it
@@ -240,14 +242,24 @@ def find_model_file(path) -> Path:
     return path
 
 
-def fingerprint(file) -> str:
-    """A short hash of a safetensors file: its header, its size and the ends of its data. Quick at any size."""
-    file = Path(file)
+def fingerprint(file, components=None) -> str:
+    """A short hash of a safetensors file: of every tensor its name, type, shape and first 4 kB, so it is quick at any size.
+
+    components: keys of PREFIXES; of these only. The frozen encoders keep theirs when another MM-DiT is put beside them.
+    """
+    prefixes = tuple(PREFIXES[name] for name in components) if components else ("",)
+    digest = hashlib.sha256()
+    open_safetensors(file)                                                        # refuses what is broken
     with open(file, "rb") as opened:
-        header = opened.read(8 + min(struct.unpack("<Q", opened.read(8))[0], 1 << 26))
-        start = opened.read(1 << 20)
-        opened.seek(max(0, file.stat().st_size - (1 << 20)))
-        return hashlib.sha256(header + start + opened.read() + str(file.stat().st_size).encode()).hexdigest()[:16]
+        header_size, = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(header_size))
+        for name in sorted(header):
+            if name != "__metadata__" and name.startswith(prefixes):
+                begin, end = header[name]["data_offsets"]
+                opened.seek(8 + header_size + begin)
+                digest.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
+                digest.update(opened.read(min(4096, end - begin)))
+    return digest.hexdigest()[:16]
 
 
 def load_text(file: Path, dtype=torch.float32, tokenizers=None) -> TextEncoders:
@@ -274,9 +286,9 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     if run_config.is_file():
         named = json.loads(run_config.read_text())["encoders"]
         encoders_file = find_model_file(named["path"])
-        if {"vae", "text"} & set(wanted) and fingerprint(encoders_file) != named["fingerprint"]:
-            raise CheckpointError(f"{encoders_file} is not the file that {file.parent} was trained with "
-                                  f"(fingerprint {fingerprint(encoders_file)}, expected {named['fingerprint']}).")
+        if {"vae", "text"} & set(wanted) and (found := fingerprint(encoders_file, ENCODERS)) != named["fingerprint"]:
+            raise CheckpointError(f"{encoders_file} does not hold the encoders that {file.parent} was trained with "
+                                  f"(fingerprint {found}, expected {named['fingerprint']}); put the right file there.")
     parts = Components(sampling=stored_config(file).get("sampling", {}), file=file)
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", file, dtype)

@@ -5,7 +5,8 @@ Read with   Sec. 5.2.2: each image has an original caption (short, leaves things
 Not here    networks, latents, token ids (vae.py, text_encoders.py, train.py)
 Two sources Scenes         drawn on the spot from (seed, index): ground truth is known, nothing to download
             ImageFiles     a folder with .txt captions, metadata.jsonl or .csv, or WebDataset .tar shards
-            Both give `len(source)`, `source.image(index, height, width)` and `source.captions(index)`.
+            Both give `len(source)`, `source.image(index, height, width)` and `source.captions(index)`,
+            and keep `problems`, what cannot be used, beside `found`, how many samples there are with those.
 Images      uint8 RGB (height, width, 3) here; `to_tensor` makes (3, height, width) floats in [-1, 1]
 Run         python data.py          draws 24 scenes with their captions into scenes.png
             python data.py PATH     the same for your own images, and names every file that cannot be used
@@ -15,11 +16,14 @@ import copy
 import csv
 import io
 import json
-import struct
+import os
+import re
 import sys
 import tarfile
+import textwrap
 import warnings
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,33 +87,32 @@ def make_scene(seed: int, index: int, height: int = 64, width: int = 64) -> Scen
         shape, color, size = shape or pick(SHAPES), color or pick(tuple(COLORS)), size or pick(tuple(SIZES))
         diameter = round(SIZES[size] * min(height, width) * rng.uniform(0.95, 1.05))
         diameter = max(3, min(diameter, box_height - 2, box_width - 2))
-        left = box_left + 1 + int(rng.random() * max(1, box_width - diameter - 1))       # one draw each whatever the size
-        top = box_top + 1 + int(rng.random() * max(1, box_height - diameter - 1))        # of the box: same captions
+        left = box_left + 1 + int(rng.random() * max(1, box_width - diameter - 1))     # one draw each whatever the size
+        top = box_top + 1 + int(rng.random() * max(1, box_height - diameter - 1))      # of the box: same captions
         return Thing(shape, color, size, left, top, diameter)
 
     half_h, half_w = height // 2, width // 2
     halves = {"left of": (0, 0, height, half_w), "right of": (half_w, 0, height, half_w),
               "above": (0, 0, half_h, width), "below": (0, half_h, half_h, width)}
+    relation = word = word_color = ""
     if kind == "single":
-        return Scene(kind, height, width, background, (thing(0, 0, height, width),), wording=wording)
-    if kind == "pair":
+        things = (thing(0, 0, height, width),)
+    elif kind == "pair":
         relation = pick(RELATIONS)
         first, second = thing(*halves[relation]), thing(*halves[OPPOSITE[relation]])
         if (first.shape, first.color) == (second.shape, second.color):           # that would be a count
-            others = [shape for shape in SHAPES if shape != first.shape]
-            second = Thing(pick(others), second.color, second.size, second.left, second.top, second.diameter)
-        return Scene(kind, height, width, background, (first, second), relation, wording=wording)
-    if kind == "count":
-        shape, color, size = pick(SHAPES), pick(tuple(COLORS)), pick(tuple(SIZES))
+            second = replace(second, shape=pick([shape for shape in SHAPES if shape != first.shape]))
+        things = (first, second)
+    elif kind == "count":
+        look = pick(SHAPES), pick(tuple(COLORS)), pick(tuple(SIZES))
         cells = rng.permutation(4)[: rng.integers(2, 5)]
-        things = tuple(thing(c % 2 * half_w, c // 2 * half_h, half_h, half_w, shape, color, size) for c in cells)
-        return Scene(kind, height, width, background, things, wording=wording)
-    relation = pick(("above", "below"))                                          # the thing is above or below the word
-    word_color = pick(tuple(COLORS) if background in ("black", "navy", "brown") else ("black", "red", "blue", "green"))
-    if background == "gray":
-        word_color = "black"
-    things = (thing(*halves[relation]),)
-    return Scene(kind, height, width, background, things, relation, pick(WORDS), word_color, wording)
+        things = tuple(thing(c % 2 * half_w, c // 2 * half_h, half_h, half_w, *look) for c in cells)
+    else:                                                                        # a thing above or below a word
+        relation, dark = pick(("above", "below")), background in ("black", "navy", "brown")
+        word_color = pick(tuple(COLORS) if dark else ("black", "red", "blue", "green"))
+        word_color = "black" if background == "gray" else word_color
+        things, word = (thing(*halves[relation]),), pick(WORDS)
+    return Scene(kind, height, width, background, things, relation, word, word_color, wording)
 
 
 @lru_cache(maxsize=4096)
@@ -119,11 +122,10 @@ def shape_mask(shape: str, diameter: int) -> np.ndarray:
     canvas = Image.new("L", (s, s), 0)
     draw = ImageDraw.Draw(canvas)
     polygon = lambda points: draw.polygon([(x * s, y * s) for x, y in points], fill=255)
-    if shape == "circle":
+    if shape in ("circle", "ring"):
         draw.ellipse((0, 0, s - 1, s - 1), fill=255)
-    elif shape == "ring":
-        draw.ellipse((0, 0, s - 1, s - 1), fill=255)
-        draw.ellipse((0.27 * s, 0.27 * s, 0.73 * s, 0.73 * s), fill=0)
+        if shape == "ring":
+            draw.ellipse((0.27 * s, 0.27 * s, 0.73 * s, 0.73 * s), fill=0)
     elif shape == "square":
         polygon([(0.05, 0.05), (0.95, 0.05), (0.95, 0.95), (0.05, 0.95)])
     elif shape == "triangle":
@@ -197,9 +199,7 @@ def scene_captions(scene: Scene) -> tuple[str, str]:
         return "an" + phrase[1:] if phrase.startswith("a o") else phrase           # an orange star
 
     first, place = scene.things[0], f"on a {scene.background} background"
-    if scene.kind == "single":
-        return noun(first, False, colors_said), f"{noun(first, True, True)} {place}"
-    if scene.kind == "count":
+    if scene.kind in ("single", "count"):
         n = len(scene.things)
         return noun(first, False, colors_said, n), f"{noun(first, True, True, n)} {place}"
     if scene.kind == "pair":
@@ -217,6 +217,7 @@ class Scenes:
 
     def __init__(self, size: int, seed: int = 0):
         self.size, self.seed = size, seed
+        self.problems, self.found = [], size
 
     def __len__(self):
         return self.size
@@ -231,201 +232,208 @@ class Scenes:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Real pictures: reading one
+# Real data: pictures with captions, from files of any layout. Nothing is unpacked, nothing outside a path is read.
 # ------------------------------------------------------------------------------------------------------------
 
-MAX_PIXELS = 2**27          # more than this by its header is refused before anything is decoded
-Image.MAX_IMAGE_PIXELS = None                                                    # that check is ours
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")                          # no other decoder sees a foreign file
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 2**27                                                               # 134 million, by the header
 
 
 class UnreadableImage(ValueError):
-    """A picture that cannot be used; the message names the file and the reason."""
+    """A picture that cannot be used: broken, cut short, empty, too large, missing. The message is "name: reason"."""
 
 
-def read_image(source, name: str = "") -> Image.Image:
-    """A picture as upright 8-bit RGB. source: a path or the bytes of a file; name: what to call it in messages.
+def read_image(source, name=None) -> Image.Image:
+    """Any picture file as upright 8-bit RGB of its own size; of an animation, the first frame.
 
-    EXIF rotation is applied, transparency laid on white, 16-bit gray scaled, the first frame of an animation taken.
+    source: a path, the bytes of a file, or an open binary file. name: what to call it in errors, instead of its path.
     """
-    name = name or (str(source) if isinstance(source, (str, Path)) else "picture")
+    name = name or (source if isinstance(source, (str, Path)) else getattr(source, "name", "picture"))
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if not content:
-            raise UnreadableImage(f"{name}: the file is empty")
+        content = source if isinstance(source, bytes) else (
+            source.read() if hasattr(source, "read") else Path(source).read_bytes())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content))
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            image = Image.open(io.BytesIO(content), formats=FORMATS)             # reads the header only
             if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(f"{name}: its header says {image.width}x{image.height} px, over {MAX_PIXELS} in all")
-            return as_rgb(ImageOps.exif_transpose(image))
-    except UnreadableImage:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as problem:
-        raise UnreadableImage(f"{name}: not a whole picture ({problem or type(problem).__name__})") from None
+                raise ValueError(f"{image.width}x{image.height} by its header, more than {MAX_PIXELS} pixels")
+            image.load()
+            with suppress(Exception):                                            # a broken EXIF block, a whole picture
+                ImageOps.exif_transpose(image, in_place=True)                    # a camera on its side; 99 is ignored
+            return to_rgb(image)
+    except Image.UnidentifiedImageError:
+        reason = f"not a {', '.join(FORMATS)} file, it begins with {content[:12]}" if content else "the file is empty"
+    except Exception as error:               # decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        reason = getattr(error, "strerror", None) or f"cannot be decoded ({error}); fetch it again or leave it out"
+    raise UnreadableImage(f"{name}: {reason}")
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow -> RGB."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode: transparency on white, 16-bit gray scaled to 8 bits, where Pillow would clip it."""
+    if image.mode.startswith("I"):                                               # "I;16", "I;16B", "I"
+        gray = np.asarray(image).astype(np.float32) / 257                        # 65535 -> 255
+        return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("float pixels have no agreed white")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale until the picture covers (height, width), keeping its proportions, and cut out the centre (App. E.1)."""
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    """Scale, aspect kept, until (height, width) is just covered, and cut out the centre (App. E.1); both at once."""
+    scale = min(image.width / width, image.height / height)                      # source pixels per target pixel
+    left, top = max(0, image.width - scale * width) / 2, max(0, image.height - scale * height) / 2
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0,
+                        box=(left, top, image.width - left, image.height - top))
 
 
-def to_tensor(picture) -> torch.Tensor:
-    """Picture or uint8 array (height, width, 3) -> (3, height, width) float in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def to_tensor(image) -> torch.Tensor:
+    """RGB picture or uint8 array (height, width, 3) -> (3, height, width) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))                 # copied: a picture's own is read-only
+    return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 def from_tensor(image: torch.Tensor) -> Image.Image:
-    """(3, height, width) in [-1, 1] -> picture; clamped and rounded to 8 bits."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Real pictures: finding them and their captions
-# ------------------------------------------------------------------------------------------------------------
-
-PICTURE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    """(3, height, width) in [-1, 1] -> RGB picture; clamped and rounded, so from_tensor(to_tensor(p)) equals p."""
+    pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where one captioned picture lies: `size` bytes at `offset` of a file (-1: all of it)."""
-    name: str
+    """`size` bytes from `offset` of the file `path`: a picture with its captions, or a caption file to be paired."""
+    name: str                                # for messages: shard.tar/000001.jpg, or the path within the folder
     path: Path
-    captions: tuple[str, ...]
-    offset: int = 0
-    size: int = -1
+    offset: int
+    size: int
+    captions: tuple[str, ...] = ()
+
+    def read(self) -> bytes:
+        """Its bytes. The file is opened anew each time, so threads and forked workers do not share a position."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
-def clean_caption(raw) -> str:
-    """One caption from bytes (strict UTF-8, a byte order mark allowed) or str: white space collapsed, never empty."""
-    text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+def clean_caption(text) -> str:
+    """A caption with its white space collapsed. ValueError if it is not text, not UTF-8, blank, or holds a NUL."""
     if not isinstance(text, str):
-        raise ValueError(f"the caption is {text!r}, not a text")
-    text = " ".join(text.split())
-    if not text or "\0" in text:
-        raise ValueError("the caption is empty" if not text else "the caption holds a NUL byte")
-    return text
+        raise ValueError(f"the caption is {text!r} and not text")
+    if text.encode(errors="replace").decode() != text:                           # wrong bytes, kept as lone surrogates
+        raise ValueError("the caption is not UTF-8; save it again as UTF-8")
+    if "\0" in text or not text.strip():
+        raise ValueError("the caption holds a NUL byte" if "\0" in text else "the caption is empty")
+    return " ".join(text.split())
 
 
-def captions_of(entry: dict) -> tuple[str, ...]:
-    """The captions of a metadata line: a list under "captions", or one under "text" or "caption"."""
-    several = entry.get("captions") or [entry.get("text", entry.get("caption"))]
-    return tuple(clean_caption(caption) for caption in several)
+def listed_captions(entry) -> tuple[str, ...]:
+    """The captions of a JSON object or CSV row: under "captions", "text" or "caption"; () if it has none of them."""
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    found = next((entry[key] for key in ("captions", "text", "caption") if entry.get(key) is not None), [])
+    return tuple(clean_caption(caption) for caption in (found if isinstance(found, list) else [found]))
 
 
-def scan_folder(folder: Path, problems: list):
-    """Pictures with captions of the same name beside them: cat.jpg and cat.txt, in any depth of folders."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    pictures = {p.with_suffix("") for p in files if p.suffix.lower() in PICTURE_TYPES}
-    for file in files:
-        caption = file.with_suffix(".txt")
-        if file.suffix.lower() in PICTURE_TYPES:
-            try:
-                yield Record(str(file), file, (clean_caption(caption.read_bytes()),))
-            except FileNotFoundError:
-                problems.append(f"{file}: no caption; write one into {caption.name} beside it")
-            except ValueError as problem:
-                problems.append(f"{caption}: {problem}; save it as UTF-8 text")
-        elif file.suffix == ".txt" and file.with_suffix("") not in pictures:
-            problems.append(f"{file}: a caption without a picture")
-
-
-def scan_metadata(file: Path, problems: list):
-    """metadata.jsonl or metadata.csv: file_name (or image) relative to its folder, and text, caption or captions."""
-    if file.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig", newline="")))
-        entries = ((number, dict(row)) for number, row in enumerate(rows, 2))
-    else:
-        entries = ((number, line) for number, line in enumerate(file.read_bytes().splitlines(), 1) if line.strip())
-    for number, entry in entries:
+def pair_up(pieces: list[Record], problems: list[str]) -> list[Record]:
+    """Pictures with captions from files that share a name up to the suffix: cat.jpg with cat.txt or cat.json."""
+    samples, records = {}, []
+    for piece in pieces:
+        if re.search(r"(^|/)\.[^./]", piece.name):                               # hidden, as macOS's ._cat.jpg
+            continue
+        key, suffix = os.path.splitext(piece.name)
+        kind = "picture" if suffix.lower() in PICTURE_SUFFIXES else suffix.lower()
+        if samples.setdefault(key, {}).setdefault(kind, piece) is not piece:
+            problems.append(f"{piece.name}: duplicate key, {samples[key][kind].name} came first and is used")
+    for parts in samples.values():
+        name = next((parts[kind].name for kind in (".json", ".txt", "picture") if kind in parts), "")
+        text = lambda kind: parts[kind].read().decode("utf-8-sig", "surrogateescape")
         try:
-            entry = json.loads(entry) if isinstance(entry, bytes) else entry
-            if not isinstance(entry, dict) or not isinstance(name := entry.get("file_name") or entry.get("image"), str):
-                raise ValueError("no file_name")
-            path = file.parent / name
-            if not path.resolve().is_relative_to(file.parent.resolve()):
-                raise ValueError(f"{name} lies outside of the folder")
-            if not path.is_file():
-                raise ValueError(f"{name} does not exist")
-            yield Record(str(path), path, captions_of(entry))
-        except ValueError as problem:
-            problems.append(f"{file}, line {number}: {problem}")
+            captions = listed_captions(json.loads(text(".json"))) if ".json" in parts else ()
+            if ".txt" in parts and not captions:
+                captions = (clean_caption(text(".txt")),)
+            if captions and "picture" in parts:
+                records.append(replace(parts["picture"], captions=captions))
+            elif captions or "picture" in parts:
+                raise ValueError("a caption without a picture" if captions else "no .txt (or .json) with its caption")
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{name}: {error}")
+    return records
 
 
-def scan_tar(file: Path, problems: list):
-    """A WebDataset shard: KEY.jpg (or .png, ...) with KEY.txt, or KEY.json that holds "captions". Nothing is unpacked:
-    a picture is found again by its place in the file."""
-    samples, end, length = {}, 0, file.stat().st_size
+def scan_folder(folder: Path, problems: list[str]) -> list[Record]:
+    """Pictures at any depth of a folder, with captions of the same name beside them."""
+    return pair_up([Record(file.relative_to(folder).as_posix(), file, 0, file.stat().st_size)
+                    for file in sorted(folder.rglob("*")) if file.is_file()], problems)
+
+
+def scan_tar(path: Path, problems: list[str]) -> list[Record]:
+    """One WebDataset shard, an uncompressed tar: KEY.jpg with KEY.txt, or with KEY.json for several captions."""
+    pieces, end, file_size, damage = [], 0, path.stat().st_size, ""
     try:
-        with tarfile.open(file, "r:") as tar, open(file, "rb") as raw:
+        with tarfile.open(path, "r:") as tar:
             for member in tar:
-                end = member.offset_data + (member.size + 511) // 512 * 512
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                key, kind = f"{folder}/{key}".lstrip("/"), kind.lower()
-                if kind in samples.get(key, ()):
-                    problems.append(f"{file}:{member.name}: a second file of this name; give every sample a key of its own")
-                    continue
-                if member.offset_data + member.size > length:
-                    problems.append(f"{file}:{member.name}: the shard ends inside of it; fetch it again")
-                    continue
-                raw.seek(member.offset_data)
-                content = raw.read(member.size) if kind in ("txt", "json") else (member.offset_data, member.size)
-                samples.setdefault(key, {})[kind] = content
-            raw.seek(end)
-            if any(raw.read(1024)):
-                problems.append(f"{file}: damaged after {len(samples)} samples; fetch it again")
-    except (tarfile.TarError, OSError) as problem:
-        problems.append(f"{file}: not a readable .tar ({problem}); compressed ones must be unpacked first")
-    for key, parts in samples.items():
-        kind = next((kind for kind in parts if "." + kind in PICTURE_TYPES), None)
+                end = tar.offset                                                 # where the next header should be
+                if member.isreg() and not member.issparse() and member.offset_data + member.size <= file_size:
+                    pieces.append(Record(f"{path.name}/{member.name}", path, member.offset_data, member.size))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        damage = f" ({error})"
+    rest = Record(path.name, path, end, 2 * tarfile.RECORDSIZE).read()           # tarfile takes a header that it cannot
+    if damage or end > file_size or any(rest):                                   # read for the end; that is all zeros
+        problems.append(f"{path.name}: damaged, cut short or not an uncompressed tar; nothing to read at byte {end} of "
+                        f"{file_size}{damage}")
+    return pair_up(pieces, problems)
+
+
+def scan_table(path: Path, problems: list[str]) -> list[Record]:
+    """metadata.jsonl or .csv, a picture a line: file_name (or image) within the table's folder, text (or captions)."""
+    records, folder, is_csv = [], Path(os.path.abspath(path.parent)), path.suffix == ".csv"
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = enumerate(csv.DictReader(file), 2) if is_csv else enumerate(map(str.strip, file), 1)
         try:
-            if kind is None:
-                raise ValueError("a caption without a picture")
-            if "json" not in parts and "txt" not in parts:
-                raise ValueError("no caption (.txt or .json)")
-            entry = json.loads(parts["json"]) if "json" in parts else {}
-            captions = captions_of(entry) if {"captions", "text", "caption"} & set(entry) else (clean_caption(parts["txt"]),)
-            yield Record(f"{file}:{key}.{kind}", file, captions, *parts[kind])
-        except (ValueError, KeyError) as problem:
-            problems.append(f"{file}:{key}: {problem}")
+            for number, line in lines:
+                if line:
+                    try:
+                        records.append(table_record(folder, line if is_csv else json.loads(line)))
+                    except (OSError, ValueError, RecursionError) as error:
+                        problems.append(f"{path.name} line {number}: {error}")
+        except csv.Error as error:
+            problems.append(f"{path.name}: {error}; what follows is not read")
+    return records
+
+
+def table_record(folder: Path, row: dict) -> Record:
+    """One line of a table. ValueError if it lacks something or leads out of the folder."""
+    captions, name = listed_captions(row), row.get("file_name") or row.get("image")
+    if not captions or not isinstance(name, str):
+        raise ValueError('it needs a "file_name" and a "text" (or "captions")')
+    file = Path(os.path.abspath(folder / name))
+    if not file.is_relative_to(folder) or not file.is_file():
+        raise ValueError(f"{name!r} is not a file in this folder")
+    return Record(name, file, 0, file.stat().st_size, captions)
 
 
 class ImageFiles:
-    """Captioned pictures from a folder (with .txt captions, metadata.jsonl or .csv, or .tar shards) or from one such file.
-
-    Protocol as `Scenes`. What cannot be used is named in `problems`.
-    """
+    """The captioned pictures of a path: a folder, or one .tar, .jsonl or .csv file. Used as `Scenes` is."""
 
     def __init__(self, path):
-        self.path, self.problems = Path(path), []
-        shards = [self.path] if self.path.suffix == ".tar" else sorted(self.path.glob("*.tar"))
-        tables = [self.path] if self.path.suffix in (".jsonl", ".csv") else \
-            [p for p in (self.path / "metadata.jsonl", self.path / "metadata.csv") if p.is_file()][:1]
-        if not self.path.exists():
-            raise ValueError(f"{self.path}: no such file or folder")
-        scans = [(scan_tar, shard) for shard in shards] or [(scan_metadata, table) for table in tables] or \
-            [(scan_folder, self.path)]
-        self.records = [record for scan, file in scans for record in scan(file, self.problems)]
+        self.path, self.problems = Path(path).expanduser(), []
+        tables = [table for table in (self.path / "metadata.jsonl", self.path / "metadata.csv") if table.is_file()]
+        places = sorted(self.path.glob("*.tar")) or tables[:1] or [self.path]
+        scan = {".tar": scan_tar, ".jsonl": scan_table, ".csv": scan_table}.get(places[0].suffix, scan_folder)
+        scan = scan if places[0].is_file() else scan_folder
+        self.records = [record for place in places for record in scan(place, self.problems)]
+        self.found = len(self.records) + len(self.problems)
         if not self.records:
-            first = f" First problem: {self.problems[0]}" if self.problems else ""
-            raise ValueError(f"{self.path} holds no captioned picture; it should hold pictures with .txt captions, a "
-                             f"metadata.jsonl or .csv, or .tar shards.{first}")
+            state = "holds no usable picture with a caption" if self.path.exists() else "does not exist"
+            problems = "".join(f"\n  {problem}" for problem in self.problems[:10])
+            raise ValueError(f"{path} {state}. Expected: a folder with tar shards, metadata.jsonl or .csv, or pictures "
+                             f"with .txt captions; or one shard or table.{problems}")
 
     def subset(self, indices) -> "ImageFiles":
-        """The same source with some of its records only."""
+        """A source with some of the pictures; it shares `problems` and `found` with the whole."""
         part = copy.copy(self)
         part.records = [self.records[i] for i in indices]
         return part
@@ -434,18 +442,14 @@ class ImageFiles:
         return len(self.records)
 
     def name(self, index: int) -> str:
-        """What to call the picture in messages."""
         return self.records[index].name
 
     def picture(self, index: int) -> Image.Image:
-        """RGB at its own size; raises UnreadableImage."""
-        record = self.records[index]
-        with open(record.path, "rb") as file:                                    # a handle of its own: safe in any thread
-            file.seek(record.offset)
-            return read_image(file.read(record.size), record.name)
+        """RGB at its own size. Raises UnreadableImage."""
+        return read_image(self.records[index])
 
     def image(self, index: int, height: int, width: int) -> np.ndarray:
-        """uint8 (height, width, 3), resized and cropped; raises UnreadableImage."""
+        """uint8 (height, width, 3), scaled and centre-cropped. Raises UnreadableImage."""
         return np.array(resize_and_crop(self.picture(index), height, width))
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -453,82 +457,73 @@ class ImageFiles:
         return self.records[index].captions
 
 
-def check_problems(problems: list, total: int, limit: float = 0.01):
-    """Say how much cannot be used; stop with the names if it is more than `limit` of everything."""
-    if not problems:
-        return
-    names = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
+def check_problems(problems: list[str], total: int, limit: float = 0.01):
+    """Say on stderr how many of `total` samples are unusable; ValueError with names if that is more than `limit`."""
+    summary = f"{len(problems)} of {total} samples cannot be used"
+    if problems:
+        print(f"{summary}, the first: {problems[0]}", file=sys.stderr)
     if len(problems) > limit * total:
-        raise ValueError(f"{len(problems)} of {total} pictures or captions cannot be used, more than {limit:.0%}; "
-                         f"mend or remove them:\n  {names}")
-    print(f"note: {len(problems)} of {total} pictures or captions cannot be used and are skipped:\n  {names}", file=sys.stderr)
+        names = "\n  ".join(problems[:10])
+        raise ValueError(f"{summary}, over {100 * limit:g} %. Mend or remove them (python data.py PATH):\n  {names}")
 
 
-def readable(source, height: int, width: int):
-    """(index, uint8 (height, width, 3), captions) of everything in a source that can be read, in order; the rest is
-    counted, named and skipped, and more than 1 % of it stops with a ValueError."""
-    problems = list(getattr(source, "problems", []))
-    total = len(source) + len(problems)
-    if len(problems) > 0.01 * total:
-        check_problems(problems, total)
+def readable(source, height: int, width: int, limit: float = 0.01):
+    """Yield (index, uint8 (height, width, 3), captions) in order. Unreadable pictures are skipped and join
+    `source.problems`; once these are more than `limit` of all that was found, ValueError names them."""
     for index in range(len(source)):
+        if len(source.problems) > limit * source.found:
+            break
         try:
             yield index, source.image(index, height, width), source.captions(index)
-        except UnreadableImage as problem:
-            problems.append(str(problem))
-    check_problems(problems, total)
+        except UnreadableImage as error:
+            if str(error) not in source.problems:                                # a second epoch meets it again
+                source.problems.append(str(error))
+    check_problems(source.problems, source.found, limit)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Looking at them
-# ------------------------------------------------------------------------------------------------------------
-
-def captioned_grid(images, captions, columns: int, cell: int = 168) -> Image.Image:
-    """Pictures or uint8 arrays in rows, each with its caption below. Small pictures are enlarged by whole factors."""
-    images = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
-    factor = max(1, cell // max(images[0].size))
-    width, height = (factor * side for side in images[0].size)
-    font = ImageFont.load_default(size=13)
-    wrapped = [wrap(caption, font, width) for caption in captions]
-    step_x, step_y = width + 12, height + 18 + 16 * max(len(lines) for lines in wrapped)
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * step_x + 12, rows * step_y + 12), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (image, lines) in enumerate(zip(images, wrapped)):
-        left, top = 12 + i % columns * step_x, 12 + i // columns * step_y
-        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
-        draw.rectangle((left - 1, top - 1, left + width, top + height), outline="#cccccc")
-        for n, line in enumerate(lines):
-            draw.text((left, top + height + 4 + 16 * n), line, font=font, fill="black")
+def captioned_grid(images, captions, columns: int) -> Image.Image:
+    """One picture of many (PIL or uint8 arrays), each with its caption below; small ones enlarged by a whole factor."""
+    tiles = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+    factor = max(1, -(-160 // max(tile.width for tile in tiles)))
+    tiles = [tile.resize((factor * tile.width, factor * tile.height), Image.Resampling.NEAREST) for tile in tiles]
+    cell_width, cell_height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+    gap, font = 8 + cell_width // 32, ImageFont.load_default(size=9 + cell_width // 40)
+    texts = [wrap_to_width(caption, font, cell_width) for caption in captions]
+    step_x = cell_width + gap
+    step_y = cell_height + 2 * gap + int(1.4 * font.size * (1 + max(text.count("\n") for text in texts)))
+    columns = min(columns, len(tiles))
+    grid = Image.new("RGB", (columns * step_x + gap, -(-len(tiles) // columns) * step_y), "white")
+    for i, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
+        left, top = gap + i % columns * step_x, gap + i // columns * step_y
+        tile = ImageOps.expand(tile, 1, "lightgray")                             # else a white one has no edge
+        grid.paste(tile, (left - 1 + (cell_width - tile.width + 2) // 2, top + 1 + cell_height - tile.height))
+        ImageDraw.Draw(grid).multiline_text((left, top + cell_height + gap // 2), text, font=font, fill="black")
     return grid
 
 
-def wrap(text: str, font, width: int) -> list[str]:
-    """Lines of at most `width` px, at most five."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines[:5]
+def wrap_to_width(caption: str, font, width: int) -> str:
+    """The caption in at most six lines of at most `width` pixels."""
+    caption, letters = " ".join(caption.split())[:600], 80
+    lines = [caption]
+    while any(font.getlength(line) > width for line in lines):
+        lines = textwrap.wrap(caption, letters, max_lines=6, placeholder=" ...")
+        letters -= 1
+    return "\n".join(lines)
 
 
 def main():
     """Draw 24 captioned pictures, of the built-in scenes or of a path, and name what cannot be used."""
-    source, size = (ImageFiles(sys.argv[1]), 160) if len(sys.argv) > 1 else (Scenes(24), 64)
-    pictures, captions = [], []
-    for _, picture, texts in readable(source, size, size):
-        if len(pictures) < 24:
-            pictures.append(picture)
-            captions.append(" / ".join(texts[:2]))
-    captioned_grid(pictures, captions, 6).save("scenes.png")
-    print(f"{len(source)} captioned pictures; the first {len(pictures)} are in scenes.png")
+    source, shown = ImageFiles(sys.argv[1]) if len(sys.argv) > 1 else Scenes(24), []
+    for index, image, captions in readable(source, 192, 192, limit=1):           # 1: read it all, do not stop
+        if index % max(1, len(source) // 24) == 0 and len(shown) < 24:
+            shown.append((image, " / ".join(captions)))
+    if shown:
+        captioned_grid(*zip(*shown), columns=6).save("scenes.png")
+    print(f"{len(shown)} of {len(source)} samples are in scenes.png", *source.problems, sep="\ncannot be used: ")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as problem:
-        sys.exit(f"data.py: {problem}")
+    except ValueError as error:
+        sys.exit(f"data.py: {error}")

@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,15 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, find_model_file, fingerprint, load_components, save_networks, write_atomically
+from checkpoints import (
+    ENCODERS,
+    CheckpointError,
+    find_model_file,
+    fingerprint,
+    load_components,
+    save_networks,
+    write_atomically,
+)
 from data import ImageFiles, Scenes, captioned_grid
 from encode import Batch, Batches, EncodedImages
 from evaluate import format_scores, geneval
@@ -198,15 +207,19 @@ def validate(model, batches: Batches, formulation, autocast, levels: int = 8, co
 class Run:
     """runs/NAME: config.json, log.jsonl, loss.png, samples-STEP.png, model.safetensors (EMA), checkpoints/STEP."""
 
-    def __init__(self, folder: Path, config: TrainConfig, steps: int, setup):
+    def __init__(self, folder: Path, config: TrainConfig, first_step: int, steps: int, setup):
         self.folder = folder
-        if not config.resume:
+        if config.resume:                                                         # forget what came after the checkpoint
+            lines = [line for line in open(folder / "log.jsonl") if json.loads(line)["step"] <= first_step]
+            write_atomically(folder / "log.jsonl", lambda file: file.write_text("".join(lines)))
+        else:
             try:
                 folder.mkdir(parents=True)
             except FileExistsError:
-                raise ValueError(f"{folder} exists already; go on with --resume {folder}, or choose another --out") from None
+                raise ValueError(f"{folder} exists already; go on with --resume {folder}, or choose another "
+                                 f"--out") from None
         settings = {"train": dataclasses.asdict(dataclasses.replace(config, steps=steps, resume="")),
-                    "encoders": {"path": config.encoders, "fingerprint": fingerprint(setup.encoders_file)}}
+                    "encoders": {"path": config.encoders, "fingerprint": fingerprint(setup.encoders_file, ENCODERS)}}
         write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(settings, indent=1)))
 
     def log(self, **entry):
@@ -217,7 +230,8 @@ class Run:
     def report(self, s, step: int):
         """Validation losses, a grid of samples of fixed prompts from fixed noise, and the loss curve so far."""
         levels = validate(s.average, s.held_out, s.formulation, s.autocast)
-        self.log(step=step, validation=round(levels[:-1].mean().item(), 6), validation_by_t=[round(v, 5) for v in levels.tolist()])
+        self.log(step=step, validation=round(levels[:-1].mean().item(), 6),                     # without t = 1
+                 validation_by_t=[round(level, 5) for level in levels.tolist()])
         grid = captioned_grid(generate(s.pipeline, s.prompts, seed=1), s.prompts, 4)
         write_atomically(self.folder / f"samples-{step:06}.png", lambda file: grid.save(file, format="PNG"))
         curve = draw_losses([json.loads(line) for line in open(self.folder / "log.jsonl")])
@@ -229,7 +243,9 @@ class Run:
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            dcp.save(run_state(s.model, s.average, s.optimizer, step, steps), checkpoint_id=partial, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.save(run_state(s.model, s.average, s.optimizer, step, steps), checkpoint_id=partial, no_dist=True)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         except Exception as problem:                                              # a full disk shows as several types
@@ -254,7 +270,9 @@ def restore(checkpoint: Path, model, average, optimizer) -> tuple[int, int]:
     """
     state = run_state(model, average, optimizer, 0, 0)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -334,7 +352,8 @@ def complete(config: TrainConfig) -> TrainConfig:
     if resolution % 16:
         raise ValueError(f"--resolution {resolution} is not a multiple of 16 px (VAE factor 8 x patch 2)")
     if config.depth < 1 or config.weight_sets not in (2, 3):
-        raise ValueError(f"--depth {config.depth} --weight-sets {config.weight_sets}: depth is at least 1, weight sets are 2 or 3")
+        raise ValueError(f"--depth {config.depth} --weight-sets {config.weight_sets}: depth is at least 1, "
+                         f"weight sets are 2 or 3")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % (world_size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of {world_size} processes x "
@@ -427,9 +446,9 @@ def train(config: TrainConfig) -> Path:
         first_step, planned = restore(last_checkpoint(folder), s.model, s.average, s.optimizer)
         steps = steps or planned
     elif not steps:
-        left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.25 * config.num_prompts
+        left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.4 * config.num_prompts
         steps = world.same(count_steps(left, s, config))
-    run = Run(folder, config, steps, s) if world.rank == 0 else None
+    run = Run(folder, config, first_step, steps, s) if world.rank == 0 else None
     model = world.wrap(s.model)
 
     window, window_start, skipped = [], time.time(), 0
@@ -444,8 +463,8 @@ def train(config: TrainConfig) -> Path:
         done = step + 1
         skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
         if skipped == 10:
-            raise RuntimeError(f"loss or gradient was not finite 10 times in a row, last at step {done}. The last checkpoint in "
-                               f"{folder} is good: go on with --resume {folder} and a lower --lr, or start with --qk-norm true")
+            raise RuntimeError(f"loss or gradient was not finite 10 times in a row, last at step {done}. The last checkpoint "
+                               f"is good: --resume {folder} with a lower --lr, or start anew with --qk-norm true")
         window.append((world.gather(loss), world.gather(t), grad_norm))
         bar.update()
         if run and (done % config.log_every == 0 or done == steps):

@@ -9,7 +9,6 @@ Run         python experiments/bench.py     writes results/bench-<device>.json
 import argparse
 import copy
 import json
-import platform
 import shlex
 import sys
 import time
@@ -26,7 +25,7 @@ from encode import Batch, Batches, EncodedImages
 from flow import RectifiedFlow
 from mmdit import MMDiT, MMDiTConfig
 from sample import pick_device, pick_precision
-from train import TrainConfig, train_step
+from train import TrainConfig, compute_context, train_step
 
 
 def seconds_per_call(call, device, trials: int) -> float:
@@ -63,22 +62,26 @@ def main():
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--text-tokens", type=int, nargs="+", default=[12, 32, 48])
+    parser.add_argument("--compile", action="store_true", help="torch.compile, as train.py --compile true")
     parser.add_argument("--trials", type=int, default=9)
     options = parser.parse_args()
     device = pick_device()
     precision = pick_precision("auto", device)
-    autocast = lambda: torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    autocast = lambda: compute_context(device, precision)
     peak, B = matmul_peak(device, precision), options.batch_size
     sizes = MMDiTConfig(options.depth, context_dim=192, pooled_dim=192, pos_embed_max_size=16, pos_embed_base_size=16)
     model = MMDiT(sizes).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-15)
+    if options.compile:
+        model.compile(dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-15, fused=True)
     config, rows = TrainConfig(batch_size=B), []
 
     def measure(name, make_batch, text_tokens):
         step = lambda: train_step(model, optimizer, make_batch(), RectifiedFlow(), config, autocast)
         rate = B / seconds_per_call(step, device, options.trials)
         share = rate * training_flops(sizes, text_tokens, 16) / peak
-        rows.append({"what": name, "text_tokens": text_tokens, "images_per_second": round(rate, 1), "share_of_peak": round(share, 3)})
+        rows.append({"what": name, "text_tokens": text_tokens, "images_per_second": round(rate, 1),
+                     "share_of_peak": round(share, 3)})
         print(f"{name:14} {text_tokens:3} text tokens: {rate:7.1f} images/s, {share:.0%} of the matrix-product peak")
 
     for L in options.text_tokens:
@@ -95,10 +98,12 @@ def main():
                      ((B, 16, 8, 8), (B, length, 192), (B, 192), (B, 16, 8, 8))), torch.rand(B, device=device))
     measure("network alone", lambda: random, length)
     measure("end to end", lambda: batches(next(steps)), length)
-    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "processor": platform.processor() or platform.machine(),
-              "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": str(precision), "batch_size": B,
-              "depth": options.depth, "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
-    file = Path(__file__).parents[1] / "results" / f"bench-{device.type}.json"
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "processor": features.get("cpu_name", ""),
+              "amx": bool(features.get("amx_bf16")), "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "precision": str(precision), "compile": options.compile, "batch_size": B, "depth": options.depth,
+              "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
+    file = Path(__file__).parents[1] / "results" / f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s ({str(precision).removeprefix('torch.')}); written to {file.name}")
 

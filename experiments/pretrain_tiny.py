@@ -8,6 +8,7 @@ small ones, and no weights are at hand. This file makes them, one stage after th
     t5           the encoder of a small T5 v1.1, by span corruption (Raffel et al. 2019); its decoder is thrown away
     vae          the 16-channel autoencoder: L1 and KL
     assemble     latent statistics (App. B.2), then everything into pretrained/tiny/ in bf16
+    ship         add the MM-DiT of a run of train.py (--run) to that file
 
 Data        scenes (drawn), emoji and clothing photographs (free licences), prompt lists for the vocabulary. The last 100
             emoji and the last 100 photographs are held out, and so is every scene of another seed
@@ -33,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import SHIPPED, save_networks  # noqa: E402
+from checkpoints import SHIPPED, load_components, save_networks  # noqa: E402
 from data import ImageFiles, Scenes, resize_and_crop, to_tensor  # noqa: E402
 from evaluate import CLIPImageConfig, CLIPImageEncoder  # noqa: E402
 from text_encoders import (  # noqa: E402
@@ -185,8 +186,8 @@ def train_tokenizers(corpus: Corpus, out: Path):
     (out / "clip" / "vocab.json").write_text(vocabulary)
     (out / "clip" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prompts + 4 * scenes), model_prefix=str(out / "t5" / "spiece"), vocab_size=VOCABULARY, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, normalization_rule_name="identity", minloglevel=1)
+        sentence_iterator=iter(prompts + 4 * scenes), model_prefix=str(out / "t5" / "spiece"), vocab_size=VOCABULARY,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="identity", minloglevel=1)
     (out / "t5" / "spiece.vocab").unlink()
     clip, t5 = CLIPTokenizer(out / "clip"), T5Tokenizer(out / "t5" / "spiece.model")
     for name, tokenizer, length in (("clip", clip, TEXT.clip_length), ("t5", t5, TEXT.t5_length)):
@@ -446,15 +447,28 @@ def assemble(corpus, work: Path, out: Path):
     print(Counter({name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}))
 
 
+def ship(run: Path, out: Path):
+    """The frozen networks that are in place and the MM-DiT of a run, in one bf16 file."""
+    parts = load_components(out, ("vae", "text"))
+    trained = load_components(run, ("mmdit",))
+    networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
+    save_networks(out / "model.safetensors", networks, parts.text.config, trained.sampling, torch.bfloat16)
+    print(f"{sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.2f} MB in {out}")
+
+
 def main():
     """Run the stages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with emoji/, photos/, prompts/")
-    parser.add_argument("--stage", choices=("all", "tokenizers", "clip", "t5", "vae", "assemble"), default="all")
+    parser.add_argument("--stage", default="all",
+                        choices=("all", "tokenizers", "clip", "t5", "vae", "assemble", "ship"))
     parser.add_argument("--minutes", type=float, help="of the chosen stage; default clip 12, t5 4, vae 34")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="for the stage ship: a run folder of train.py")
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="where the stages leave their weights")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     config = parser.parse_args()
+    if config.stage == "ship":
+        return ship(config.run, config.out)
     torch.manual_seed(0)
     config.work.mkdir(parents=True, exist_ok=True)
     config.out.mkdir(parents=True, exist_ok=True)

@@ -113,8 +113,8 @@ def test_loss_is_a_mean_per_sample_and_the_model_sees_z_t_not_the_clean_latent()
     torch.testing.assert_close(loss.double(), double(1.0, 4.0, 9.0), rtol=1e-6, atol=0)
 
 
-def test_loss_is_fp32_also_for_a_bf16_model():
-    latent, noise = normal(0, 2, 2, 4, 8, 8, dtype=torch.float32)
+def test_loss_is_fp32_also_for_bf16_latents_and_model():
+    latent, noise = normal(0, 2, 2, 4, 8, 8, dtype=torch.bfloat16)
     loss = rectified_flow_loss(lambda z_t, *_: z_t.bfloat16(), latent, None, None, torch.rand(2), noise)
     assert loss.dtype == torch.float32
 
@@ -301,7 +301,10 @@ def test_euler_steps_visit_every_time_once_and_never_zero():
 
 
 def test_euler_computes_in_fp32_whatever_the_model_does():
-    sample = euler(lambda z, t: z.bfloat16(), torch.ones(1, 1, 2, 2).bfloat16(), shifted_schedule(50))
+    def velocity(z, t):
+        assert z.dtype == t.dtype == torch.float32
+        return z.bfloat16()
+    sample = euler(velocity, torch.ones(1, 1, 2, 2).bfloat16(), shifted_schedule(50))
     assert sample.dtype == torch.float32
     assert sample.flatten()[0].item() == pytest.approx((1 - 1 / 50) ** 50, rel=1e-2)
 
