@@ -57,7 +57,7 @@ class Batch:
     context: torch.Tensor       # (B, L, context_dim)
     pooled: torch.Tensor        # (B, pooled_dim)
     noise: torch.Tensor         # (B, C, H, W)
-    uniform: torch.Tensor       # (B,) in (0, 1): becomes t through the density's quantile
+    uniform: torch.Tensor       # (B,) in (0, 1), on the CPU: becomes t through the density's quantile
 
 
 class Batches:
@@ -99,9 +99,8 @@ class Batches:
             context, pooled = self.text(captions)
         keep = (draws[:, 2:] >= config.encoder_dropout).to(world.device)
         context, pooled = drop_encoders(context, pooled, keep, self.text.config)
-        to_device = lambda x: x.to(world.device, non_blocking=True)
-        return Batch(to_device(latent), context, pooled, to_device(torch.from_numpy(np.stack(noise))),
-                     to_device(draws[:, 0].clamp(1e-6, 1 - 1e-6)))
+        noise = torch.from_numpy(np.stack(noise)).to(world.device)
+        return Batch(latent.to(world.device), context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6))
 
 
 def pick_caption(captions, draw: float, full_share: float) -> str:

@@ -13,6 +13,7 @@ Run         python evaluate.py                  ground truth (the ceiling) and s
 import argparse
 import itertools
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from checkpoints import CheckpointError
@@ -380,6 +381,46 @@ def format_scores(scores: dict) -> str:
     """One line: GenEval 0.950 (single object 1.00, ...)."""
     return f"GenEval {scores['overall']:.3f} (" + ", ".join(f"{task} {scores[task]:.2f}" for task in TASKS) + ")"
 
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss curve of a run (Sec. 5.3.3: losses by level of t)
+# ------------------------------------------------------------------------------------------------------------
+
+def draw_losses(log: list[dict], size=(720, 440)) -> Image.Image:
+    """log lines -> a picture of the loss over steps: the mean (black) and every tenth of t (blue near data to red near
+    noise), with their last values."""
+    entries = [entry for entry in log if "loss" in entry] or [{"step": 1, "loss": 1.0, "loss_by_t": [None] * 10}]
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = 50, 16, size[0] - 120, size[1] - 30
+    values = [v for entry in entries for v in [entry["loss"], *entry["loss_by_t"]] if v]
+    low, high = math.log(max(min(values), 1e-3)), math.log(max(values) * 1.05)
+    last_step = max(entry["step"] for entry in entries)
+    place = lambda step, loss: (left + (right - left) * step / last_step,
+                                bottom - (bottom - top) * (math.log(max(loss, 1e-3)) - low) / (high - low))
+    draw.rectangle((left, top, right, bottom), outline="gray")
+    for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5):
+        if low < math.log(tick) < high:
+            y = place(0, tick)[1]
+            draw.line((left, y, right, y), fill="#dddddd")
+            draw.text((left - 6, y), f"{tick:g}", fill="black", anchor="rm")
+    for i in range(11):
+        color = "black" if i == 10 else (round(28 * i), 60, round(255 - 28 * i))
+        points = [(entry["step"], entry["loss"] if i == 10 else entry["loss_by_t"][i]) for entry in entries]
+        points = [(step, value) for step, value in points if value]
+        if points:
+            draw.line([place(*point) for point in points], fill=color, width=3 if i == 10 else 1)
+            label = "mean" if i == 10 else f"t {i / 10:.1f}-{(i + 1) / 10:.1f}"
+            draw.text((right + 8, top + 12 + 16 * i), f"{label}  {points[-1][1]:.3f}", fill=color)
+    draw.text((left, bottom + 16), "0", fill="black", anchor="mm")
+    draw.text((right, bottom + 16), f"step {last_step}", fill="black", anchor="rm")
+    draw.text((left + 6, top + 10), "loss, log scale", fill="gray")
+    return image
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
 
 def parse_options():
     """The command line."""

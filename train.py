@@ -14,7 +14,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import math
 import os
 import shutil
 import sys
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from PIL import Image, ImageDraw
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -44,7 +42,7 @@ from checkpoints import (
 )
 from data import ImageFiles, Scenes, captioned_grid
 from encode import Batch, Batches, EncodedImages
-from evaluate import format_scores, geneval
+from evaluate import draw_losses, format_scores, geneval
 from flow import LogitNormal, RectifiedFlow, Shifted
 from mmdit import MMDiT, MMDiTConfig, count_parameters
 from sample import Pipeline, generate, pick_device, pick_precision
@@ -144,7 +142,7 @@ def train_step(model, optimizer, batch: Batch, formulation, config: TrainConfig,
 
     Returns loss (B,), t (B,), the gradient's norm before clipping; a non-finite norm skips the update.
     """
-    t = formulation.density.quantile(batch.uniform)                                   # (B,)  Eq. 19
+    t = formulation.density.quantile(batch.uniform).to(batch.latent.device)           # (B,)  Eq. 19
     losses = []
     parts = [part.chunk(config.accumulate) for part in (batch.latent, batch.context, batch.pooled, t, batch.noise)]
     for i, (latent, context, pooled, t_part, noise) in enumerate(zip(*parts)):
@@ -287,38 +285,6 @@ def last_checkpoint(folder: Path) -> Path:
     if not found:
         raise ValueError(f"{folder} has no checkpoint to resume from; start a new run without --resume")
     return found[-1]
-
-
-def draw_losses(log: list[dict], size=(720, 440)) -> Image.Image:
-    """log lines -> a picture of the loss over steps: the mean (black) and every tenth of t (blue near data to red near
-    noise), with their last values."""
-    entries = [entry for entry in log if "loss" in entry] or [{"step": 1, "loss": 1.0, "loss_by_t": [None] * 10}]
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    left, top, right, bottom = 50, 16, size[0] - 120, size[1] - 30
-    values = [v for entry in entries for v in [entry["loss"], *entry["loss_by_t"]] if v]
-    low, high = math.log(max(min(values), 1e-3)), math.log(max(values) * 1.05)
-    last_step = max(entry["step"] for entry in entries)
-    place = lambda step, loss: (left + (right - left) * step / last_step,
-                                bottom - (bottom - top) * (math.log(max(loss, 1e-3)) - low) / (high - low))
-    draw.rectangle((left, top, right, bottom), outline="gray")
-    for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5):
-        if low < math.log(tick) < high:
-            y = place(0, tick)[1]
-            draw.line((left, y, right, y), fill="#dddddd")
-            draw.text((left - 6, y), f"{tick:g}", fill="black", anchor="rm")
-    for i in range(11):
-        color = "black" if i == 10 else (round(28 * i), 60, round(255 - 28 * i))
-        points = [(entry["step"], entry["loss"] if i == 10 else entry["loss_by_t"][i]) for entry in entries]
-        points = [(step, value) for step, value in points if value]
-        if points:
-            draw.line([place(*point) for point in points], fill=color, width=3 if i == 10 else 1)
-            label = "mean" if i == 10 else f"t {i / 10:.1f}-{(i + 1) / 10:.1f}"
-            draw.text((right + 8, top + 12 + 16 * i), f"{label}  {points[-1][1]:.3f}", fill=color)
-    draw.text((left, bottom + 16), "0", fill="black", anchor="mm")
-    draw.text((right, bottom + 16), f"step {last_step}", fill="black", anchor="rm")
-    draw.text((left + 6, top + 10), "loss, log scale", fill="gray")
-    return image
 
 
 # ------------------------------------------------------------------------------------------------------------
