@@ -309,7 +309,7 @@ def test_what_cannot_be_used_is_refused_with_its_name_and_the_reason(tmp_path, c
 def test_a_large_header_that_is_allowed_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UnreadableImage, match="cannot be decoded"):          # Pillow warns from 89 million pixels on
+        with pytest.raises(UnreadableImage, match="cannot be decoded"):          # Pillow warns from 89 million on
             read_image(png_claiming(10_000, 9_500, depth=1, color=0))
 
 

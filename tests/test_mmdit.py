@@ -255,9 +255,10 @@ def test_paper_positions_of_a_square_picture_are_those_of_256_px_interpolated():
 
 def test_positions_are_cropped_from_the_centre_rounded_down():
     table = torch.arange(64.0).view(1, 64, 1)                                     # an 8 x 8 grid of its own indices
-    crop = crop_center(table, 3, 4).view(3, 4)
-    assert crop[0].tolist() == [2 * 8 + 2, 2 * 8 + 3, 2 * 8 + 4, 2 * 8 + 5]       # top = (8 - 3) // 2, left = (8 - 4) // 2
-    assert crop[:, 0].tolist() == [18, 26, 34]
+    crop = crop_center(table, 3, 5).view(3, 5)
+    assert crop[0].tolist() == [17, 18, 19, 20, 21]                               # top = (8 - 3) // 2, left = (8 - 5) // 2
+    assert crop[:, 0].tolist() == [17, 25, 33]
+    assert crop_center(table, 1, 8).flatten().tolist() == list(range(24, 32))
     assert torch.equal(crop_center(table, 8, 8), table)
 
 
@@ -324,11 +325,12 @@ def test_attention_and_mlp_read_their_own_shift_scale_and_gate():
 
 def test_joint_attention_is_one_softmax_over_text_and_image():
     """By hand, head by head: softmax(q k^T / 8) v over the text's keys followed by the image's."""
-    block, modulations = block_with({GATE_ATTN: 1})
+    block, modulations = block_with({SHIFT_ATTN: 0.5, SCALE_ATTN: 1, GATE_ATTN: 1})          # the image's; the text's are 0
     text, image = random_tokens()
+    normed = [F.layer_norm(text, (128,), eps=1e-6), 2 * F.layer_norm(image, (128,), eps=1e-6) + 0.5]
     parts = []
-    for stream, x in zip((block.context_block, block.x_block), (text, image)):
-        qkv = stream.attn.qkv(F.layer_norm(x, (128,), eps=1e-6))[0].view(-1, 3, 2, 64)      # (n, 3, heads, 64)
+    for stream, x in zip((block.context_block, block.x_block), normed):
+        qkv = stream.attn.qkv(x)[0].view(-1, 3, 2, 64)                            # (n, 3, heads, 64)
         rms = lambda y, weight: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
         parts.append((rms(qkv[:, 0], stream.attn.ln_q.weight), rms(qkv[:, 1], stream.attn.ln_k.weight), qkv[:, 2]))
     k, v = (torch.cat([parts[0][i], parts[1][i]]) for i in (1, 2))
@@ -383,6 +385,8 @@ def test_norm_epsilons_are_1e_6():
         stream.attn.qkv.bias.zero_()
         (_, _, v), _ = stream.before_attention(small.view(1, 1, 128), [zero] * 6)
         close(v.flatten(), expected, 1e-4)
+        after = stream.after_attention(small.view(1, 1, 128), zero, [zero] * 5 + [zero + 1], None)
+        close(after.flatten(), small + stream.mlp(expected), 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
