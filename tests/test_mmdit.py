@@ -186,8 +186,9 @@ def test_without_attention_a_pixel_of_the_latent_only_moves_its_own_patch():
 
 def test_odd_latent_is_refused_with_the_way_out():
     model, (_, t, context, pooled) = random_model(), random_input()
-    with pytest.raises(ValueError, match="latent is 7x10 but patch_size=2.*multiples of 16 px"):
-        model(torch.zeros(2, 4, 7, 10), t, context, pooled)
+    for H, W in ((7, 10), (10, 7)):
+        with pytest.raises(ValueError, match=f"latent is {H}x{W} but patch_size=2.*multiples of 16 px"):
+            model(torch.zeros(2, 4, H, W), t, context, pooled)
 
 
 def test_latent_beyond_the_position_grid_is_refused_with_the_largest_size():
@@ -305,6 +306,20 @@ def test_attention_reaches_the_residual_stream():
     text, image = random_tokens()
     new_text, new_image = block([text, image], modulations)
     assert far(new_image, image) and torch.equal(new_text, text)                  # the text's gates are 0
+
+
+def test_activations_are_tanh_gelu_in_the_blocks_and_silu_for_the_conditioning():
+    model, (_, t, _, pooled) = random_model(), random_input()
+    stream, x = model.joint_blocks[0].x_block, torch.randn(1, 3, 128, generator=rng(6))
+    h = stream.mlp.fc1(x)
+    gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    close(stream.mlp(x), stream.mlp.fc2(gelu), 1e-5)
+    two_layers = lambda mlp, y: mlp[2](mlp[0](y) * torch.sigmoid(mlp[0](y)))
+    cond = two_layers(model.t_embedder.mlp, timestep_embedding(t)) + two_layers(model.y_embedder.mlp, pooled)
+    close(model.embed_cond(t, pooled), cond)
+    for part in (stream, model.final_layer):
+        modulation = torch.cat(part.modulation(cond), dim=-1)[:, 0]
+        close(modulation, part.adaLN_modulation[1](cond * torch.sigmoid(cond)))
 
 
 def test_attention_and_mlp_read_their_own_shift_scale_and_gate():

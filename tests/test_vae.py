@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from vae import (VAE, AttnBlock, Downsample, PatchDiscriminator, ResnetBlock, Upsample, VAEConfig, VAELossConfig,
+from vae import (VAE, AttnBlock, Downsample, Middle, PatchDiscriminator, ResnetBlock, Upsample, VAEConfig, VAELossConfig,
                  adaptive_gan_weight, discriminator_hinge_loss, generator_hinge_loss, kl_loss, perceptual_loss, psnr,
                  reconstruction_loss, sample_code, vae_loss)
 
@@ -126,12 +126,19 @@ def test_decoder_ends_in_silu_and_a_convolution_without_tanh():
     assert vae.decoder(code).abs().max() > 1
 
 
-def test_log_variance_is_clamped():
+def test_moments_are_the_mean_then_the_clamped_log_variance():
     vae = small_vae().requires_grad_(False)
-    for bias, expected in ((1e3, 20), (-1e3, -30)):
-        vae.encoder.conv_out.bias.fill_(bias)
-        mean, logvar = vae.encode_moments(picture())
-        assert (logvar == expected).all() and (mean.abs() > 100).all()            # the mean is not
+    vae.encoder.conv_out.weight.zero_()
+    for bias, expected in ((-2.0, -2.0), (1e3, 20.0), (-1e3, -30.0)):
+        vae.encoder.conv_out.bias.copy_(torch.tensor([100.0] * 4 + [bias] * 4))
+        mean, logvar = vae.encode_moments(picture(B=1, height=8, width=8))
+        assert (mean == 100).all() and (logvar == expected).all()                 # the mean is not clamped
+
+
+def test_the_middle_is_residual_block_attention_residual_block():
+    torch.manual_seed(0)
+    middle, x = Middle(8, 4), torch.randn(1, 8, 3, 5, generator=rng(2))
+    torch.testing.assert_close(middle(x), middle.block_2(middle.attn_1(middle.block_1(x))))
 
 
 # ------------------------------------------------------------------------------------------------------------

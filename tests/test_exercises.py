@@ -1,0 +1,83 @@
+"""The exercises: the core's own functions pass, the empty file ends cleanly, classic mistakes get their hint."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flow
+import mmdit
+import text_encoders
+
+FOLDER = Path(__file__).parents[1] / "exercises"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def patchify(latent, p):
+    """As the first layer sees it: a convolution with an identity kernel, reordered to (row, column, channel)."""
+    columns = F.unfold(latent, p, stride=p).transpose(1, 2)                       # (B, N, C * p * p)
+    return columns.unflatten(2, (latent.shape[1], p, p)).permute(0, 1, 3, 4, 2).flatten(2)
+
+
+def drop(clip_l, clip_g, t5, pooled_l, pooled_g, keep):
+    """Through the core's own function, taken apart again."""
+    l, g, L = clip_l.shape[2], clip_g.shape[2], clip_l.shape[1]
+    config = text_encoders.TextConfig(l, g, t5.shape[2], L, t5.shape[1])
+    context, pooled = text_encoders.drop_encoders(*text_encoders.combine(clip_l, clip_g, t5, pooled_l, pooled_g), keep, config)
+    return context[:, :L, :l], context[:, :L, l : l + g], context[:, L:], pooled[:, :l], pooled[:, l:]
+
+
+RIGHT = {
+    "01_path_and_target": {
+        "interpolate": flow.interpolate, "velocity_target": flow.velocity_target,
+        "recover_latent": lambda z_t, v, t: z_t - flow.per_sample(t) * v,
+        "logit_normal": lambda u, m, s: flow.logit_normal_quantile(torch.special.ndtr(u), m, s)},
+    "02_patches_and_positions": {
+        "patchify": patchify, "unpatchify": mmdit.unpatchify,
+        "embed_positions": lambda p, size: mmdit.sincos_2d(torch.zeros(1, dtype=torch.float64), p, 2 * size)[:, :size],
+        "crop_center": lambda grid, h, w: mmdit.crop_center(grid.flatten(0, 1)[None], h, w).view(h, w, -1)},
+    "03_text_context": {
+        "combine": text_encoders.combine, "drop": drop, "first_end": lambda ids: ids.argmax(dim=-1)},
+}
+WRONG = [
+    ("01_path_and_target", "interpolate", lambda x, n, t: flow.interpolate(n, x, t), "ends are swapped"),
+    ("01_path_and_target", "velocity_target", lambda x, n: x - n, "the sign"),
+    ("01_path_and_target", "logit_normal", lambda u, m, s: torch.sigmoid(-(m + s * u)), "more noise"),
+    ("02_patches_and_positions", "patchify", lambda x, p: F.unfold(x, p, stride=p).transpose(1, 2), "vary fastest"),
+    ("02_patches_and_positions", "crop_center", lambda grid, h, w: grid[:h, :w], "top left"),
+    ("02_patches_and_positions", "embed_positions",
+     lambda p, size: RIGHT["02_patches_and_positions"]["embed_positions"](p, size).roll(size // 2, dims=1), "sines first"),
+    ("03_text_context", "combine", lambda l, g, t5, pl, pg: (
+        torch.cat([t5, F.pad(torch.cat([l, g], 2), (0, 3))], 1), torch.cat([pl, pg], 1)), "before T5"),
+    ("03_text_context", "drop", lambda l, g, t5, pl, pg, keep: (*drop(l, g, t5, pl, pg, keep)[:3], pl, pg), "zero too"),
+    ("03_text_context", "first_end", lambda ids: torch.tensor([4, 3]), "the last one"),
+]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_cores_own_functions_pass_every_check(name, capsys):
+    assert load(name).main(RIGHT[name]) == 0
+    assert "not yet" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_an_exercise_that_is_not_written_yet_ends_cleanly(name):
+    result = subprocess.run([sys.executable, FOLDER / f"{name}.py"], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == ""
+    assert result.stdout.count("not written yet") == len(load(name).CHECKS)
+
+
+@pytest.mark.parametrize("name, function, mistake, hint", WRONG)
+def test_a_classic_mistake_gets_its_hint(name, function, mistake, hint, capsys):
+    assert load(name).main({**RIGHT[name], function: mistake}) >= 1
+    assert hint in capsys.readouterr().out
