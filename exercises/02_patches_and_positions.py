@@ -72,7 +72,7 @@ def check_unpatchify(answers):
     if ours.shape != latent.shape:
         return f"shape {tuple(ours.shape)}, it should be {tuple(latent.shape)} (height 2 and width 3 count tokens)"
     same = torch.equal(ours, latent) and torch.equal(ours, mmdit.unpatchify(tokens, 2, 3, 2))
-    return "" if same else "undo it axis by axis: (height, width, row, column, channel) -> (channel, height, row, width, column)"
+    return "" if same else "axis by axis: (height, width, row, column, channel) to (channel, height, row, width, column)"
 
 
 def check_positions(answers):
@@ -84,7 +84,7 @@ def check_positions(answers):
     if torch.allclose(ours.double(), expected, atol=1e-6):
         return ""
     cosines_first = torch.allclose(ours.double(), expected.roll(4, dims=1), atol=1e-6)
-    return "sines first here (the time embedding has cosines first)" if cosines_first else "the slowest frequency is nearly 1e-4"
+    return "sines first here (the time embedding has cosines first)" if cosines_first else "frequencies fall from 1 to near 1e-4"
 
 
 def check_crop(answers):

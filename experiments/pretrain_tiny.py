@@ -182,7 +182,8 @@ def train_tokenizers(corpus: Corpus, out: Path):
                                                        end_of_word_suffix="</w>", show_progress=False))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]][: VOCABULARY - len(symbols) - 2]
     tokens = symbols + [left + right for left, right in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False,
+                            separators=(",", ":"))
     (out / "clip" / "vocab.json").write_text(vocabulary)
     (out / "clip" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
     sentencepiece.SentencePieceTrainer.train(

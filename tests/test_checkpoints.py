@@ -11,13 +11,26 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_text_encoders import vocabularies  # noqa: F401  a fixture: small tokenizers on disk
 
 import checkpoints
-from checkpoints import (CLIP_NAMES, ENCODERS, PREFIXES, T5_NAMES, CheckpointError, fingerprint, load_components,
-                         open_safetensors, read_network, released_name, rename, save_networks, stored_config,
-                         write_atomically)
+from checkpoints import (
+    CLIP_NAMES,
+    ENCODERS,
+    PREFIXES,
+    T5_NAMES,
+    CheckpointError,
+    fingerprint,
+    load_components,
+    open_safetensors,
+    read_network,
+    released_name,
+    rename,
+    save_networks,
+    stored_config,
+    write_atomically,
+)
 from mmdit import MMDiT, MMDiTConfig
-from test_text_encoders import vocabularies            # noqa: F401  a fixture: small tokenizers on disk
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig
 from vae import VAE, VAEConfig
 

@@ -47,8 +47,8 @@ class Case:
         assert ours.shape == stored.shape, f"{self.name}: {name} is {tuple(ours.shape)}, expected {tuple(stored.shape)}"
         difference = (ours.double() - stored.double()).abs()
         beyond = difference - (atol + rtol * stored.double().abs())
-        assert beyond.max() <= 0, (f"{self.name}: {name} differs by up to {difference.max():.2e} (allowed: {atol:g} + {rtol:g} of "
-                                   f"the value), in {(beyond > 0).sum()} of {beyond.numel()} numbers")
+        assert beyond.max() <= 0, (f"{self.name}: {name} differs by up to {difference.max():.2e} (allowed: {atol:g} + {rtol:g} of"
+                                   f" the value), in {(beyond > 0).sum()} of {beyond.numel()} numbers")
 
 
 def case_folders():

@@ -11,8 +11,23 @@ from safetensors import safe_open
 
 import mmdit
 from flow import rectified_flow_loss
-from mmdit import (FinalLayer, HeadNorm, JointBlock, MMDiT, MMDiTConfig, PatchEmbed, StreamBlock, count_parameters,
-                   crop_center, modulate, paper_positions, released_positions, sincos_2d, timestep_embedding, unpatchify)
+from mmdit import (
+    FinalLayer,
+    HeadNorm,
+    JointBlock,
+    MMDiT,
+    MMDiTConfig,
+    PatchEmbed,
+    StreamBlock,
+    count_parameters,
+    crop_center,
+    modulate,
+    paper_positions,
+    released_positions,
+    sincos_2d,
+    timestep_embedding,
+    unpatchify,
+)
 
 SMALL = MMDiTConfig(depth=2, latent_channels=4, context_dim=24, pooled_dim=12, pos_embed_max_size=8, pos_embed_base_size=4)
 GOLDEN = Path(__file__).parent / "golden" / "c_mmditx_dual" / "weights.safetensors"
@@ -452,7 +467,7 @@ def test_three_weight_sets_with_equal_text_weights_are_the_two_set_model():
 
 
 def test_third_weight_set_reads_only_the_tokens_after_the_clip_tokens():
-    model, (latent, t, context, pooled) = random_model(THREE), random_input(L=5)
+    model, (_, _, context, _) = random_model(THREE), random_input(L=5)
     before = model.embed_text(context)
     assert [x.shape[1] for x in before] == [3, 2]
     model.t5_embedder.weight.zero_()

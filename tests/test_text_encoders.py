@@ -11,9 +11,24 @@ import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers
 
-from text_encoders import (CLIPConfig, CLIPLayer, CLIPTextEncoder, CLIPTokenizer, RMSNorm, T5Attention, T5Config, T5Encoder,
-                           T5FeedForward, T5Tokenizer, TextConfig, TextEncoders, combine, drop_encoders, quick_gelu,
-                           relative_position_bucket)
+from text_encoders import (
+    CLIPConfig,
+    CLIPLayer,
+    CLIPTextEncoder,
+    CLIPTokenizer,
+    RMSNorm,
+    T5Attention,
+    T5Config,
+    T5Encoder,
+    T5FeedForward,
+    T5Tokenizer,
+    TextConfig,
+    TextEncoders,
+    combine,
+    drop_encoders,
+    quick_gelu,
+    relative_position_bucket,
+)
 
 TOKENIZERS = Path(__file__).parent.parent.parent / "shared" / "data" / "tokenizers"
 CLIP_L = CLIPConfig(vocab_size=600, hidden_size=128, num_layers=3, max_length=77)
@@ -261,7 +276,8 @@ def test_padding_is_the_end_token_for_clip_l_and_zero_for_clip_g_and_t5(vocabula
 def test_empty_prompts_are_the_end_token_and_padding(vocabularies):
     clip, t5 = vocabularies
     for empty in ("", "   "):
-        assert CLIPTokenizer(clip, padding=0)([empty], 5)[0].tolist() == [[*CLIPTokenizer(clip)([""], 2)[0][0].tolist(), 0, 0, 0]]
+        start_end = CLIPTokenizer(clip)([""], 2)[0][0].tolist()
+        assert CLIPTokenizer(clip, padding=0)([empty], 5)[0].tolist() == [[*start_end, 0, 0, 0]]
         assert T5Tokenizer(t5)([empty], 4)[0].tolist() == [[1, 0, 0, 0]]
 
 

@@ -10,9 +10,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from vae import (VAE, AttnBlock, Downsample, Middle, PatchDiscriminator, ResnetBlock, Upsample, VAEConfig, VAELossConfig,
-                 adaptive_gan_weight, discriminator_hinge_loss, generator_hinge_loss, kl_loss, perceptual_loss, psnr,
-                 reconstruction_loss, sample_code, vae_loss)
+from vae import (
+    VAE,
+    AttnBlock,
+    Downsample,
+    Middle,
+    PatchDiscriminator,
+    ResnetBlock,
+    Upsample,
+    VAEConfig,
+    VAELossConfig,
+    adaptive_gan_weight,
+    discriminator_hinge_loss,
+    generator_hinge_loss,
+    kl_loss,
+    perceptual_loss,
+    psnr,
+    reconstruction_loss,
+    sample_code,
+    vae_loss,
+)
 
 SMALL = VAEConfig(latent_channels=4, channels=(8, 8, 16, 16), norm_groups=4)
 GOLDEN = Path(__file__).parent / "golden" / "g_vae4" / "weights.safetensors"
@@ -103,7 +120,7 @@ def test_residual_block_is_norm_silu_conv_twice_plus_the_input():
     for conv in (same.conv1, same.conv2):
         nn.init.zeros_(conv.weight)
         nn.init.zeros_(conv.bias)
-    assert torch.equal(same(x), x)                                                # no shortcut convolution where it is not needed
+    assert torch.equal(same(x), x)            # no shortcut convolution where it is not needed
 
 
 def test_attention_is_one_head_over_all_positions():
