@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +208,7 @@ class Run:
     def __init__(self, folder: Path, config: TrainConfig, first_step: int, steps: int, setup):
         self.folder = folder
         if config.resume:                                                         # forget what came after the checkpoint
-            lines = [line for line in open(folder / "log.jsonl") if json.loads(line)["step"] <= first_step]
+            lines = [json.dumps(entry) + "\n" for entry in self.logged() if entry["step"] <= first_step]
             write_atomically(folder / "log.jsonl", lambda file: file.write_text("".join(lines)))
         else:
             try:
@@ -225,6 +225,14 @@ class Run:
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def logged(self) -> list[dict]:
+        """The lines of log.jsonl so far; one that a kill cut in the middle is left out."""
+        entries, file = [], self.folder / "log.jsonl"
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            with suppress(json.JSONDecodeError):
+                entries.append(json.loads(line))
+        return entries
+
     def report(self, s, step: int):
         """Validation losses, a grid of samples of fixed prompts from fixed noise, and the loss curve so far."""
         levels = validate(s.average, s.held_out, s.formulation, s.autocast)
@@ -232,7 +240,7 @@ class Run:
                  validation_by_t=[round(level, 5) for level in levels.tolist()])
         grid = captioned_grid(generate(s.pipeline, s.prompts, seed=1), s.prompts, 4)
         write_atomically(self.folder / f"samples-{step:06}.png", lambda file: grid.save(file, format="PNG"))
-        curve = draw_losses([json.loads(line) for line in open(self.folder / "log.jsonl")])
+        curve = draw_losses(self.logged())
         write_atomically(self.folder / "loss.png", lambda file: curve.save(file, format="PNG"))
 
     def save(self, s, step: int, steps: int):

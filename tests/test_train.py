@@ -169,6 +169,14 @@ def test_a_log_line_sorts_losses_by_tenth_of_t():
     assert entry["loss"] == 3 and entry["loss_by_t"] == [2, *[None] * 8, 5] and entry["images_seen"] == 12
 
 
+def test_a_log_that_a_kill_cut_in_the_middle_is_read_up_to_there(tmp_path):
+    run = object.__new__(train.Run)
+    run.folder = tmp_path
+    assert run.logged() == []
+    (tmp_path / "log.jsonl").write_text('{"step": 20, "loss": 1.0}\n{"step": 40, "lo')
+    assert run.logged() == [{"step": 20, "loss": 1.0}]
+
+
 def test_the_loss_curve_is_drawn_also_from_one_entry():
     picture = draw_losses([{"step": 20, "loss": 1.0, "loss_by_t": [1.0, *[None] * 9]}])
     assert picture.size == (720, 440) and len(picture.getcolors(1 << 20)) > 5
