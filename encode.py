@@ -21,12 +21,14 @@ from vae import sample_code
 
 
 class EncodedImages:
-    """The latents' means and log-variances of a whole source in fp16, `moments` (N, 2C, H, W), and its `captions`.
+    """What the frozen networks make of a whole source, computed once: `moments` (N, 2C, H, W) fp16, the latents' means and
+    log-variances; `captions`, some for each picture; `context` (U, L, context_dim) fp16 and `pooled` (U, pooled_dim) of the
+    U different captions, whose row `row_of` tells.
 
-    source: as in data.py. Pictures are encoded in groups of 64, so that the numbers depend on nothing but the source.
+    source: as in data.py. All is encoded in groups of 64, so that the numbers depend on nothing but the source.
     """
 
-    def __init__(self, source, vae, resolution: int, device, autocast, quiet: bool):
+    def __init__(self, source, vae, text, resolution: int, device, autocast, quiet: bool):
         self.moments, self.captions = [], []
         pending = []
 
@@ -45,6 +47,14 @@ class EncodedImages:
         if pending:
             flush()
         self.moments = torch.cat(self.moments)                                                    # (N, 2C, H, W)
+        unique = sorted({caption for captions in self.captions for caption in captions})
+        self.row_of = {caption: row for row, caption in enumerate(unique)}
+        parts = []
+        for start in tqdm(range(0, len(unique), 64), disable=quiet, desc="encoding captions", unit="batch", leave=False):
+            with autocast():
+                context, pooled = text(unique[start : start + 64])
+            parts.append((context.half().cpu(), pooled.float().cpu()))
+        self.context, self.pooled = (torch.cat(part) for part in zip(*parts))                     # (U, L, D), (U, P)
 
     def __len__(self):
         return len(self.captions)
@@ -66,9 +76,8 @@ class Batches:
     config: seed, batch_size, encoder_dropout and full_captions of train.TrainConfig; world: rank, size and device.
     """
 
-    def __init__(self, images: EncodedImages, vae, text, config, world, autocast):
-        self.images, self.vae, self.text, self.config, self.world = images, vae, text, config, world
-        self.autocast = autocast
+    def __init__(self, images: EncodedImages, vae, text_config, config, world):
+        self.images, self.vae, self.text_config, self.config, self.world = images, vae, text_config, config, world
         self.order = {}                                                                # epoch -> permutation
 
     def index(self, count: int) -> int:
@@ -85,22 +94,22 @@ class Batches:
         indices = [self.index(step * config.batch_size + i) for i in numbers]
         moments = self.images.moments[indices].float()                                # (B, 2C, H, W)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        captions, draws, code_noise, noise = [], [], [], []
+        rows, draws, code_noise, noise = [], [], [], []
         for number, index in zip(numbers, indices):
             rng = np.random.default_rng((config.seed, 2, step, number))
             draws.append(rng.random(5))                                               # t, caption, three encoders
             noise.append(rng.standard_normal(shape, dtype=np.float32))
             code_noise.append(rng.standard_normal(shape, dtype=np.float32))
-            captions.append(pick_caption(self.images.captions[index], draws[-1][1], config.full_captions))
+            caption = pick_caption(self.images.captions[index], draws[-1][1], config.full_captions)
+            rows.append(self.images.row_of[caption])
         draws = torch.from_numpy(np.stack(draws)).float()                             # (B, 5)
         mean, logvar = moments.chunk(2, dim=1)
         latent = self.vae.normalize(sample_code(mean, logvar, torch.from_numpy(np.stack(code_noise))))
-        with self.autocast():
-            context, pooled = self.text(captions)
-        keep = (draws[:, 2:] >= config.encoder_dropout).to(world.device)
-        context, pooled = drop_encoders(context, pooled, keep, self.text.config)
-        noise = torch.from_numpy(np.stack(noise)).to(world.device)
-        return Batch(latent.to(world.device), context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6))
+        context, pooled = self.images.context[rows].float(), self.images.pooled[rows]
+        context, pooled = drop_encoders(context, pooled, draws[:, 2:] >= config.encoder_dropout, self.text_config)
+        noise = torch.from_numpy(np.stack(noise))
+        on_device = (x.to(world.device, non_blocking=True) for x in (latent, context, pooled, noise))
+        return Batch(*on_device, draws[:, 0].clamp(1e-6, 1 - 1e-6))
 
 
 def pick_caption(captions, draw: float, full_share: float) -> str:

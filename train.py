@@ -190,8 +190,9 @@ def validate(model, batches: Batches, formulation, autocast, levels: int = 8, co
     mean, _ = moments.chunk(2, dim=1)
     latent = batches.vae.normalize(mean).to(device)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(batches.config.seed)).to(device)
+    rows = [batches.images.row_of[captions[-1]] for captions in batches.images.captions[:count]]
+    context, pooled = batches.images.context[rows].float().to(device), batches.images.pooled[rows].to(device)
     with autocast():
-        context, pooled = batches.text([captions[-1] for captions in batches.images.captions[:count]])
         for t in torch.linspace(0, 1, levels):
             loss = formulation.loss(model, latent, context, pooled, t.expand(count).to(device), noise)
             losses.append(loss.mean())
@@ -401,8 +402,8 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     density = LogitNormal(config.logit_mean, config.logit_std)
     formulation = RectifiedFlow(Shifted(density, config.shift) if config.shift != 1 else density)
     batches, held_out_batches = (
-        Batches(EncodedImages(part, vae, config.resolution, world.device, autocast, world.rank > 0), vae, text, config,
-                world, autocast) for part in (source, held_out))
+        Batches(EncodedImages(part, vae, text, config.resolution, world.device, autocast, world.rank > 0), vae, text.config,
+                config, world) for part in (source, held_out))
     sampling = {"num_steps": 28, "guidance_scale": config.guidance_scale, "timestep_shift": config.shift,
                 "schedule": "shifted", "unconditional": "zeros", "height": config.resolution, "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)

@@ -7,7 +7,6 @@ Run         python experiments/bench.py     writes results/bench-<device>.json
 """
 
 import argparse
-import copy
 import json
 import shlex
 import sys
@@ -90,8 +89,8 @@ def main():
         measure("network alone", lambda batch=random: batch, L)
     parts = load_components(SHIPPED, ("vae", "text"))
     world = SimpleNamespace(rank=0, size=1, device=device)
-    images = EncodedImages(Scenes(512), parts.vae.to(device), 64, device, autocast, True)
-    batches = Batches(images, parts.vae, parts.text.to(device), copy.copy(config), world, autocast)
+    images = EncodedImages(Scenes(512), parts.vae.to(device), parts.text.to(device), 64, device, autocast, True)
+    batches = Batches(images, parts.vae, parts.text.config, config, world)
     length = parts.text.config.clip_length + parts.text.config.t5_length
     steps = iter(range(1 << 30))
     random = Batch(*(torch.randn(shape, device=device) for shape in

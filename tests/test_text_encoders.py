@@ -384,7 +384,7 @@ def test_sd3_widths_give_154_tokens_of_4096_and_2048_pooled():
 
 
 def test_prompts_become_the_three_encoders_outputs_in_place(vocabularies):
-    text = encoders(vocabularies)
+    text = encoders(vocabularies).requires_grad_(True)
     context, pooled = text(["red cat", ""])
     ids = text.tokenize(["red cat", ""])
     l, pooled_l, _ = text.encoders["clip_l"](ids["clip_l"])
@@ -393,7 +393,7 @@ def test_prompts_become_the_three_encoders_outputs_in_place(vocabularies):
     close(context[:, :77, 128:320], g)
     close(context[:, 77:], text.encoders["t5"](ids["t5"]))
     close(pooled, torch.cat([pooled_l, pooled_g], dim=1))
-    assert not context.requires_grad
+    assert not context.requires_grad and not pooled.requires_grad                 # frozen, whatever their parameters say
 
 
 @pytest.mark.parametrize("t5_length", [77, 256, 5])

@@ -51,8 +51,8 @@ def frozen():
 def make_batches(frozen, rank=0, size=1, **settings):
     vae, text = frozen
     world = SimpleNamespace(rank=rank, size=size, device=torch.device("cpu"))
-    images = EncodedImages(Scenes(40), vae, 32, world.device, FP32, quiet=True)
-    return Batches(images, vae, text, TrainConfig(**{"batch_size": 8, **settings}), world, FP32)
+    images = EncodedImages(Scenes(40), vae, text, 32, world.device, FP32, quiet=True)
+    return Batches(images, vae, text.config, TrainConfig(**{"batch_size": 8, **settings}), world)
 
 
 def small_model():
