@@ -110,7 +110,8 @@ def open_safetensors(file):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as problem:
-        start = file.read_bytes()[:40]
+        with open(file, "rb") as raw:
+            start = raw.read(40)
         if start.startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull`.") from None
         raise CheckpointError(f"{file} is not a whole safetensors file ({problem}); it was probably cut off or is of another "
@@ -215,6 +216,8 @@ def read_network(name: str, file, dtype=torch.float32, prefix: str | None = None
         return build_clip(tensors, "quick_gelu" if name == "clip_l" else "gelu", file)
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {prefix}{missing.args[0]}, which every {name} has") from None
+    except (IndexError, TypeError) as problem:
+        raise CheckpointError(f"{file}: its {name} has tensors or metadata of an unknown form ({problem})") from None
 
 
 @dataclass
@@ -249,7 +252,8 @@ def fingerprint(file, components=None) -> str:
     """
     prefixes = tuple(PREFIXES[name] for name in components) if components else ("",)
     digest = hashlib.sha256()
-    open_safetensors(file)                                                        # refuses what is broken
+    with open_safetensors(file):                                                  # refuses what is broken
+        pass
     with open(file, "rb") as opened:
         header_size, = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(header_size))
@@ -314,9 +318,10 @@ def write_atomically(file, write):
         write(partial)
         os.replace(partial, file)
     except (OSError, SafetensorError) as problem:
-        partial.unlink(missing_ok=True)
         raise OSError(f"could not write {file} ({problem}); what was there before is untouched. "
                       f"Free some space or choose another folder.") from None
+    finally:
+        partial.unlink(missing_ok=True)                                           # renamed by now if all went well
 
 
 def single_file_tensors(networks: dict, dtype=None) -> dict:

@@ -273,6 +273,8 @@ class Prepared:
 
     def at(self, t):
         """The modulations at time t (B,), which must be one of `times`, the same for the whole batch."""
+        if bool((t != t.flatten()[0]).any()):
+            raise ValueError("a Prepared serves one time for the whole batch; give context and pooled for mixed times")
         try:
             return self.modulations[self.times.index(float(t.flatten()[0]))]
         except ValueError:
@@ -347,7 +349,7 @@ class MMDiT(nn.Module):
 
     def prepare(self, context, pooled, times) -> Prepared:
         """What does not depend on the latent, once for all steps of a sampler: pass the result as `context`."""
-        times = tuple(float(t) for t in times)
+        times = tuple(torch.as_tensor(times, dtype=torch.float32).tolist())       # as forward will get them
         at = [pooled.new_tensor([t], dtype=torch.float32).expand(len(pooled)) for t in times]
         return Prepared(times, self.embed_text(context), [self.modulations(self.embed_cond(t, pooled)) for t in at])
 

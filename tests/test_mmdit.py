@@ -511,3 +511,12 @@ def test_running_mmdit_prints_the_sizes(capsys):
     mmdit.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows[-1] == ["38", "2432", "38", "8.057", "B"] and ["24", "1536", "24", "2.028", "B"] in rows
+
+
+def test_prepare_serves_times_of_any_precision_and_refuses_a_batch_of_mixed_times():
+    model, (latent, _, context, pooled) = random_model(), random_input()
+    prepared = model.prepare(context, pooled, [0.7531])                           # not a float32 number
+    t = torch.full((len(latent),), 0.7531)
+    close(model(latent, t, prepared), model(latent, t, context, pooled))
+    with pytest.raises(ValueError, match="one time for the whole batch"):
+        model(latent, torch.tensor([0.7531, 0.25]), prepared)
