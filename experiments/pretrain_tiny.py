@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import SHIPPED, load_components, save_networks  # noqa: E402
+from checkpoints import SHIPPED, load_components, read_network, save_networks  # noqa: E402
 from data import ImageFiles, Scenes, resize_and_crop, to_tensor  # noqa: E402
 from evaluate import CLIPImageConfig, CLIPImageEncoder  # noqa: E402
 from text_encoders import (  # noqa: E402
@@ -431,6 +431,8 @@ def latent_statistics(vae, count: int = 2048):
 
 def assemble(corpus, work: Path, out: Path):
     """Everything but the MM-DiT into one bf16 file, the image towers into another (they serve metrics, not sampling)."""
+    if (out / "model.safetensors").is_file() and read_network("mmdit", out / "model.safetensors"):
+        sys.exit(f"{out}/model.safetensors holds an MM-DiT, which this stage would drop; give another folder with --out")
     vae = VAE(AUTOENCODER)
     vae.load_state_dict(load_file(work / "vae.safetensors"))
     mean, std = latent_statistics(vae.eval())
