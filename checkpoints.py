@@ -245,15 +245,21 @@ def find_model_file(path) -> Path:
     return path
 
 
+def portable(file) -> str:
+    """A path for a record: relative to this project where it is inside, so that both may move; else absolute."""
+    file, root = Path(file).resolve(), SHIPPED.parents[1].resolve()
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
+
+
 def fingerprint(file, components=None) -> str:
-    """A short hash of a safetensors file: of every tensor its name, type, shape and first 4 kB, so it is quick at any size.
+    """A short hash of a safetensors file: of every tensor its name, type, shape and first 4 kB, so it is quick at any size;
+    and of what the metadata says about the VAE and the texts.
 
     components: keys of PREFIXES; of these only. The frozen encoders keep theirs when another MM-DiT is put beside them.
     """
     prefixes = tuple(PREFIXES[name] for name in components) if components else ("",)
-    digest = hashlib.sha256()
-    with open_safetensors(file):                                                  # refuses what is broken
-        pass
+    config = stored_config(file)                                                  # refuses what is broken
+    digest = hashlib.sha256(json.dumps([config.get("vae"), config.get("text")], sort_keys=True).encode())
     with open(file, "rb") as opened:
         header_size, = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(header_size))
@@ -280,27 +286,37 @@ def load_text(file: Path, dtype=torch.float32, tokenizers=None) -> TextEncoders:
     return TextEncoders(encoders, {name: makers[name]() for name in encoders}, TextConfig(**{**stored, **widths})).eval()
 
 
+def run_encoders(folder: Path) -> tuple[Path, str] | None:
+    """(file, tokenizers) of the frozen encoders that a run folder was trained with, as its config.json names them and their
+    fingerprint proves; None for a folder that is no run."""
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if "encoders" not in config:                                                  # a config.json of somebody else's
+        return None
+    named = config["encoders"]
+    file = find_model_file(named["path"])
+    if (found := fingerprint(file, ENCODERS)) != named["fingerprint"]:
+        raise CheckpointError(f"{file} does not hold the encoders that {folder} was trained with (fingerprint {found}, "
+                              f"expected {named['fingerprint']}); put the right file there.")
+    return file, named.get("tokenizers", "")
+
+
 def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.float32, tokenizers=None) -> Components:
     """Networks of a model file, a model folder or a run folder, on the CPU, frozen.
 
     A run folder holds its MM-DiT only; its config.json says, by path and fingerprint, which encoders it was trained with.
     """
     file = find_model_file(path)
-    encoders_file, run_config = file, file.parent / "config.json"
-    if run_config.is_file():
-        named = json.loads(run_config.read_text())["encoders"]
-        encoders_file = find_model_file(named["path"])
-        if {"vae", "text"} & set(wanted) and (found := fingerprint(encoders_file, ENCODERS)) != named["fingerprint"]:
-            raise CheckpointError(f"{encoders_file} does not hold the encoders that {file.parent} was trained with "
-                                  f"(fingerprint {found}, expected {named['fingerprint']}); put the right file there.")
+    encoders_file = file
+    if {"vae", "text"} & set(wanted) and (named := run_encoders(file.parent)):
+        encoders_file, tokenizers = named[0], tokenizers or named[1]
     parts = Components(sampling=stored_config(file).get("sampling", {}), file=file)
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", file, dtype)
     if "vae" in wanted:
         parts.vae = read_network("vae", encoders_file, dtype)
-    for name in {"mmdit", "vae"} & set(wanted):
-        if getattr(parts, name) is None:
-            raise CheckpointError(f"{file} holds no {name}: no key begins with {PREFIXES[name]!r}")
+    for name, place in (("mmdit", file), ("vae", encoders_file)):
+        if name in wanted and getattr(parts, name) is None:
+            raise CheckpointError(f"{place} holds no {name}: no key begins with {PREFIXES[name]!r}")
     if "text" in wanted:
         parts.text = load_text(encoders_file, dtype, tokenizers)
     return parts

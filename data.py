@@ -39,6 +39,7 @@ COLORS = {"red": (215, 30, 40), "orange": (250, 135, 15), "yellow": (255, 225, 5
           "cyan": (60, 210, 225), "blue": (35, 75, 225), "purple": (140, 45, 175), "pink": (255, 145, 200)}
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0),
                "brown": (110, 70, 40), "navy": (15, 25, 75)}
+HELD_OUT_SEED = 1_000_003        # scenes of this seed validate and score; a run trains on those of its own --seed
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 SIZES = {"small": 0.22, "medium": 0.30, "large": 0.39}                    # diameter / shorter side of the image
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
@@ -83,7 +84,7 @@ def make_scene(seed: int, index: int, height: int = 64, width: int = 64) -> Scen
     background, wording = pick(tuple(BACKGROUNDS)), rng.random()
 
     def thing(box_left, box_top, box_height, box_width, shape=None, color=None, size=None):
-        """A thing somewhere inside a box, two pixels clear of its edges where there is room."""
+        """A thing somewhere inside a box, a pixel clear of its edges where there is room."""
         shape, color, size = shape or pick(SHAPES), color or pick(tuple(COLORS)), size or pick(tuple(SIZES))
         diameter = round(SIZES[size] * min(height, width) * rng.uniform(0.95, 1.05))
         diameter = max(3, min(diameter, box_height - 2, box_width - 2))

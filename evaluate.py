@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from checkpoints import CheckpointError
-from data import COLORS, SHAPES, Scene, draw_scene, make_scene, scene_captions, shape_mask
+from data import COLORS, HELD_OUT_SEED, SHAPES, Scene, draw_scene, make_scene, scene_captions, shape_mask
 from text_encoders import CLIPLayer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def scene_requirements(scene: Scene) -> list[Requirement]:
     return asked + [Requirement("color attribution", shapes, colors)] * (colors[0] != colors[1])
 
 
-def geneval_cases(count_per_task: int, seed: int = 0, height: int = 64, width: int = 64):
+def geneval_cases(count_per_task: int, seed: int = HELD_OUT_SEED, height: int = 64, width: int = 64):
     """list of (Requirement, Scene), task by task: the first scenes of the set `seed` that are examples of each."""
     cases = {task: [] for task in TASKS}
     for index in itertools.count():
@@ -319,7 +319,7 @@ def prompt_of(requirement: Requirement, scene: Scene) -> str:
     return scene_captions(replace(scene, wording=WORDING[requirement.task]))[0]
 
 
-def geneval_prompts(count_per_task: int, seed: int = 0):
+def geneval_prompts(count_per_task: int, seed: int = HELD_OUT_SEED):
     """list of (task, prompt, Requirement)."""
     return [(requirement.task, prompt_of(requirement, scene), requirement)
             for requirement, scene in geneval_cases(count_per_task, seed)]
@@ -359,16 +359,17 @@ def success_rates(requirements, images) -> dict:
     return {**rates, "overall": float(np.mean(list(rates.values())))}
 
 
-def geneval(generate, count_per_task: int = 60, seed: int = 0, height: int = 64, width: int = 64) -> dict:
-    """Success rates of generate(list of prompts) -> list of uint8 (height, width, 3), called with batches."""
+def geneval(generate, count_per_task: int = 60, seed: int = HELD_OUT_SEED, height: int = 64, width: int = 64) -> dict:
+    """Success rates of generate(prompts, first) -> list of uint8 (height, width, 3), called with batches of prompts, of which
+    `first` is the number of the first: noise should follow the number, or every batch starts from the same."""
     cases = geneval_cases(count_per_task, seed, height, width)
     prompts = [prompt_of(requirement, scene) for requirement, scene in cases]
     batches = tqdm(range(0, len(prompts), BATCH_SIZE), desc="GenEval", unit="batch", leave=False)
-    images = (image for start in batches for image in generate(prompts[start : start + BATCH_SIZE]))
+    images = (image for start in batches for image in generate(prompts[start : start + BATCH_SIZE], start))
     return success_rates([requirement for requirement, _ in cases], images)
 
 
-def geneval_bounds(count_per_task: int = 60, seed: int = 0, height: int = 64, width: int = 64):
+def geneval_bounds(count_per_task: int = 60, seed: int = HELD_OUT_SEED, height: int = 64, width: int = 64):
     """(ceiling, chance): success rates of the scenes' own drawings, and when each gets the next one's requirement."""
     cases = geneval_cases(count_per_task, seed, height, width)
     requirements, images = [requirement for requirement, _ in cases], [draw_scene(scene) for _, scene in cases]
@@ -389,7 +390,7 @@ def format_scores(scores: dict) -> str:
 def draw_losses(log: list[dict], size=(720, 440)) -> Image.Image:
     """log lines -> a picture of the loss over steps: the mean (black) and every tenth of t (blue near data to red near
     noise), with their last values."""
-    entries = [entry for entry in log if "loss" in entry] or [{"step": 1, "loss": 1.0, "loss_by_t": [None] * 10}]
+    entries = [entry for entry in log if entry.get("loss")] or [{"step": 1, "loss": 1.0, "loss_by_t": [None] * 10}]
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 50, 16, size[0] - 120, size[1] - 30
@@ -431,7 +432,7 @@ def parse_options():
     parser.add_argument("--num-steps", type=int)
     parser.add_argument("--height", type=int, help="of the pictures, in pixels (64 without a checkpoint)")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and the noise")
+    parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the prompts and the noise")
     parser.add_argument("--out", default="results.json")
     options = parser.parse_args()
     if options.num_prompts < 1:
@@ -453,10 +454,9 @@ def main():
     rows = dict(zip(("ground truth", "shuffled"), geneval_bounds(options.num_prompts, options.seed, **size)))
     if pipeline:
         settings = size | {name: given[name] for name in ("guidance_scale", "num_steps") if name in given}
-        seeds = itertools.count(options.seed, BATCH_SIZE)                       # generate takes one for each picture
 
-        def pictures(prompts):
-            return [np.asarray(picture) for picture in generate(pipeline, prompts, seed=next(seeds), **settings)]
+        def pictures(prompts, first):
+            return [np.asarray(picture) for picture in generate(pipeline, prompts, options.seed + first, **settings)]
 
         rows[options.checkpoint] = geneval(pictures, options.num_prompts, options.seed, **size)
     print(f"{options.num_prompts:3} prompts a task  " + "  ".join(f"{name:>12}" for name in rows))

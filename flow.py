@@ -158,7 +158,8 @@ def euler_steps(velocity, noise, times):
 
 def euler(velocity, noise, times):
     """The end of `euler_steps`: a sample (B, C, H, W)."""
-    *_, (sample, _) = euler_steps(velocity, noise, times)
+    for z, _ in euler_steps(velocity, noise, times):
+        sample = z
     return sample
 
 

@@ -84,8 +84,8 @@ def crop_center(table, height: int, width: int):
     """The middle (height, width) of a square table of positions: (1, M * M, D) -> (1, height * width, D)."""
     M = math.isqrt(table.shape[1])
     if height > M or width > M:
-        raise ValueError(f"latent needs {height}x{width} tokens but the position grid has {M}x{M}. The largest picture "
-                         f"for this model is {16 * M}x{16 * M} px; ask for a smaller one.")
+        raise ValueError(f"latent needs {height}x{width} tokens but the position grid has {M}x{M}. Ask for a picture "
+                         f"of at most {16 * M}x{16 * M} px (VAE factor 8, patch 2).")
     top, left = (M - height) // 2, (M - width) // 2
     grid = table.unflatten(1, (M, M))[:, top : top + height, left : left + width]
     return grid.flatten(1, 2)
@@ -331,10 +331,10 @@ class MMDiT(nn.Module):
 
     def embed_text(self, context):
         """(B, L, context_dim) -> [(B, L, D)], or with a third weight set [CLIP tokens, T5 tokens]."""
-        n = self.config.clip_tokens
+        n, dtype = self.config.clip_tokens, self.pos_embed.dtype                 # residual streams stay fp32 under autocast
         if not n:
-            return [self.context_embedder(context)]
-        return [self.context_embedder(context[:, :n]), self.t5_embedder(context[:, n:])]
+            return [self.context_embedder(context).to(dtype)]
+        return [self.context_embedder(context[:, :n]).to(dtype), self.t5_embedder(context[:, n:]).to(dtype)]
 
     def embed_cond(self, t, pooled):
         """t (B,) in [0, 1], pooled (B, pooled_dim) -> cond (B, D), the y of Fig. 2, in fp32 also under autocast."""

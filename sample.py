@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import flow
-from checkpoints import SHIPPED, CheckpointError, fingerprint, load_components
+from checkpoints import SHIPPED, fingerprint, load_components, write_atomically
 from data import captioned_grid, from_tensor
 from mmdit import MMDiT
 from text_encoders import ENCODERS, TextEncoders
@@ -40,7 +40,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
@@ -57,7 +57,7 @@ class Pipeline:
     checkpoint: str = ""                     # path and fingerprint, for the record in the PNG
 
     def autocast(self):
-        """Matrix products in `precision`; sinusoids, norms and the solver stay fp32."""
+        """Matrix products in `precision`; sinusoids, the embedding of time, norms and the solver stay fp32."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
 
@@ -100,9 +100,11 @@ def generate_latents(pipeline, prompts, noise, num_steps, guidance_scale, timest
             v = pipeline.mmdit(torch.cat([z, z]), torch.cat([t, t]), prepared).float()
             return flow.guide(v[:batch], v[batch:], guidance_scale)
 
-        steps = flow.euler_steps(velocity, noise.to(pipeline.device), times)
-        latents, velocities = zip(*tqdm(steps, total=num_steps, disable=not progress, desc="sampling", leave=False))
-    return latents[-1], flow.path_length(velocities, times)
+        steps, lengths = flow.euler_steps(velocity, noise.to(pipeline.device), times), []
+        for i, (z, v) in enumerate(tqdm(steps, total=num_steps, disable=not progress, desc="sampling", leave=False)):
+            latents = z
+            lengths.append(flow.path_length([v], times[i : i + 2]))
+    return latents, sum(lengths)
 
 
 @torch.no_grad()
@@ -143,13 +145,7 @@ def save_png(picture: Image.Image, file: Path, record: dict):
     info = PngImagePlugin.PngInfo()
     info.add_text("rectified-flow", json.dumps(record))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    try:
-        picture.save(partial, format="PNG", pnginfo=info)
-        partial.replace(file)
-    except OSError as problem:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"could not write {file}: {problem}") from None
+    write_atomically(file, lambda partial: picture.save(partial, format="PNG", pnginfo=info))
 
 
 def parse_options():
@@ -173,9 +169,12 @@ def parse_options():
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("out"), help="a folder, or a .png file for one picture or a grid")
     options = parser.parse_args()
-    if options.prompts_file and not options.prompts_file.is_file():
-        parser.error(f"--prompts-file {options.prompts_file}: no such file")
-    from_file = options.prompts_file.read_text().splitlines() if options.prompts_file else []
+    try:
+        from_file = options.prompts_file.read_text(encoding="utf-8").splitlines() if options.prompts_file else []
+    except (OSError, UnicodeDecodeError) as problem:
+        parser.error(f"--prompts-file {options.prompts_file}: {problem}; give a UTF-8 text file, one prompt a line")
+    if options.out.is_file() and options.out.suffix != ".png":
+        parser.error(f"--out {options.out} is a file; give a folder or a name that ends in .png")
     options.prompts = (options.prompt or []) + [line.strip() for line in from_file if line.strip()]
     if not options.prompts:
         parser.error('nothing to draw; give --prompt "a red circle" or --prompts-file FILE')
@@ -188,11 +187,8 @@ def main():
     settings = {name: value for name in ("num_steps", "guidance_scale", "timestep_shift", "schedule")
                 if (value := getattr(options, name)) is not None}
     settings |= {"negative_prompt": options.negative_prompt, "without": tuple(options.without)}
-    try:
-        pipeline = load(options.checkpoint, options.device, options.precision, options.tokenizers)
-        pictures = generate(pipeline, options.prompts, options.seed, options.height, options.width, progress=True, **settings)
-    except (CheckpointError, ValueError) as problem:
-        sys.exit(f"sample.py: {problem}")
+    pipeline = load(options.checkpoint, options.device, options.precision, options.tokenizers)
+    pictures = generate(pipeline, options.prompts, options.seed, options.height, options.width, progress=True, **settings)
     record = {**pipeline.defaults, **settings, "height": pictures[0].height, "width": pictures[0].width,
               "checkpoint": pipeline.checkpoint}
     single = options.out.suffix == ".png"
@@ -211,4 +207,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, RuntimeError, OSError) as problem:                        # CheckpointError, no memory, a full disk
+        sys.exit(f"sample.py: {problem}")

@@ -14,6 +14,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +39,12 @@ from checkpoints import (
     find_model_file,
     fingerprint,
     load_components,
+    portable,
+    run_encoders,
     save_networks,
     write_atomically,
 )
-from data import ImageFiles, Scenes, captioned_grid
+from data import HELD_OUT_SEED, ImageFiles, Scenes, captioned_grid
 from encode import Batch, Batches, EncodedImages
 from evaluate import draw_losses, format_scores, geneval
 from flow import LogitNormal, RectifiedFlow, Shifted
@@ -59,6 +63,7 @@ class TrainConfig:
     resume: str = ""                   # a run folder to go on with; other options then change that run's settings
     data: str = ""                     # folder, .tar, .jsonl or .csv with captioned pictures; empty: built-in scenes
     encoders: str = "pretrained/tiny"  # checkpoint with the frozen VAE and text encoders
+    tokenizers: str = ""               # folder with clip/ and t5/; empty: tokenizers/ beside the encoders
     num_scenes: int = 16384            # built-in scenes to draw and encode in advance
     resolution: int = 0                # px per side; 0: 64 for small models, 256 from depth 15 up
     depth: int = 4                     # the size of MM-DiT: width 64 * depth, depth heads (Sec. 4)
@@ -78,7 +83,7 @@ class TrainConfig:
     full_captions: float = 0.5         # share of full ("synthetic") captions where there are two kinds (Sec. 5.2.2)
     logit_mean: float = 0.0            # m and s of Eq. 19
     logit_std: float = 1.0
-    shift: float = 1.0                 # alpha of Eq. 23, in training and in the sampling defaults
+    timestep_shift: float = 1.0        # alpha of Eq. 23, in training and in the sampling defaults
     guidance_scale: float = 4.0        # of the sample grids and the sampling defaults
     seed: int = 0
     device: str = "auto"
@@ -102,10 +107,14 @@ class World:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = pick_device(device)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", local_rank)
+            if self.size > 1 or self.device.index is None:
+                self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.device.type == "mps":                                         # gloo cannot add up MPS tensors
+                self.device = torch.device("cpu")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))     # rank 0 samples and saves alone
 
     def wrap(self, model):
         """Data-parallel: gradients are averaged inside backward()."""
@@ -147,8 +156,9 @@ def train_step(model, optimizer, batch: Batch, formulation, config: TrainConfig,
     parts = [part.chunk(config.accumulate) for part in (batch.latent, batch.context, batch.pooled, t, batch.noise)]
     for i, (latent, context, pooled, t_part, noise) in enumerate(zip(*parts)):
         last = i == config.accumulate - 1
-        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync(), autocast():
-            loss = formulation.loss(model, latent, context, pooled, t_part, noise)    # (B / accumulate,)
+        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+            with autocast():
+                loss = formulation.loss(model, latent, context, pooled, t_part, noise)    # (B / accumulate,)
             (loss.sum() / len(t)).backward()
         losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -218,7 +228,8 @@ class Run:
                 raise ValueError(f"{folder} exists already; go on with --resume {folder}, or choose another "
                                  f"--out") from None
         settings = {"train": dataclasses.asdict(dataclasses.replace(config, steps=steps, resume="")),
-                    "encoders": {"path": config.encoders, "fingerprint": fingerprint(setup.encoders_file, ENCODERS)}}
+                    "encoders": {"path": portable(setup.encoders_file), "tokenizers": config.tokenizers,
+                                 "fingerprint": fingerprint(setup.encoders_file, ENCODERS)}}
         write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(settings, indent=1)))
 
     def log(self, **entry):
@@ -304,7 +315,7 @@ def parse_config() -> TrainConfig:
     """TrainConfig from the command line; with --resume, what is not given comes from the run's config.json."""
     parser = argparse.ArgumentParser(description="Train MM-DiT with rectified flow.", allow_abbrev=False)
     for field in dataclasses.fields(TrainConfig):
-        kind = (lambda text: text.lower() in ("1", "true", "yes")) if field.type is bool else field.type
+        kind = true_or_false if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default!r}")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     if "resume" in given:
@@ -321,8 +332,23 @@ def parse_config() -> TrainConfig:
     return complete(TrainConfig(**given))
 
 
+def true_or_false(text: str) -> bool:
+    """The value of an option such as --compile."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def complete(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on other settings, and refuse what cannot work."""
+    """Fill in what depends on other settings, and refuse what cannot work, before anything is read or written."""
+    for name in ("num_scenes", "minutes", "batch_size", "accumulate", "lr", "logit_std", "timestep_shift", "log_every"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be greater than 0")
+    for name in ("resolution", "steps", "weight_decay", "sample_every", "save_every", "num_prompts"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or greater")
+    if config.precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"--precision {config.precision}: choose auto, bf16 or fp32")
     resolution = config.resolution or (64 if config.depth < 15 else 256)
     if resolution % 16:
         raise ValueError(f"--resolution {resolution} is not a multiple of 16 px (VAE factor 8 x patch 2)")
@@ -337,27 +363,32 @@ def complete(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"--data {config.data}: no such file or folder")
     out = config.out or next(f"runs/d{config.depth}-{n}" for n in range(1, 10000)
                              if not Path(f"runs/d{config.depth}-{n}").exists())
+    if Path(out).exists() and not config.resume:
+        raise ValueError(f"{out} exists already; go on with --resume {out}, or choose another --out")
     return dataclasses.replace(config, resolution=resolution, out=out)
 
 
 def open_data(config: TrainConfig):
     """(training source, validation source): scenes of two seeds, or one picture in fifty of the user's, at most 64."""
     if not config.data:
-        return Scenes(config.num_scenes, config.seed), Scenes(64, config.seed + 1_000_003)
+        return Scenes(config.num_scenes, config.seed), Scenes(64, HELD_OUT_SEED)
     files = ImageFiles(config.data)
     held_out = min(64, max(1, len(files) // 50))
     return files.subset(range(held_out, len(files))), files.subset(range(held_out))
 
 
-def count_steps(seconds: float, setup, config: TrainConfig, trials: int = 6) -> int:
-    """How many steps fit into the seconds, by timing a few on a copy of the model."""
-    model = copy.deepcopy(setup.model)
-    optimizer, times = torch.optim.AdamW(model.parameters(), lr=0.0), []
+def seconds_per_step(setup, config: TrainConfig, trials: int = 6) -> float:
+    """Median time of a training step, measured at learning rate 0, which moves no weight; the optimizer then forgets it."""
+    times = []
+    for group in setup.optimizer.param_groups:
+        group["lr"] = 0.0
     for step in range(trials):
         start = time.time()
-        train_step(model, optimizer, setup.batches(step), setup.formulation, config, setup.autocast)
+        *_, grad_norm = train_step(setup.model, setup.optimizer, setup.batches(step), setup.formulation, config, setup.autocast)
+        grad_norm.item()                                                          # waits for a GPU to finish
         times.append(time.time() - start)
-    return max(1, int(seconds / np.median(times[1:])))
+    setup.optimizer.state.clear()
+    return float(np.median(times[1:]))
 
 
 @dataclass
@@ -378,9 +409,12 @@ class Setup:
 def set_up(config: TrainConfig, world: World, say) -> Setup:
     """Load the frozen networks, encode the pictures, make the model and its optimizer."""
     encoders_file = find_model_file(config.encoders)
-    frozen = load_components(encoders_file, ("vae", "text"))
+    if config.resume:
+        run_encoders(Path(config.resume))                             # they must still be the ones it began with
+    frozen = load_components(encoders_file, ("vae", "text"), tokenizers=config.tokenizers)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
-    small = {"pos_embed_max_size": 16, "pos_embed_base_size": 16} if config.depth < 15 else {}      # up to 256 x 256 px
+    side = max(16, config.resolution // 16)                           # small models get a grid no larger than they need
+    small = {"pos_embed_max_size": side, "pos_embed_base_size": side} if config.depth < 15 else {}
     sizes = MMDiTConfig(config.depth, latent_channels=vae.config.latent_channels, context_dim=text.config.context_dim,
                         pooled_dim=text.config.pooled_dim, qk_norm=config.qk_norm,
                         clip_tokens=text.config.clip_length if config.weight_sets == 3 else 0, **small)
@@ -392,19 +426,20 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     if not config.data:
         say("training on built-in scenes; your own pictures: --data PATH, released encoders: --encoders FILE")
 
-    torch.manual_seed(config.seed)
-    model = MMDiT(sizes).to(world.device)
+    model = MMDiT(sizes)
+    model.initialize(torch.Generator().manual_seed(config.seed))
+    model.to(world.device)
     average = copy.deepcopy(model).requires_grad_(False)              # stays uncompiled: the sampler's shapes vary
     if config.compile:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
                                   eps=1e-15 if config.qk_norm else 1e-8, fused=True)                # Sec. 5.3.2
     density = LogitNormal(config.logit_mean, config.logit_std)
-    formulation = RectifiedFlow(Shifted(density, config.shift) if config.shift != 1 else density)
+    formulation = RectifiedFlow(Shifted(density, config.timestep_shift) if config.timestep_shift != 1 else density)
     batches, held_out_batches = (
         Batches(EncodedImages(part, vae, text, config.resolution, world.device, autocast, world.rank > 0), vae, text.config,
                 config, world) for part in (source, held_out))
-    sampling = {"num_steps": 28, "guidance_scale": config.guidance_scale, "timestep_shift": config.shift,
+    sampling = {"num_steps": 28, "guidance_scale": config.guidance_scale, "timestep_shift": config.timestep_shift,
                 "schedule": "shifted", "unconditional": "zeros", "height": config.resolution, "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
     prompts = [captions[0] for captions in held_out_batches.images.captions[:8]] if config.data else list(FIXED_PROMPTS)
@@ -421,8 +456,9 @@ def train(config: TrainConfig) -> Path:
         first_step, planned = restore(last_checkpoint(folder), s.model, s.average, s.optimizer)
         steps = steps or planned
     elif not steps:
-        left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.4 * config.num_prompts
-        steps = world.same(count_steps(left, s, config))
+        step_seconds = seconds_per_step(s, config)
+        left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.4 * config.num_prompts     # saves, samples, scores
+        steps = world.same(max(1, int(left / step_seconds)))
     run = Run(folder, config, first_step, steps, s) if world.rank == 0 else None
     model = world.wrap(s.model)
 
@@ -433,10 +469,10 @@ def train(config: TrainConfig) -> Path:
             group["lr"] = learning_rate(step, steps, config)
         batch = s.batches(step)
         loss, t, grad_norm = train_step(model, s.optimizer, batch, s.formulation, config, s.autocast)
-        update_average(s.average, s.model, step, steps, config)
-
-        done = step + 1
-        skipped = 0 if torch.isfinite(grad_norm) else skipped + 1
+        done, finite = step + 1, bool(torch.isfinite(grad_norm))
+        if finite:
+            update_average(s.average, s.model, step, steps, config)
+        skipped = 0 if finite else skipped + 1
         if skipped == 10:
             raise RuntimeError(f"loss or gradient was not finite 10 times in a row, last at step {done}. The last checkpoint "
                                f"is good: --resume {folder} with a lower --lr, or start anew with --qk-norm true")
@@ -445,17 +481,18 @@ def train(config: TrainConfig) -> Path:
         if run and (done % config.log_every == 0 or done == steps):
             entry = summarize(window, done, config, time.time() - window_start)
             run.log(**entry)
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['images_per_second']:.0f} images/s")
+            bar.set_postfix_str(f"loss {entry['loss'] or math.nan:.3f}, {entry['images_per_second']:.0f} images/s")
         if done % config.log_every == 0:
             window, window_start = [], time.time()
+        paused = time.time()
         if run and (every(done, steps, config.sample_every) or done == steps):
             run.report(s, done)
-            window, window_start = [], time.time()
         if run and (every(done, steps, config.save_every) or done == steps):
             run.save(s, done, steps)
+        window_start += time.time() - paused                                      # images a second are those of training
     bar.close()
     if run and not config.data and config.num_prompts:
-        draw = lambda prompts: [np.asarray(picture) for picture in generate(s.pipeline, prompts, seed=100)]
+        draw = lambda prompts, first: [np.asarray(picture) for picture in generate(s.pipeline, prompts, HELD_OUT_SEED + first)]
         scores = geneval(draw, config.num_prompts, height=config.resolution, width=config.resolution)
         run.log(step=steps, geneval=scores)
         say(format_scores(scores))
@@ -471,12 +508,18 @@ def every(done: int, steps: int, share: float) -> bool:
 
 
 def summarize(window, step: int, config: TrainConfig, seconds: float) -> dict:
-    """A log line from the steps since the last one; loss_by_t has null for a tenth of t that held no sample."""
+    """A log line from the steps since the last one. Means are over what is finite, null where nothing is (a tenth of t
+    without a sample, say); `skipped` counts the steps whose gradient was not."""
     loss, t = (torch.cat([entry[i] for entry in window]).float().cpu() for i in (0, 1))
+    norms = torch.stack([entry[2] for entry in window]).float().cpu()
+
+    def mean(values):
+        values = values[values.isfinite()]
+        return round(values.mean().item(), 6) if len(values) else None
+
     tenth = (t * 10).long().clamp_max(9)
-    by_t = [round(loss[tenth == i].mean().item(), 5) if (tenth == i).any() else None for i in range(10)]
-    return {"step": step, "loss": round(loss.mean().item(), 6), "loss_by_t": by_t,
-            "grad_norm": round(torch.stack([entry[2] for entry in window]).mean().item(), 4),
+    return {"step": step, "loss": mean(loss), "loss_by_t": [mean(loss[tenth == i]) for i in range(10)],
+            "grad_norm": mean(norms), "skipped": int((~norms.isfinite()).sum()),
             "images_seen": step * config.batch_size, "images_per_second": round(len(loss) / seconds, 1)}
 
 

@@ -314,6 +314,7 @@ def psnr(image, reconstruction):
 def main():
     """Reconstruct one picture with the shipped autoencoder: original beside reconstruction, and the PSNR."""
     import argparse
+    import sys
 
     from checkpoints import load_components
     from data import from_tensor, read_image, resize_and_crop, to_tensor
@@ -323,8 +324,11 @@ def main():
     parser.add_argument("--checkpoint", default="pretrained/tiny", help="any checkpoint that holds an autoencoder")
     parser.add_argument("--out", default="reconstruction.png")
     options = parser.parse_args()
-    vae = load_components(options.checkpoint, ("vae",)).vae
-    picture = read_image(options.picture)
+    try:
+        vae = load_components(options.checkpoint, ("vae",)).vae
+        picture = read_image(options.picture)
+    except ValueError as problem:                                                # CheckpointError and UnreadableImage
+        sys.exit(f"vae.py: {problem}")
     step = vae.config.downsampling
     picture = resize_and_crop(picture, max(step, picture.height // step * step), max(step, picture.width // step * step))
     image = to_tensor(picture)[None]

@@ -386,7 +386,8 @@ def test_geneval_asks_in_batches_and_scores_what_comes_back():
     pictures = {prompt_of(requirement, scene): draw_scene(scene) for requirement, scene in cases}
     sizes = []
 
-    def generate(prompts):
+    def generate(prompts, first):
+        assert first == sum(sizes)                                              # so that no two batches share their noise
         sizes.append(len(prompts))
         return [pictures[prompt] for prompt in prompts]
 
@@ -394,9 +395,9 @@ def test_geneval_asks_in_batches_and_scores_what_comes_back():
     assert set(scores) == {*TASKS, "overall"} and min(scores.values()) == 1
     assert sizes == [64, 56]
     blank = np.zeros((64, 64, 3), np.uint8)
-    assert set(geneval(lambda prompts: [blank] * len(prompts), 5).values()) == {0.0}
+    assert set(geneval(lambda prompts, first: [blank] * len(prompts), 5).values()) == {0.0}
     with pytest.raises(ValueError):
-        geneval(lambda prompts: [blank], 5)                                              # too few pictures
+        geneval(lambda prompts, first: [blank], 5)                                              # too few pictures
 
 
 def test_main_writes_the_table_with_its_command(tmp_path, monkeypatch, capsys):
