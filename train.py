@@ -61,6 +61,7 @@ class TrainConfig:
     """Everything that defines a run; the command line is made from it."""
     out: str = ""                      # run folder; empty: the first free runs/dDEPTH-N
     resume: str = ""                   # a run folder to go on with; other options then change that run's settings
+    init: str = ""                     # a checkpoint whose MM-DiT a new run starts from, to fine-tune it
     data: str = ""                     # folder, .tar, .jsonl or .csv with captioned pictures; empty: built-in scenes
     encoders: str = "pretrained/tiny"  # checkpoint with the frozen VAE and text encoders
     tokenizers: str = ""               # folder with clip/ and t5/; empty: tokenizers/ beside the encoders
@@ -73,7 +74,9 @@ class TrainConfig:
     steps: int = 0                     # optimizer steps; 0: as many as fit in the minutes
     batch_size: int = 64               # samples per step over all processes
     accumulate: int = 1                # parts that a process splits its share of the batch into, to save memory
+    optimizer: str = "adamw"           # or muon: Muon for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-3                   # AdamW; the paper's 1e-4 belongs to wide models and batch 1024 (App. B.3)
+    muon_lr: float = 0.02
     warmup: float = 0.03               # share of the run with rising learning rate
     cooldown: float = 0.4              # share of the run, at its end, with falling learning rate
     weight_decay: float = 0.01
@@ -145,7 +148,7 @@ class World:
 # One step
 # ------------------------------------------------------------------------------------------------------------
 
-def train_step(model, optimizer, batch: Batch, formulation, config: TrainConfig, autocast):
+def train_step(model, optimizers, batch: Batch, formulation, config: TrainConfig, autocast):
     """One update from this process's share of the batch. Nothing here knows how many processes exist: the data-parallel
     wrapper averages gradients inside backward(), and every random number was drawn in `Batches`.
 
@@ -162,9 +165,10 @@ def train_step(model, optimizer, batch: Batch, formulation, config: TrainConfig,
             (loss.sum() / len(t)).backward()
         losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if torch.isfinite(grad_norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        if torch.isfinite(grad_norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return torch.cat(losses), t, grad_norm
 
 
@@ -177,11 +181,30 @@ def compute_context(device, precision):
         yield
 
 
+def make_optimizers(model, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, as in App. B.3; or Muon for the weight matrices of attention and MLPs and AdamW for the rest, which needs about
+    half the images (README, results)."""
+    in_muon = lambda name, p: (config.optimizer == "muon" and p.dim() == 2 and name.startswith("joint_blocks")
+                               and "adaLN" not in name)
+    matrices = [p for name, p in model.named_parameters() if in_muon(name, p)]
+    others = [p for name, p in model.named_parameters() if not in_muon(name, p)]
+    adam = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+                             eps=1e-15 if config.qk_norm else 1e-8, fused=True)                     # Sec. 5.3.2
+    return [adam, torch.optim.Muon(matrices, lr=config.muon_lr)] if matrices else [adam]
+
+
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Linear warm-up, constant, linear cool-down to zero, in shares of the run."""
+    """Linear warm-up, constant, linear cool-down to zero, in shares of the run: the factor of each peak rate, in (0, 1]."""
     rise = (step + 1) / max(1, config.warmup * steps)
     fall = (steps - step) / max(1, config.cooldown * steps)
-    return config.lr * min(1.0, rise, fall)
+    return min(1.0, rise, fall)
+
+
+def set_learning_rates(optimizers, factor: float, config: TrainConfig):
+    """Every optimizer at `factor` times its peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * (config.muon_lr if isinstance(optimizer, torch.optim.Muon) else config.lr)
 
 
 @torch.no_grad()
@@ -263,7 +286,7 @@ class Run:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(run_state(s.model, s.average, s.optimizer, step, steps), checkpoint_id=partial, no_dist=True)
+                dcp.save(run_state(s.model, s.average, s.optimizers, step, steps), checkpoint_id=partial, no_dist=True)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         except Exception as problem:                                              # a full disk shows as several types
@@ -275,26 +298,28 @@ class Run:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def run_state(model, average, optimizer, step: int, steps: int) -> dict:
+def run_state(model, average, optimizers, step: int, steps: int) -> dict:
     """What a run is resumed from. Random numbers need no state: they are keyed by step and index."""
     return {"model": model.state_dict(), "average": average.state_dict(), "step": step, "steps": steps,
-            "optimizer": get_optimizer_state_dict(model, optimizer)}
+            "optimizer": get_optimizer_state_dict(model, optimizers)}
 
 
-def restore(checkpoint: Path, model, average, optimizer) -> tuple[int, int]:
-    """Load weights, average and optimizer in place; returns (steps done, steps planned).
+def restore(checkpoint: Path, model, average, optimizers) -> tuple[int, int]:
+    """Load weights, average and optimizers in place; returns (steps done, steps planned).
 
     torch.distributed.checkpoint pickles its metadata: only resume from your own runs.
     """
-    state = run_state(model, average, optimizer, 0, 0)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = run_state(model, average, optimizers, 0, 0)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    for group, setting in zip(optimizer.param_groups, settings):                  # a changed --weight-decay takes effect
+    set_optimizer_state_dict(model, optimizers, state["optimizer"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, setting in zip(groups, settings):                                  # a changed --weight-decay takes effect
         group.update(setting)
     return state["step"], state["steps"]
 
@@ -323,7 +348,7 @@ def parse_config() -> TrainConfig:
         if not file.is_file():
             parser.error(f"--resume {given['resume']}: no config.json there; give the folder of a run")
         stored = json.loads(file.read_text())["train"]
-        fixed = [name for name in ("depth", "qk_norm", "weight_sets", "resolution", "encoders", "seed", "batch_size")
+        fixed = [name for name in ("depth", "qk_norm", "optimizer", "weight_sets", "resolution", "encoders", "seed", "batch_size")
                  if name in given and given[name] != stored[name]]
         if fixed:
             parser.error(f"--{fixed[0].replace('_', '-')} {given[fixed[0]]} differs from {stored[fixed[0]]}, with which "
@@ -341,14 +366,16 @@ def true_or_false(text: str) -> bool:
 
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other settings, and refuse what cannot work, before anything is read or written."""
-    for name in ("num_scenes", "minutes", "batch_size", "accumulate", "lr", "logit_std", "timestep_shift", "log_every"):
+    for name in ("num_scenes", "minutes", "batch_size", "accumulate", "lr", "muon_lr", "logit_std", "timestep_shift",
+                 "log_every"):
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be greater than 0")
     for name in ("resolution", "steps", "weight_decay", "sample_every", "save_every", "num_prompts"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or greater")
-    if config.precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"--precision {config.precision}: choose auto, bf16 or fp32")
+    for name, choices in (("precision", ("auto", "bf16", "fp32")), ("optimizer", ("adamw", "muon"))):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(choices)}")
     resolution = config.resolution or (64 if config.depth < 15 else 256)
     if resolution % 16:
         raise ValueError(f"--resolution {resolution} is not a multiple of 16 px (VAE factor 8 x patch 2)")
@@ -380,14 +407,15 @@ def open_data(config: TrainConfig):
 def seconds_per_step(setup, config: TrainConfig, trials: int = 6) -> float:
     """Median time of a training step, measured at learning rate 0, which moves no weight; the optimizer then forgets it."""
     times = []
-    for group in setup.optimizer.param_groups:
-        group["lr"] = 0.0
+    set_learning_rates(setup.optimizers, 0.0, config)
     for step in range(trials):
         start = time.time()
-        *_, grad_norm = train_step(setup.model, setup.optimizer, setup.batches(step), setup.formulation, config, setup.autocast)
+        *_, grad_norm = train_step(setup.model, setup.optimizers, setup.batches(step), setup.formulation, config,
+                                   setup.autocast)
         grad_norm.item()                                                          # waits for a GPU to finish
         times.append(time.time() - start)
-    setup.optimizer.state.clear()
+    for optimizer in setup.optimizers:
+        optimizer.state.clear()
     return float(np.median(times[1:]))
 
 
@@ -396,7 +424,7 @@ class Setup:
     """Everything a run works with, on this process."""
     model: MMDiT
     average: MMDiT                # EMA of the weights: what is validated, sampled and kept
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     formulation: RectifiedFlow
     batches: Batches
     held_out: Batches
@@ -428,12 +456,13 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
 
     model = MMDiT(sizes)
     model.initialize(torch.Generator().manual_seed(config.seed))
+    if config.init and not config.resume:
+        load_weights(model, load_components(config.init, ("mmdit",)).mmdit, config.init)
     model.to(world.device)
     average = copy.deepcopy(model).requires_grad_(False)              # stays uncompiled: the sampler's shapes vary
     if config.compile:
         model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
-                                  eps=1e-15 if config.qk_norm else 1e-8, fused=True)                # Sec. 5.3.2
+    optimizers = make_optimizers(model, config)
     density = LogitNormal(config.logit_mean, config.logit_std)
     formulation = RectifiedFlow(Shifted(density, config.timestep_shift) if config.timestep_shift != 1 else density)
     batches, held_out_batches = (
@@ -443,7 +472,17 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
                 "schedule": "shifted", "unconditional": "zeros", "height": config.resolution, "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
     prompts = [captions[0] for captions in held_out_batches.images.captions[:8]] if config.data else list(FIXED_PROMPTS)
-    return Setup(model, average, optimizer, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
+    return Setup(model, average, optimizers, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
+
+
+def load_weights(model: MMDiT, weights: MMDiT, name: str):
+    """Start from another model of the same sizes."""
+    ours, theirs = ({key: tuple(t.shape) for key, t in m.state_dict().items()} for m in (model, weights))
+    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if different:
+        raise ValueError(f"--init {name} is a model of other sizes: {different[0]} is {theirs.get(different[0])} there and "
+                         f"{ours.get(different[0])} here. Give its --depth, --qk-norm, --weight-sets and --resolution")
+    model.load_state_dict(weights.state_dict())
 
 
 def train(config: TrainConfig) -> Path:
@@ -453,7 +492,7 @@ def train(config: TrainConfig) -> Path:
     s = set_up(config, world, say)
     folder, first_step, steps = Path(config.out), 0, config.steps
     if config.resume:
-        first_step, planned = restore(last_checkpoint(folder), s.model, s.average, s.optimizer)
+        first_step, planned = restore(last_checkpoint(folder), s.model, s.average, s.optimizers)
         steps = steps or planned
     elif not steps:
         step_seconds = seconds_per_step(s, config)
@@ -465,10 +504,9 @@ def train(config: TrainConfig) -> Path:
     window, window_start, skipped = [], time.time(), 0
     bar = tqdm(total=steps, initial=first_step, disable=world.rank > 0, unit="step", smoothing=0.05)
     for step in range(first_step, steps):
-        for group in s.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
+        set_learning_rates(s.optimizers, learning_rate(step, steps, config), config)
         batch = s.batches(step)
-        loss, t, grad_norm = train_step(model, s.optimizer, batch, s.formulation, config, s.autocast)
+        loss, t, grad_norm = train_step(model, s.optimizers, batch, s.formulation, config, s.autocast)
         done, finite = step + 1, bool(torch.isfinite(grad_norm))
         if finite:
             update_average(s.average, s.model, step, steps, config)

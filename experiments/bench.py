@@ -76,7 +76,7 @@ def main():
     config, rows = TrainConfig(batch_size=B), []
 
     def measure(name, make_batch, text_tokens):
-        step = lambda: train_step(model, optimizer, make_batch(), RectifiedFlow(), config, autocast)
+        step = lambda: train_step(model, [optimizer], make_batch(), RectifiedFlow(), config, autocast)
         rate = B / seconds_per_call(step, device, options.trials)
         share = rate * training_flops(sizes, text_tokens, 16) / peak
         rows.append({"what": name, "text_tokens": text_tokens, "images_per_second": round(rate, 1),

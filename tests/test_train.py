@@ -121,7 +121,7 @@ def test_gradient_accumulation_changes_nothing(frozen, accumulate):
     for parts in (1, accumulate):
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loss, t, norm = train_step(model, optimizer, make_batches(frozen)(0), RectifiedFlow(),
+        loss, t, norm = train_step(model, [optimizer], make_batches(frozen)(0), RectifiedFlow(),
                                    TrainConfig(accumulate=parts), FP32)
         results.append((loss, t, norm, model.final_layer.linear.weight.detach()))
     for ours, expected in zip(results[1], results[0]):
@@ -132,19 +132,19 @@ def test_a_non_finite_gradient_does_not_touch_the_weights(frozen):
     model, batch = small_model(), make_batches(frozen)(0)
     batch.latent[0, 0, 0, 0] = float("nan")
     before = model.final_layer.linear.weight.detach().clone()
-    _, _, norm = train_step(model, torch.optim.AdamW(model.parameters()), batch, RectifiedFlow(), TrainConfig(), FP32)
+    _, _, norm = train_step(model, [torch.optim.AdamW(model.parameters())], batch, RectifiedFlow(), TrainConfig(), FP32)
     assert not torch.isfinite(norm) and torch.equal(model.final_layer.linear.weight, before)
 
 
 def test_one_batch_can_be_overfitted(frozen):
     model, batch = small_model(), make_batches(frozen, batch_size=4, encoder_dropout=0.0)(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = [train_step(model, optimizer, batch, RectifiedFlow(), TrainConfig(), FP32)[0].mean() for _ in range(150)]
+    losses = [train_step(model, [optimizer], batch, RectifiedFlow(), TrainConfig(), FP32)[0].mean() for _ in range(150)]
     assert losses[-1] < 0.35 * losses[0]
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
-    config = TrainConfig(lr=1.0, warmup=0.1, cooldown=0.2)
+    config = TrainConfig(warmup=0.1, cooldown=0.2)
     rates = [learning_rate(step, 1000, config) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and rates[99] == rates[799] == 1.0
     assert rates[899] == pytest.approx(0.505) and 0 < rates[999] < 0.01
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     good.mkdir(parents=True)
     monkeypatch.setattr(train.dcp, "save", no_space)
     model = small_model()
-    setup = SimpleNamespace(model=model, average=model, optimizer=torch.optim.AdamW(model.parameters()))
+    setup = SimpleNamespace(model=model, average=model, optimizers=[torch.optim.AdamW(model.parameters())])
     with pytest.raises(OSError, match="last good checkpoint is untouched"):
         run.save(setup, 2, 4)
     assert [path.name for path in good.parent.iterdir()] == ["00000001"]
