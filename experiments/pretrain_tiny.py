@@ -8,6 +8,7 @@ small ones, and no weights are at hand. This file makes them, one stage after th
     t5           the encoder of a small T5 v1.1, by span corruption (Raffel et al. 2019); its decoder is thrown away
     vae          the 16-channel autoencoder: L1 and KL
     assemble     latent statistics (App. B.2), then everything into pretrained/tiny/ in bf16
+    mmdit        first stage of the MM-DiT, told of the text by the pooled vectors alone; train.py --init goes on from it
     ship         add the MM-DiT of a run of train.py (--run) to that file
 
 Data        scenes (drawn), emoji and clothing photographs (free licences), prompt lists for the vocabulary. The last 100
@@ -22,6 +23,7 @@ import math
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,7 @@ from text_encoders import (  # noqa: E402
     clip_text_rules,
     relative_position_bucket,
 )
+from train import TrainConfig, World, complete, set_up, train_step  # noqa: E402
 from vae import VAE, VAEConfig, VAELossConfig, psnr, vae_loss  # noqa: E402
 
 VOCABULARY, SENTINELS = 2048, 16
@@ -400,12 +403,14 @@ def train_vae(corpus, minutes: float, out: Path):
                 if p.dim() == 4 and name not in ("encoder.conv_in.weight", "decoder.conv_out.weight")]
     others = [p for p in vae.parameters() if all(p is not matrix for matrix in matrices)]
     adam, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices, lr=0.02)
+    start = time.time()
     for step in Clock(minutes, {adam: 1e-3, muon: 0.02}, warmup=200):
         image = vae_batch(corpus, step).to(memory_format=torch.channels_last)
         noise = torch.randn(len(image), 16, image.shape[2] // 8, image.shape[3] // 8,
                             generator=torch.Generator().manual_seed(step))
-        with autocast():
-            loss, terms, _ = vae_loss(vae, image, noise, VAELossConfig(kl_weight=5e-4))
+        kl_weight = 5e-4 if time.time() - start < 0.9 * 60 * minutes else 5e-3    # late: the decoder is good by then, and
+        with autocast():                                                          # smoother codes cost it .1 dB
+            loss, terms, _ = vae_loss(vae, image, noise, VAELossConfig(kl_weight=kl_weight))
         update(loss, vae.parameters(), [adam, muon])
         with torch.no_grad():
             for kept, new in zip(average.parameters(), vae.parameters()):
@@ -450,6 +455,27 @@ def assemble(corpus, work: Path, out: Path):
     print(Counter({name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}))
 
 
+def train_pooled_only(minutes: float, work: Path, out: Path):
+    """The MM-DiT's first stage. No text tokens: Sec. 4's "coarse-grained" pooled vector is all it gets, so a step costs a
+    third, and most of what there is to learn at first (one object is one object, shapes) needs no more."""
+    config = complete(TrainConfig(encoders=str(out), num_scenes=65536, optimizer="muon", timestep_shift=2.0, compile=True,
+                                  encoder_dropout=0.3, full_captions=0.7))
+    s = set_up(config, World("cpu"), print)
+    adam, muon = s.optimizers
+    for step in Clock(minutes, {adam: 1.2e-3, muon: 0.02}, warmup=300):
+        batch = s.batches(step)
+        loss, *_ = train_step(s.model, s.optimizers, replace(batch, context=batch.context[:, :0]), s.formulation, config,
+                              s.autocast)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(s.average.parameters()), [p.detach() for p in s.model.parameters()],
+                                 1 - min(0.9995, (step + 1) / (step + 10)))
+        if (step + 1) % 100 == 0:
+            print(f"loss {loss.mean().item():.3f}", flush=True)
+        if (step + 1) % 5000 == 0:
+            save_networks(work / "mmdit.safetensors", {"mmdit": s.average})
+    save_networks(work / "mmdit.safetensors", {"mmdit": s.average})
+
+
 def ship(run: Path, out: Path):
     """The frozen networks that are in place and the MM-DiT of a run, in one bf16 file."""
     parts = load_components(out, ("vae", "text"))
@@ -464,8 +490,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with emoji/, photos/, prompts/")
     parser.add_argument("--stage", default="all",
-                        choices=("all", "tokenizers", "clip", "t5", "vae", "assemble", "ship"))
-    parser.add_argument("--minutes", type=float, help="of the chosen stage; default clip 12, t5 4, vae 34")
+                        choices=("all", "tokenizers", "clip", "t5", "vae", "assemble", "mmdit", "ship"))
+    parser.add_argument("--minutes", type=float, help="of the chosen stage; default clip 12, t5 4, vae 38, mmdit 50")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="for the stage ship: a run folder of train.py")
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="where the stages leave their weights")
     parser.add_argument("--out", type=Path, default=SHIPPED)
@@ -479,8 +505,9 @@ def main():
     stages = {"tokenizers": lambda: train_tokenizers(corpus, tokenizers),
               "clip": lambda: train_clips(corpus, tokenizers, config.minutes or 12, config.work),
               "t5": lambda: train_t5(corpus, tokenizers, config.minutes or 4, config.work),
-              "vae": lambda: train_vae(corpus, config.minutes or 34, config.work),
-              "assemble": lambda: assemble(corpus, config.work, config.out)}
+              "vae": lambda: train_vae(corpus, config.minutes or 38, config.work),
+              "assemble": lambda: assemble(corpus, config.work, config.out),
+              "mmdit": lambda: train_pooled_only(config.minutes or 50, config.work, config.out)}
     for name in stages if config.stage == "all" else [config.stage]:
         print(f"== {name}", flush=True)
         stages[name]()
