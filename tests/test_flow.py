@@ -1,5 +1,6 @@
 """The equations of flow.py: path, loss, densities of t, shift, schedules, guidance, Euler's method."""
 
+import importlib.util
 import math
 
 import pytest
@@ -355,9 +356,17 @@ def test_gaussian_velocity_ends_are_those_of_the_path():
     torch.testing.assert_close(gaussian_velocity(z, double(0.0, 0.0, 0.0, 0.0, 0.0), 0.7, 0.4), -z)
 
 
-def test_running_flow_prints_densities_and_a_falling_error(capsys):
-    flow.main()
+def test_running_flow_draws_one_png_or_prints_the_same_numbers(tmp_path, capsys):
+    """Errors of the solvers fall with the number of steps; a PNG with matplotlib, text without."""
+    noise = normal(0, 50, 2)
+    errors = flow.solver_errors(flow.RectifiedFlow(), flow.RING, noise)
+    for values in errors.values():
+        assert values == sorted(values, reverse=True) and values[-1] < 0.05
+    flow.print_demo(errors)
     lines = capsys.readouterr().out.splitlines()
-    errors = [float(line.split()[1]) for line in lines[-5:]]
-    assert sum(line.startswith("lognorm") for line in lines) == 4
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.05
+    assert sum(line.startswith("LogitNormal") for line in lines) == 4 and len(lines) == 1 + 9 + 2 + 4 + 2 + 4
+    flow.main(tmp_path / "a.png")
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+    else:
+        assert "log-SNR" in capsys.readouterr().out
