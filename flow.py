@@ -47,6 +47,7 @@ class Process:
     """
     first, last = 0.0, 1.0              # where the path is finite: times are clamped to this
     clock_output = "velocity"           # dz / d clock
+    pure_noise = True                   # a = 0 at t = 1
 
     def log_snr(self, t):
         """lambda_t = log(a_t^2 / b_t^2)."""
@@ -118,6 +119,7 @@ class Linear(VariancePreserving):
     Step i of the discrete schedule (i = 0 ... 999) lies at t = (i + 1) / 1000 and t = 0 is the data; between them log a_t is
     linear in t, so beta is constant over a step. Ends at a = .068, not at 0. Times below the first step count as it.
     """
+    pure_noise = False
     beta_first: float = 0.00085
     beta_last: float = 0.012
     num_steps: int = 1000
@@ -137,7 +139,7 @@ class Linear(VariancePreserving):
         knots = self.knots.to(t)
         step = (t * self.num_steps).ceil().long().clamp(1, self.num_steps) - 1
         slope = (knots[step + 1] - knots[step]) * self.num_steps
-        return knots[step] + slope * (t - step / self.num_steps), slope
+        return knots[step] + slope * (t - step.to(t) / self.num_steps), slope
 
     def scales(self, t):
         log_a2, _ = self.log_a2(t)
@@ -150,12 +152,12 @@ class Linear(VariancePreserving):
     def time_at(self, log_snr):
         log_a2, knots = torch.nn.functional.logsigmoid(log_snr), self.knots.to(log_snr)
         step = torch.searchsorted(-knots, -log_a2).clamp(1, self.num_steps) - 1
-        return (step + (log_a2 - knots[step]) / (knots[step + 1] - knots[step])) / self.num_steps
+        return (step.to(log_snr) + (log_a2 - knots[step]) / (knots[step + 1] - knots[step])) / self.num_steps
 
 
 class UnitData(Process):
     """a = 1; the clock is b, and dz / db is eps. Infinite at t = 1: times are clamped a little inside."""
-    first, last, clock_output = 1e-5, 1 - 1e-5, "eps"
+    first, last, clock_output, pure_noise = 1e-5, 1 - 1e-5, "eps", False
 
     def clock(self, t):
         return self.scales(t)[1]
@@ -448,7 +450,7 @@ class Shifted(Density):
         return self.density.pdf(back) * slope
 
     def cdf(self, t):
-        return self.density.cdf(shift_time(t, 1 / self.timestep_shift))
+        return self.density.cdf(shift_time(t, 1 / self.timestep_shift).clamp(0, 1))
 
     def quantile(self, u):
         return shift_time(self.density.quantile(u), self.timestep_shift)
@@ -475,10 +477,9 @@ class Formulation:
     name: str = field(default="", compare=False)
 
     def clamp(self, t):
-        """Times at which network and path are used. eps where a < .001 or so says nothing about x_0: that end is left out."""
+        """Times at which network and path are used. eps where a is 0 or nearly says nothing about x_0: that end is left out."""
         t = self.process.clamp(t)
-        blind = self.output == "eps" and not isinstance(self.process, UnitData)
-        return t.clamp(max=0.999) if blind else t
+        return t.clamp(max=0.999) if self.output == "eps" and self.process.pure_noise else t
 
     def network_input(self, z, t):
         """z_t, divided by its size if the network predicts F (EDM's c_in). (B, ...)"""
