@@ -412,6 +412,11 @@ def test_eq1_velocity_carries_noise_to_the_mixture(process):
     assert (sample - RING.means[nearest]).std().item() == pytest.approx(0.3, abs=0.03)
 
 
+def test_defaults_are_those_of_karras_et_al_and_times_are_for_images():
+    assert EDM() == EDM(-1.2, 1.2) and flow.SIGMA_DATA == 0.5
+    assert flow.per_sample(double(0.1, 0.2)).shape == (2, 1, 1, 1) and flow.per_sample(double(0.1, 0.2), 2).shape == (2, 1)
+
+
 @each_process
 def test_eq2_and_4_diffuse_mixes_latent_and_noise(process):
     latent, noise = normal(0, 2, 48, 1, 1, 2)
