@@ -508,7 +508,7 @@ class Formulation:
     def field(self, predict):
         """dz / d clock of a network: a velocity(z, clock (B,)) for the solvers. predict(z_t, t (B,)) -> output."""
         def velocity(z, clock):
-            t = self.clamp(self.process.time_on(exact(clock)).to(z.device)).to(z)
+            t = self.clamp(self.process.time_on(exact(clock))).to(z)
             return convert(predict(self.network_input(z, t), t), z, t, self.process, self.output, self.process.clock_output)
         return velocity
 
@@ -812,11 +812,6 @@ def solver_errors(form: Formulation, mixture: Mixture, noise):
     return {solver: [(ends(solver, n) - truth).norm(dim=1).median().item() for n in SHOWN_STEPS] for solver in SOLVERS}
 
 
-def trajectories(form: Formulation, mixture: Mixture, noise, num_steps: int = 40):
-    """Every point of Euler's way from noise to data: (num_steps, B, D)."""
-    return torch.stack([z for z, _ in form.sample_steps(mixture.predict(form), noise, form.schedule(num_steps))])
-
-
 def print_demo(errors):
     """The densities of Fig. 11, the log-SNR of every path and the solvers' errors as text."""
     times = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
@@ -844,7 +839,8 @@ def draw_demo(errors, noise, file: Path):
     for name, process in SHOWN_PROCESSES.items():
         snrs.plot(times, process.log_snr(times), label=name)
     for axis, name in ((rf, "rf"), (edm, "edm(-1.20, 1.20)")):
-        ways = trajectories(formulation(name), RING, noise)
+        form = formulation(name)
+        ways = torch.stack([z for z, _ in form.sample_steps(RING.predict(form), noise, form.schedule(40))])      # (40, B, 2)
         axis.plot(ways[:, :100, 0], ways[:, :100, 1], color="lightgray", linewidth=0.5)
         axis.plot(*ways[-1].T, ".", markersize=2)
         axis.set(title=f"{name}: noise to data, Euler", xlim=(-4, 4), ylim=(-4, 4))
