@@ -290,6 +290,8 @@ def test_make_schedule_chooses_by_name_and_names_what_is_wrong():
         make_schedule("released", 0, 3.0)
     with pytest.raises(ValueError, match="timestep_shift=-1"):
         make_schedule("released", 28, -1)
+    with pytest.raises(ValueError, match="timestep_shift=0"):
+        make_schedule("released", 28, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -414,6 +416,10 @@ def test_eq1_velocity_carries_noise_to_the_mixture(process):
 
 def test_defaults_are_those_of_karras_et_al_and_times_are_for_images():
     assert EDM() == EDM(-1.2, 1.2) and flow.SIGMA_DATA == 0.5
+    assert torch.equal(logit_normal_pdf(TIMES), logit_normal_pdf(TIMES, 0.0, 1.0)) and LogitNormal() == LogitNormal(0.0, 1.0)
+    assert torch.equal(logit_normal_quantile(TIMES), logit_normal_quantile(TIMES, 0.0, 1.0))
+    assert torch.equal(released_schedule(5), released_schedule(5, 3.0))
+    assert torch.equal(shifted_schedule(5), shifted_schedule(5, 1.0))
     assert flow.per_sample(double(0.1, 0.2)).shape == (2, 1, 1, 1) and flow.per_sample(double(0.1, 0.2), 2).shape == (2, 1)
 
 
@@ -718,6 +724,15 @@ def test_ldm_linear_has_the_discrete_schedule_at_its_knots():
     assert Linear().first == 0.001 and Linear().last == 1.0
 
 
+def test_ldm_linear_inverts_in_its_first_and_last_steps_too():
+    t = double(0.0, 0.0004, 0.001, 0.0014, 0.002, 0.9993, 1.0)
+    torch.testing.assert_close(Linear().time_at(Linear().log_snr(t)), t, rtol=1e-7, atol=1e-9)
+    a, b = Linear().scales(t)
+    torch.testing.assert_close(a.square() + b.square(), torch.ones_like(a))
+    assert a[1].item() == pytest.approx((1 - 0.00085) ** 0.2, rel=1e-9)           # .4 of the first step
+    assert Linear().slopes(double(0.0004))[0].item() == pytest.approx(a[1].item() * 500 * math.log(1 - 0.00085), rel=1e-9)
+
+
 def test_ldm_linear_is_geometric_between_its_knots():
     a = [Linear().scales(double(t))[0].item() for t in (0.3, 0.3005, 0.301)]
     assert a[1] == pytest.approx((a[0] * a[2]) ** 0.5, rel=1e-10)
@@ -851,6 +866,12 @@ def test_61_names_are_those_of_the_study_and_round_trip():
     printed = ("rf/lognorm(0.00, 1.00)", "rf/lognorm(1.00, 0.60)", "rf/mode(1.29)", "rf/mode(1.75)", "edm(0.00, 0.60)",
                "edm(0.60, 1.20)", "edm(-1.20, 1.20)", "rf/lognorm(-0.50, 1.00)", "rf/mode(1.00)", "rf/mode(-1.00)")
     assert set(printed) < set(FORMULATIONS)
+    modes = {"-1.00", "-0.54", "-0.08", "0.38", "0.83", "1.00", "1.29", "1.75"}     # 7 evenly from -1 to 1.75, and 1
+    assert {name[8:-1] for name in FORMULATIONS if name.startswith("rf/mode")} == modes
+    pairs = lambda start: {name.removeprefix(start)[:-1] for name in FORMULATIONS if name.startswith(start)}
+    assert pairs("rf/lognorm(") == {f"{m}, {s}" for m in ("-1.00", "-0.50", "0.00", "0.50", "1.00")
+                                    for s in ("0.20", "0.60", "1.00", "1.40", "1.80", "2.20")}
+    assert pairs("edm(") == {f"{m}, {s}" for m in ("-1.20", "-0.60", "0.00", "0.60", "1.20") for s in ("0.60", "1.20", "1.80")}
     for name in FORMULATIONS:
         assert formulation(name).name == name
     assert len({str(formulation(name)).replace(name, "") for name in FORMULATIONS}) == 61
@@ -1058,6 +1079,7 @@ def test_schedules_of_formulations():
 def test_guidance_in_an_interval():
     assert guidance_at(0.5, 5.0) == 5.0 and guidance_at(0.5, 5.0, 0.8, 0.2) == 5.0
     assert guidance_at(0.8, 5.0, 0.8, 0.2) == 5.0 and guidance_at(0.2, 5.0, 0.8, 0.2) == 5.0
+    assert guidance_at(1.0, 5.0) == 5.0 and guidance_at(0.0, 5.0) == 5.0
     assert guidance_at(0.9, 5.0, 0.8, 0.2) == 1.0 and guidance_at(0.1, 5.0, 0.8, 0.2) == 1.0
 
 
