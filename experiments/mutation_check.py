@@ -4,7 +4,7 @@ Changes one thing in flow.py at a time (an arithmetic operator, a sign, a compar
 until the first failure, and lists the changes that no test noticed. Some of those are equivalent: they change no number that
 the paper or a caller could see; the others ask for a test.
 
-Run         python experiments/mutation_check.py                   every change; an hour or two on one core
+Run         python experiments/mutation_check.py                   every change; hours on one core
             python experiments/mutation_check.py --sample 60       60 of them, drawn by --seed
             python experiments/mutation_check.py --lines 150-220   those in some lines
 """

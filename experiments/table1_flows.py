@@ -7,7 +7,7 @@ App. B.3. CLIP score and CLIP-FID, with the CLIP that ships, rank the formulatio
 Each (dataset, formulation, seed) is written as soon as it is done, and skipped when the same command runs again. Ranks among
 16 formulations are not ranks among 61: compare the order. The CLIP that ships is tiny; its numbers mean nothing elsewhere.
 
-Run         python experiments/table1_flows.py --quick                4 formulations on scenes, about 10 CPU minutes
+Run         python experiments/table1_flows.py --quick                4 formulations on scenes, 100 samples, for a CPU
             python experiments/table1_flows.py --minutes 60 --seeds 3 --data PATH      the 16 printed rows, for a GPU
             python experiments/table1_flows.py --formulations rf "edm(0.00, 0.60)" --steps 2000
 """
