@@ -601,7 +601,8 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
         Batches(EncodedImages(part, vae, text, config.resolution, world.device, autocast, world.rank > 0), vae, text.config,
                 config, world) for part in (source, held_out))
     sampling = {"num_steps": 28, "guidance_scale": config.guidance_scale, "timestep_shift": config.timestep_shift,
-                "schedule": "shifted", "unconditional": "zeros", "height": config.resolution, "width": config.resolution}
+                "schedule": "shifted", "solver": "euler", "unconditional": "zeros", "height": config.resolution,
+                "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
     prompts = [captions[0] for captions in held_out_batches.images.captions[:8]] if config.data else list(FIXED_PROMPTS)
     return Setup(model, average, optimizers, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
