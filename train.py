@@ -454,11 +454,9 @@ def parse_config() -> TrainConfig:
         kind = true_or_false if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default!r}")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    if "resume" not in given and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):          # torchrun --max-restarts
-        begun = [given["out"]] if "out" in given else sorted(map(str, Path("runs").glob(f"d{given.get('depth', 4)}-*")),
-                                                             key=lambda name: int(name.rsplit("-", 1)[1]))
-        if begun and (Path(begun[-1]) / "config.json").is_file():
-            given["resume"] = begun[-1]
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0          # by torchrun --max-restarts
+    if restarted and "out" in given and (Path(given["out"]) / "config.json").is_file():
+        given.setdefault("resume", given["out"])
     if "resume" in given:
         file = Path(given["resume"]) / "config.json"
         if not file.is_file():
@@ -469,7 +467,7 @@ def parse_config() -> TrainConfig:
         if fixed:
             parser.error(f"--{fixed[0].replace('_', '-')} {given[fixed[0]]} differs from {stored[fixed[0]]}, with which "
                          f"{given['resume']} was started; it cannot change within a run")
-        given = {**stored, **given, "out": given["resume"], "init": ""}
+        given = {**stored, **given, "out": given["resume"]}
     return complete(TrainConfig(**given))
 
 
@@ -587,7 +585,7 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
 
     model, average = (make_model(sizes, config, world, precision) for _ in range(2))
     model.initialize(torch.Generator().manual_seed(config.seed), assign)
-    if config.init and not config.resume:
+    if config.init and not whole_checkpoints(Path(config.out)):
         load_weights(model, load_components(config.init, ("mmdit",)).mmdit, config.init)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)                                     # and stays uncompiled: the sampler's shapes vary
