@@ -21,8 +21,11 @@ import os
 import shlex
 import sys
 import time
+from bisect import bisect_right
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +81,15 @@ class Shard:
                                 # the captions of picture i are rows caption_row[caption_start[i] : caption_start[i + 1]]
     captions: list[str]         # U
 
-    def rows(self, i: int) -> torch.Tensor:
+    @cached_property
+    def arrays(self) -> dict:
+        """The same memory as numpy arrays, whose rows are cheaper to address and to copy."""
+        return {name: tensor.numpy() for name, tensor in self.tensors.items()}
+
+    def rows(self, i: int) -> list[int]:
         """The rows of the captions of picture i, in their order."""
-        start, end = self.tensors["caption_start"][i : i + 2].tolist()
-        return self.tensors["caption_row"][start:end]
+        start, end = self.arrays["caption_start"][i : i + 2]
+        return self.arrays["caption_row"][start:end].tolist()
 
 
 def encode_shard(samples, height: int, width: int, vae, text, device, autocast, show=lambda items, name, unit: items) -> Shard:
@@ -143,9 +151,10 @@ class EncodedImages:
             return tqdm(items, total=total, disable=quiet, desc=name, unit=unit, leave=False)
 
         samples = ((picture, captions) for _, picture, captions in readable(source, resolution, resolution))
-        self.opened = {0: encode_shard(samples, resolution, resolution, vae, text, device, autocast, show)}
+        self.buffers, self.opened = {}, {}
+        self.opened[0] = encode_shard(samples, resolution, resolution, vae, text, device, autocast, show)
         count = len(self.opened[0].tensors["moments"])
-        self.starts, self.groups, self.longest_side = np.array([0]), [np.arange(count)], resolution
+        self.starts, self.groups, self.longest_side = [0], [np.arange(count)], resolution
 
     def shard(self, number: int) -> Shard:
         return self.opened[number]
@@ -155,13 +164,13 @@ class EncodedImages:
 
     def find(self, index: int) -> tuple[Shard, int]:
         """The shard of a sample number, and its place in it."""
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.shard(number), int(index - self.starts[number])
+        number = bisect_right(self.starts, index) - 1
+        return self.shard(number), index - self.starts[number]
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a sample."""
         shard, i = self.find(index)
-        return tuple(shard.captions[row] for row in shard.rows(i).tolist())
+        return tuple(shard.captions[row] for row in shard.rows(i))
 
     def latent_shape(self, index: int) -> tuple[int, int, int]:
         """(C, H, W) of a sample."""
@@ -169,15 +178,24 @@ class EncodedImages:
         return channels // 2, height, width
 
     def read(self, indices, choose) -> dict:
-        """Gather samples of one size: {name: (B, ...)} as in `layout`.
+        """Gather samples of one size: {name: (B, ...)} as in `layout`, in memory that the next call uses again.
 
         choose(k, rows): which of its caption rows sample number k of this batch takes.
         """
         places = [self.find(index) for index in indices]
-        rows = [int(choose(k, shard.rows(i))) for k, (shard, i) in enumerate(places)]
-        gather = lambda name, at: torch.stack([shard.tensors[name][row] for (shard, _), row in zip(places, at)])
-        read = {"moments": gather("moments", [i for _, i in places])}
-        return read | {name: gather(name, rows) for name in ("clip_l", "clip_g", "t5", "pooled_l", "pooled_g")}
+        rows = [choose(k, shard.rows(i)) for k, (shard, i) in enumerate(places)]
+        read = {}
+        for name in ("moments", "clip_l", "clip_g", "t5", "pooled_l", "pooled_g"):
+            at = [i for _, i in places] if name == "moments" else rows
+            first = places[0][0].tensors[name]
+            shape = (len(places), *first.shape[1:])
+            if name not in self.buffers or self.buffers[name].shape != shape:    # fresh memory costs a third of the bandwidth
+                self.buffers[name] = torch.empty(shape, dtype=first.dtype)
+            read[name] = self.buffers[name]
+            target = read[name].numpy()
+            for k, ((shard, _), row) in enumerate(zip(places, at)):
+                target[k] = shard.arrays[name][row]
+        return read
 
 
 class EncodedFolder(EncodedImages):
@@ -188,7 +206,7 @@ class EncodedFolder(EncodedImages):
     """
 
     def __init__(self, folder, encoders_file):
-        self.folder, self.opened = Path(folder), {}
+        self.folder, self.opened, self.buffers = Path(folder), {}, {}
         self.index = read_index(self.folder)
         made_with = self.index["encoders"]
         if (ours := fingerprint(encoders_file, ENCODERS)) != made_with["fingerprint"]:
@@ -198,8 +216,8 @@ class EncodedFolder(EncodedImages):
             file = self.folder / entry["file"]
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
                 self.damaged(file, f"{file.stat().st_size} of {entry['bytes']} bytes" if file.is_file() else "no such file")
-        ends = np.cumsum([0] + [entry["count"] for entry in self.index["shards"]])
-        self.starts, of_size = ends[:-1], defaultdict(list)
+        self.starts = np.cumsum([0] + [entry["count"] for entry in self.index["shards"]]).tolist()[:-1]
+        of_size = defaultdict(list)
         for entry, start in zip(self.index["shards"], self.starts):
             of_size[entry["height"], entry["width"]].append(np.arange(start, start + entry["count"]))
         self.groups = [np.concatenate(numbers) for numbers in of_size.values()]
@@ -229,6 +247,7 @@ class EncodedFolder(EncodedImages):
     def split(self, count: int) -> tuple["EncodedFolder", "EncodedFolder"]:
         """(the rest, about `count` samples): for validation, the first ones of each size, in proportion."""
         rest, first = copy.copy(self), copy.copy(self)
+        first.buffers = {}
         shares = [round(count * len(group) / len(self)) for group in self.groups]
         rest.groups = [group[n:] for group, n in zip(self.groups, shares) if n < len(group)]
         first.groups = [group[:n] for group, n in zip(self.groups, shares) if n]
@@ -279,6 +298,7 @@ class Batches:
 
     def __init__(self, images: EncodedImages, vae, text_config, config, world):
         self.images, self.vae, self.text_config, self.config, self.world = images, vae, text_config, config, world
+        self.thread, self.ahead = ThreadPoolExecutor(1) if world.device.type != "cpu" else None, {}     # step -> its future
         self.orders, self.sizes = {}, (None, None)                     # size -> (epoch, permutation); (epoch, size of each step)
 
     def batch_of_step(self, step: int) -> tuple[int, int]:
@@ -311,6 +331,13 @@ class Batches:
         return [self.index(size, first + i) for i in range(share)]
 
     def __call__(self, step: int) -> Batch:
+        """The batch of a step. Beside a GPU a thread makes the next one meanwhile."""
+        batch = self.ahead.pop(step).result() if step in self.ahead else self.make(step)
+        self.ahead = {step + 1: self.thread.submit(self.make, step + 1)} if self.thread else {}
+        return batch
+
+    def make(self, step: int) -> Batch:
+        """The batch of a step, now."""
         config, world = self.config, self.world
         indices, draws, code_noise, noise = self.indices(step), [], [], []
         shape = self.images.latent_shape(indices[0])
