@@ -23,7 +23,6 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,7 +52,7 @@ from checkpoints import (
     write_atomically,
 )
 from data import HELD_OUT_SEED, ImageFiles, Scenes, captioned_grid
-from encode import Batch, Batches, EncodedImages
+from encode import Batch, Batches, EncodedFolder, EncodedImages, is_encoded, read_index
 from evaluate import draw_losses, format_scores, geneval
 from flow import LogitNormal, RectifiedFlow, Shifted
 from mmdit import MMDiT, MMDiTConfig, count_parameters, training_flops
@@ -70,7 +69,7 @@ class TrainConfig:
     out: str = ""                      # run folder; empty: the first free runs/dDEPTH-N
     resume: str = ""                   # a run folder to go on with; other options then change that run's settings
     init: str = ""                     # a checkpoint whose MM-DiT a new run starts from, to fine-tune it
-    data: str = ""                     # folder, .tar, .jsonl or .csv with captioned pictures; empty: built-in scenes
+    data: str = ""                     # captioned pictures (folder, .tar, .jsonl, .csv) or encode.py's --out; empty: scenes
     encoders: str = "pretrained/tiny"  # checkpoint with the frozen VAE and text encoders
     tokenizers: str = ""               # folder with clip/ and t5/; empty: tokenizers/ beside the encoders
     num_scenes: int = 16384            # built-in scenes to draw and encode in advance
@@ -283,19 +282,12 @@ def update_average(average, model, step: int, steps: int, config: TrainConfig):
 @torch.no_grad()
 def validate(model, batches: Batches, formulation, autocast, levels: int = 8, count: int = 64):
     """Loss at equally spaced t in [0, 1] (App. B.3), on the same pictures, captions and noise every time: (levels,)."""
-    device, losses = batches.world.device, []
-    count = min(count, len(batches.images))
-    moments = batches.images.moments[:count].float()
-    mean, _ = moments.chunk(2, dim=1)
-    latent = batches.vae.normalize(mean).to(device)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(batches.config.seed)).to(device)
-    rows = [batches.images.row_of[captions[-1]] for captions in batches.images.captions[:count]]
-    context, pooled = batches.images.context[rows].float().to(device), batches.images.pooled[rows].to(device)
-    with autocast():
-        for t in torch.linspace(0, 1, levels):
-            loss = formulation.loss(model, latent, context, pooled, t.expand(count).to(device), noise)
-            losses.append(loss.mean())
-    return torch.stack(losses).cpu()
+    losses = []                                                                       # one (levels, B) for each picture size
+    for latent, context, pooled, noise in batches.validation(count):
+        with autocast():
+            losses.append(torch.stack([formulation.loss(model, latent, context, pooled, t.expand(len(latent)).to(latent), noise)
+                                       for t in torch.linspace(0, 1, levels)]))
+    return torch.cat(losses, dim=1).mean(dim=1).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -493,7 +485,10 @@ def complete(config: TrainConfig) -> TrainConfig:
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(choices)}")
     if config.parallel in ("fsdp", "hsdp") and (config.optimizer == "muon" or "RANK" not in os.environ):
         raise ValueError(f"--parallel {config.parallel} needs --optimizer adamw (Muon works on whole matrices) and torchrun")
-    resolution = config.resolution or (64 if config.depth < 15 else 256)
+    encoded_at = read_index(Path(config.data))["resolution"] if is_encoded(config.data) else 0
+    resolution = config.resolution or encoded_at or (64 if config.depth < 15 else 256)
+    if encoded_at not in (0, resolution):
+        raise ValueError(f"--resolution {resolution}: {config.data} was encoded at {encoded_at} px")
     if resolution % 16:
         raise ValueError(f"--resolution {resolution} is not a multiple of 16 px (VAE factor 8 x patch 2)")
     if config.depth < 1 or config.weight_sets not in (2, 3):
@@ -512,12 +507,15 @@ def complete(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resolution=resolution, out=out)
 
 
-def open_data(config: TrainConfig):
-    """(training source, validation source): scenes of two seeds, or one picture in fifty of the user's, at most 64."""
+def open_data(config: TrainConfig, encoders_file: Path):
+    """(training source, validation source): scenes of two seeds, or one picture in fifty of the user's, at most 64. Sources are
+    pictures, or EncodedFolders where encode.py wrote --data."""
     if not config.data:
         return Scenes(config.num_scenes, config.seed), Scenes(64, HELD_OUT_SEED)
-    files = ImageFiles(config.data)
+    files = EncodedFolder(config.data, encoders_file) if is_encoded(config.data) else ImageFiles(config.data)
     held_out = min(64, max(1, len(files) // 50))
+    if isinstance(files, EncodedFolder):
+        return files.split(held_out)
     return files.subset(range(held_out, len(files))), files.subset(range(held_out))
 
 
@@ -570,14 +568,15 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
         run_encoders(Path(config.resume))                             # they must still be the ones it began with
     frozen = load_components(encoders_file, ("vae", "text"), tokenizers=config.tokenizers)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
-    side = max(16, config.resolution // 16)                           # small models get a grid no larger than they need
+    source, held_out = open_data(config, encoders_file)
+    longest = source.longest_side if isinstance(source, EncodedFolder) else config.resolution
+    side = max(16, longest // 16)                                     # small models get a grid no larger than they need
     small = {"pos_embed_max_size": side, "pos_embed_base_size": side} if config.depth < 15 else {}
     sizes = MMDiTConfig(config.depth, latent_channels=vae.config.latent_channels, context_dim=text.config.context_dim,
                         pooled_dim=text.config.pooled_dim, qk_norm=config.qk_norm,
                         clip_tokens=text.config.clip_length if config.weight_sets == 3 else 0, **small)
     precision = pick_precision(config.precision, world.device)
     autocast = lambda: compute_context(world.device, precision)
-    source, held_out = open_data(config)
     say(f"MM-DiT of depth {config.depth}: {count_parameters(sizes) / 1e6:.1f} M parameters; {len(source)} pictures at "
         f"{config.resolution} px; {world.size} x {world.device}, {str(precision).removeprefix('torch.')}")
     if not config.data:
@@ -595,14 +594,15 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     optimizers = make_optimizers(model, config)
     density = LogitNormal(config.logit_mean, config.logit_std)
     formulation = RectifiedFlow(Shifted(density, config.timestep_shift) if config.timestep_shift != 1 else density)
-    batches, held_out_batches = (
-        Batches(EncodedImages(part, vae, text, config.resolution, world.device, autocast, world.rank > 0), vae, text.config,
-                config, world) for part in (source, held_out))
+    encode = lambda part: part if isinstance(part, EncodedFolder) else EncodedImages(
+        part, vae, text, config.resolution, world.device, autocast, world.rank > 0)
+    batches, held_out_batches = (Batches(encode(part), vae, text.config, config, world) for part in (source, held_out))
     sampling = {"num_steps": 28, "guidance_scale": config.guidance_scale, "timestep_shift": config.timestep_shift,
                 "schedule": "shifted", "solver": "euler", "unconditional": "zeros", "height": config.resolution,
                 "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
-    prompts = [captions[0] for captions in held_out_batches.images.captions[:8]] if config.data else list(FIXED_PROMPTS)
+    shown = [int(index) for group in held_out_batches.images.groups for index in group][:8]
+    prompts = [held_out_batches.images.captions(index)[0] for index in shown] if config.data else list(FIXED_PROMPTS)
     return Setup(model, average, optimizers, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
 
 
@@ -642,7 +642,7 @@ def train(config: TrainConfig) -> Path:
 
     meter, skipped = Meter(s, config, world), 0
     bar = tqdm(total=steps, initial=first_step, disable=world.rank > 0, unit="step", smoothing=0.05)
-    for step, batch in enumerate(meter.waiting(upcoming(s.batches, first_step, steps)), first_step):
+    for step, batch in enumerate(meter.waiting(map(s.batches, range(first_step, steps))), first_step):
         set_learning_rates(s.optimizers, learning_rate(step, steps, config), config)
         loss, t, grad_norm = train_step(model, s.optimizers, batch, s.formulation, config, s.autocast)
         meter.add(loss, t, grad_norm)
@@ -692,19 +692,6 @@ def matmul_peak(device, dtype) -> float:
     return 2 * size**3 / min(times)
 
 
-def upcoming(batches: Batches, first_step: int, steps: int):
-    """The batch of every step. For an accelerator the next one is made while it computes; a CPU has no time to spare."""
-    if batches.world.device.type == "cpu":
-        yield from map(batches, range(first_step, steps))
-        return
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(batches, first_step)
-        for step in range(first_step, steps):
-            batch = waiting.result()
-            waiting = pool.submit(batches, step + 1) if step + 1 < steps else None
-            yield batch
-
-
 def every(done: int, steps: int, share: float) -> bool:
     """True at multiples of the share of the run."""
     return share > 0 and done % max(1, round(share * steps)) == 0
@@ -715,7 +702,8 @@ class Meter:
 
     def __init__(self, s, config: TrainConfig, world: World):
         self.config, self.world = config, world
-        tokens = s.batches.images.context.shape[1], (config.resolution // 16) ** 2
+        text = s.pipeline.text.config
+        tokens = text.clip_length + text.t5_length, (config.resolution // 16) ** 2
         self.flops = training_flops(s.model.config, *tokens)                      # of one sample
         self.peak = matmul_peak(world.device, s.pipeline.precision)
         self.reset()

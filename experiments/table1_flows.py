@@ -119,8 +119,8 @@ class Study:
         self.tower = shipped_image_tower().to(device)
         pictures = [sources[1].image(i, config.resolution, config.resolution) for i in range(len(sources[1]))]
         self.real = self.features(torch.stack([to_tensor(picture) for picture in pictures]))
-        captions = self.held_out.images.captions
-        self.prompts = [captions[i % len(captions)][0] for i in range(options.samples)]
+        shown = self.held_out.images
+        self.prompts = [shown.captions(i % len(shown))[0] for i in range(options.samples)]
         with torch.no_grad():
             self.context, self.pooled = self.text(self.prompts)
             ids = self.text.tokenize(self.prompts)["clip_l"].to(device)

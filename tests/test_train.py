@@ -132,9 +132,9 @@ def test_a_batch_split_over_two_ranks_is_the_same_batch(frozen):
 
 def test_the_order_of_pictures_is_a_new_permutation_every_epoch(frozen):
     batches = make_batches(frozen)
-    first, second = ([batches.index(epoch * 40 + i) for i in range(40)] for epoch in range(2))
+    first, second = ([batches.index(0, epoch * 40 + i) for i in range(40)] for epoch in range(2))
     assert sorted(first) == sorted(second) == list(range(40)) and first != second
-    assert [batches.index(i) for i in range(40)] == first                      # asking for a later epoch changed nothing
+    assert [batches.index(0, i) for i in range(40)] == first                      # asking for a later epoch changed nothing
 
 
 def test_encoders_are_dropped_independently_at_the_given_rate(frozen):
