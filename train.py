@@ -773,7 +773,8 @@ def main():
     try:
         train(parse_config())
     except (CheckpointError, ValueError, RuntimeError, OSError) as problem:
-        sys.exit(f"train.py: {problem}")
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        sys.exit(f"train.py: {rank}{problem}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume RUN")
 

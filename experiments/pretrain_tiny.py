@@ -406,7 +406,8 @@ def train_vae(corpus, minutes: float, out: Path):
     start = time.time()
     for step in Clock(minutes, {adam: 1e-3, muon: 0.02}, warmup=200):
         image = vae_batch(corpus, step).to(memory_format=torch.channels_last)
-        noise = torch.randn(len(image), 16, image.shape[2] // 8, image.shape[3] // 8,
+        height, width = (side // AUTOENCODER.downsampling for side in image.shape[2:])
+        noise = torch.randn(len(image), AUTOENCODER.latent_channels, height, width,
                             generator=torch.Generator().manual_seed(step))
         kl_weight = 5e-4 if time.time() - start < 0.9 * 60 * minutes else 5e-3    # late: the decoder is good by then, and
         with autocast():                                                          # smoother codes cost it .1 dB
