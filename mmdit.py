@@ -68,6 +68,18 @@ def paper_positions(resolution: int, longest: int):
     return (torch.arange(longest, dtype=torch.float64) - (longest - s) / 2) * 256 / resolution
 
 
+def stretched_positions(trained_grid: int, trained_tokens: int, grid: int, tokens: int):
+    """The same idea for fine-tuning any model at another resolution: along a side, `tokens` at the centre of the new grid lie
+    where `trained_tokens` at the centre of `trained_grid` did, interpolated, and the rest extends them. (grid,) float64.
+
+    Positions of a grid are p, or 64 / grid p in the released models, whose grids of 192 and 384 span 64.
+    """
+    spacing = min(1.0, 64 / trained_grid)
+    first = (trained_grid - trained_tokens) // 2 * spacing                        # of the trained picture, by crop_center
+    steps = torch.arange(grid, dtype=torch.float64) - (grid - tokens) // 2
+    return first + steps * spacing * trained_tokens / tokens
+
+
 def sincos_2d(rows, columns, size: int):
     """Frequency embedding of a grid: rows (R,), columns (K,) -> (R * K, size) float64, row-major.
 

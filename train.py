@@ -55,7 +55,7 @@ from data import HELD_OUT_SEED, ImageFiles, Scenes, captioned_grid
 from encode import Batch, Batches, EncodedFolder, EncodedImages, is_encoded, read_index
 from evaluate import draw_losses, format_scores, geneval
 from flow import LogitNormal, RectifiedFlow, Shifted
-from mmdit import MMDiT, MMDiTConfig, count_parameters, training_flops
+from mmdit import MMDiT, MMDiTConfig, count_parameters, sincos_2d, stretched_positions, training_flops
 from sample import Pipeline, generate, pick_device, pick_precision
 
 FIXED_PROMPTS = ("a red circle", "a blue square and a yellow star", "three green hearts", "a purple ring above a pink cross",
@@ -585,7 +585,8 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     model, average = (make_model(sizes, config, world, precision) for _ in range(2))
     model.initialize(torch.Generator().manual_seed(config.seed), assign)
     if config.init and not whole_checkpoints(Path(config.out)):
-        load_weights(model, load_components(config.init, ("mmdit",)).mmdit, config.init)
+        start = load_components(config.init, ("mmdit",))
+        load_weights(model, start.mmdit, config.init, start.sampling.get("height", config.resolution), config.resolution)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)                                     # and stays uncompiled: the sampler's shapes vary
     if config.compile:
@@ -606,8 +607,10 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     return Setup(model, average, optimizers, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
 
 
-def load_weights(model: MMDiT, weights: MMDiT, name: str):
-    """Start from another model of the same depth, with or without QK-norm; positions are this run's own (Sec. 5.3.2)."""
+@torch.no_grad()
+def load_weights(model: MMDiT, weights: MMDiT, name: str, trained: int, resolution: int):
+    """Start from another model of the same depth: QK-norm may be new, and positions are stretched from the resolution that it
+    was trained at, in pixels, to this run's (Sec. 5.3.2)."""
     ours, theirs = ({key: tuple(p.shape) for key, p in m.named_parameters()} for m in (model, weights))
     fresh = {key for key in ours if ".attn.ln_" in key} - theirs.keys()           # QK-norm for a model trained without
     different = sorted(key for key in (ours.keys() | theirs.keys()) - fresh if ours.get(key) != theirs.get(key))
@@ -615,10 +618,12 @@ def load_weights(model: MMDiT, weights: MMDiT, name: str):
         raise ValueError(f"--init {name} is a model of other sizes: {different[0]} is {theirs.get(different[0])} there and "
                          f"{ours.get(different[0])} here. Give its --depth, --qk-norm, --weight-sets and --resolution")
     values = dict(weights.named_parameters())
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key in values:
-                assign(parameter, values[key].detach())
+    for key, parameter in model.named_parameters():
+        if key in values:
+            assign(parameter, values[key])
+    grids = (math.isqrt(m.pos_embed.shape[1]) for m in (weights, model))
+    side = stretched_positions(next(grids), trained // 16, next(grids), resolution // 16)
+    model.pos_embed.copy_(sincos_2d(side, side, model.config.hidden_size)[None])
 
 
 def train(config: TrainConfig) -> Path:

@@ -329,11 +329,11 @@ def test_a_run_can_start_from_another_model_and_gain_qk_norm(ours, theirs):
     sizes = lambda qk_norm: MMDiTConfig(1, latent_channels=4, context_dim=128, pooled_dim=128, qk_norm=qk_norm)
     model, weights = MMDiT(sizes(ours)), MMDiT(sizes(theirs))
     weights.final_layer.linear.weight.data.normal_()
-    train.load_weights(model, weights, "FILE")
+    train.load_weights(model, weights, "FILE", 64, 64)
     assert torch.equal(model.final_layer.linear.weight, weights.final_layer.linear.weight)
     assert torch.equal(model.joint_blocks[0].x_block.attn.ln_q.weight, torch.ones(64))
     with pytest.raises(ValueError, match="--init FILE is a model of other sizes"):
-        train.load_weights(model, MMDiT(dataclasses.replace(sizes(ours), context_dim=64)), "FILE")
+        train.load_weights(model, MMDiT(dataclasses.replace(sizes(ours), context_dim=64)), "FILE", 64, 64)
 
 
 def test_recomputation_changes_no_gradient(frozen):
