@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import flow
-from checkpoints import read_network
+from checkpoints import open_model, read_network, to_diffusers, verify
 from mmdit import crop_center, paper_positions, released_positions, sincos_2d, timestep_embedding
 from text_encoders import TextConfig, TextEncoders, relative_position_bucket
 from vae import sample_code
@@ -395,6 +395,35 @@ def test_time_embedding_equals_the_exact_one_to_fp32(case):
     case.check("time.emb256", ours, atol=fp32_error)
 
 
-@pytest.mark.parametrize("folder", [folder for folder, kind in FOLDERS if kind == "diffusers"], ids=lambda folder: folder.name)
-def test_diffusers_folder_equals_the_single_file(folder):
-    pytest.skip(f"{folder.name}: reading the diffusers folder layout is later work in checkpoints.py")
+# ------------------------------------------------------------------------------------------------------------
+# The diffusers layout (h, h2): the same weights as another case, in another form
+# ------------------------------------------------------------------------------------------------------------
+
+DIFFUSERS = [folder for folder, kind in FOLDERS if kind == "diffusers"]
+
+
+@pytest.mark.parametrize("folder", DIFFUSERS, ids=lambda folder: folder.name)
+def test_diffusers_folder_equals_the_single_file_tensor_by_tensor_and_back(folder):
+    """Reading gives the weights of the single file (float8 T5 apart); writing gives the names and numbers of the folder."""
+    twin = (folder / json.loads((folder / "meta.json").read_text())["io_from"]).parent
+    single, model = open_model(twin / "weights.safetensors"), open_model(folder)
+    assert model.places.keys() == single.places.keys()
+    for name, place in model.places.items():
+        ours = read_network(name, place, metadata=model.config).state_dict()
+        theirs = read_network(name, single.places[name]).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in ours.items()), name
+        stored = {key: x.float() for file in place.files for key, x in load_file(file).items()}
+        if name == "clip_l":
+            assert torch.equal(stored.pop("text_projection.weight"), torch.eye(ours["layers.0.q.weight"].shape[0]))
+        written = to_diffusers(name, ours)
+        assert written.keys() == stored.keys() and all(torch.equal(x, stored[key]) for key, x in written.items()), name
+
+
+VERIFIABLE = [folder for folder, kind in FOLDERS if kind in ("mmdit", "vae", "bundle", "diffusers")]
+
+
+@pytest.mark.parametrize("folder", VERIFIABLE, ids=lambda folder: folder.name)
+def test_verify_compares_a_golden_case(folder, capsys):
+    assert verify(folder)
+    printed = capsys.readouterr().out
+    assert "within what the case allows" in printed and "BEYOND" not in printed
