@@ -475,7 +475,7 @@ def open_model(path) -> Model:
 
 def from_hub(name: str) -> Path:
     """Download (or find in the cache) the diffusers folder of a hub repository "owner/name": its local path."""
-    import huggingface_hub                                                        # comes with `tokenizers`
+    import huggingface_hub  # comes with `tokenizers`
     from huggingface_hub import errors
 
     wanted = ["model_index.json", "*/*.json", "*/*.safetensors", "tokenizer*/*"]
