@@ -235,7 +235,7 @@ class Scenes:
     def name(self, index: int) -> str:
         return f"scene {index} of seed {self.seed}"
 
-    def size(self, index: int) -> tuple[int, int]:
+    def picture_size(self, index: int) -> tuple[int, int]:
         """(height, width) of the shape that this scene would like to have: between 1:2 and 2:1, 64 px in the mean."""
         aspect = 2 ** np.random.default_rng((self.seed, index, 1)).uniform(-1, 1)
         return round(64 * aspect**0.5), round(64 / aspect**0.5)
@@ -495,7 +495,7 @@ class ImageFiles:
         """RGB at its own size. Raises UnreadableImage."""
         return read_image(self.records[index])
 
-    def size(self, index: int) -> tuple[int, int]:
+    def picture_size(self, index: int) -> tuple[int, int]:
         """(height, width) of the upright picture, from its header where that suffices. Raises UnreadableImage."""
         with suppress(Exception), warnings.catch_warnings(action="ignore"):
             with Image.open(io.BytesIO(self.records[index].read(2**18)), formats=FORMATS) as image:

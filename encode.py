@@ -167,6 +167,11 @@ class EncodedImages:
         number = bisect_right(self.starts, index) - 1
         return self.shard(number), index - self.starts[number]
 
+    def shares(self, count: int) -> list[int]:
+        """`count` samples (all, if there are no more) divided over the sizes in proportion."""
+        ends = np.cumsum([0] + [len(group) for group in self.groups])
+        return np.diff(ends * min(count, len(self)) // len(self)).tolist()
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a sample."""
         shard, i = self.find(index)
@@ -235,7 +240,7 @@ class EncodedFolder(EncodedImages):
             try:
                 with open_safetensors(file) as opened:
                     tensors = {name: opened.get_tensor(name) for name in opened.keys()}            # views of the mapped file
-                    captions = json.loads(opened.metadata()["captions"])
+                    captions = json.loads(opened.metadata()["shard"])["captions"]
                 shapes = [tuple(tensors[name].shape) for name in ("moments", "t5", "caption_start")]
                 if (shapes[0][0], shapes[1][0], shapes[2][0]) != (entry["count"], len(captions), entry["count"] + 1):
                     raise ValueError("its sizes are not those of index.json")
@@ -245,10 +250,10 @@ class EncodedFolder(EncodedImages):
         return self.opened[number]
 
     def split(self, count: int) -> tuple["EncodedFolder", "EncodedFolder"]:
-        """(the rest, about `count` samples): for validation, the first ones of each size, in proportion."""
+        """(the rest, `count` samples): for validation, the first ones of each size, in proportion."""
         rest, first = copy.copy(self), copy.copy(self)
         first.buffers = {}
-        shares = [round(count * len(group) / len(self)) for group in self.groups]
+        shares = self.shares(count)
         rest.groups = [group[n:] for group, n in zip(self.groups, shares) if n < len(group)]
         first.groups = [group[:n] for group, n in zip(self.groups, shares) if n]
         return rest, first
@@ -361,11 +366,10 @@ class Batches:
         return latent, *combine(*(stored[name] for name in ("clip_l", "clip_g", "t5", "pooled_l", "pooled_g")))
 
     def validation(self, count: int):
-        """Yield (latent, context, pooled, noise) of about `count` samples, a batch for each size, the same every time: mean
+        """Yield (latent, context, pooled, noise) of `count` samples, a batch for each size, the same every time: mean
         codes, last captions, noise from the seed (App. B.3)."""
-        share = min(1, count / len(self.images))
-        for group in self.images.groups:
-            if indices := group[: round(share * len(group))].tolist():
+        for group, share in zip(self.images.groups, self.images.shares(count)):
+            if indices := group[:share].tolist():
                 latent, context, pooled = self.inputs(self.images.read(indices, lambda k, rows: rows[-1]))
                 rng = torch.Generator().manual_seed(self.config.seed)
                 yield latent, context, pooled, torch.randn(latent.shape, generator=rng).to(latent.device)
@@ -402,7 +406,7 @@ def plan_shards(source, options, recipe: str) -> list[Plan]:
     buckets = aspect_buckets(S) if options.buckets else [(S, S)]
     for index in range(len(source)):
         try:
-            of_size[nearest_bucket(*source.size(index), buckets) if options.buckets else (S, S)].append(index)
+            of_size[nearest_bucket(*source.picture_size(index), buckets) if options.buckets else (S, S)].append(index)
         except UnreadableImage as problem:
             source.problems.append(str(problem))
     check_problems(source.problems, source.found)
@@ -417,16 +421,16 @@ def plan_shards(source, options, recipe: str) -> list[Plan]:
 
 
 def header(plan: Plan) -> dict | None:
-    """The metadata of a planned shard that exists, None where it is missing or damaged. ValueError if it is another shard."""
+    """What a planned shard says about itself; None where it is missing or damaged. ValueError if it is another one."""
     try:
         with open_safetensors(plan.file) as opened:
-            metadata = opened.metadata() or {}
-    except CheckpointError:
+            about = json.loads((opened.metadata() or {}).get("shard", "{}"))
+    except (CheckpointError, ValueError):
         return None
-    if metadata.get("key") != plan.key:
+    if about.get("key") != plan.key:
         raise ValueError(f"{plan.file} was made from other pictures, captions, encoders or settings; choose another --out, or "
                          f"delete that folder")
-    return metadata
+    return about
 
 
 def write_shard(plan: Plan, source, parts, device, autocast):
@@ -444,8 +448,8 @@ def write_shard(plan: Plan, source, parts, device, autocast):
                     check_problems(source.problems, source.found)
 
     shard = encode_shard(samples(), plan.height, plan.width, parts.vae, parts.text, device, autocast)
-    metadata = {"key": plan.key, "captions": json.dumps(shard.captions), "skipped": json.dumps(skipped)}
-    write_atomically(plan.file, lambda partial: save_file(shard.tensors, partial, metadata))
+    about = json.dumps({"key": plan.key, "captions": shard.captions, "skipped": skipped})
+    write_atomically(plan.file, lambda partial: save_file(shard.tensors, partial, {"shard": about}))
 
 
 def write_index(plans, source, options, encoders: dict, rank: int):
@@ -453,13 +457,12 @@ def write_index(plans, source, options, encoders: dict, rank: int):
     end at once, both write the same."""
     entries, skipped = [], []
     for plan in plans:
-        if (metadata := header(plan)) is None:
+        if (about := header(plan)) is None:
             return                                                                 # another process is still at it
-        left_out = json.loads(metadata["skipped"])
-        skipped += left_out
-        if count := len(plan.indices) - len(left_out):
+        skipped += about["skipped"]
+        if count := len(plan.indices) - len(about["skipped"]):
             entries.append({"file": plan.file.name, "height": plan.height, "width": plan.width, "count": count,
-                            "captions": len(json.loads(metadata["captions"])), "bytes": plan.file.stat().st_size})
+                            "captions": len(about["captions"]), "bytes": plan.file.stat().st_size})
     check_problems(sorted({*source.problems, *skipped}), source.found)
     index = {"encoders": encoders, "resolution": options.resolution, "command": options.command, "skipped": skipped,
              "shards": entries}

@@ -41,7 +41,7 @@ def write_shards(folder: Path, shards: int, count: int, resolution: int):
                    for name, (shape, kind) in layout(VAEConfig(), TextConfig(), resolution, resolution).items()}
         tensors |= {"caption_start": torch.arange(count + 1), "caption_row": torch.arange(count)}
         file = folder / f"shard-{number:05}.safetensors"
-        save_file(tensors, file, {"captions": json.dumps([str(i) for i in range(count)])})
+        save_file(tensors, file, {"shard": json.dumps({"captions": [str(i) for i in range(count)]})})
         entries.append({"file": file.name, "height": resolution, "width": resolution, "count": count, "captions": count,
                         "bytes": file.stat().st_size})
     encoders = {"path": "pretrained/tiny", "tokenizers": "", "fingerprint": fingerprint(find_model_file(SHIPPED), ENCODERS)}
