@@ -371,9 +371,9 @@ class Run:
             average.load_state_dict(weights, assign=True)
             save_networks(self.folder / "model.safetensors", {"mmdit": average}, sampling=s.pipeline.defaults)
 
-    def finish_saving(self):
-        """Wait until the checkpoint is written; then it gets its name, and older ones go."""
-        if self.saving is None:
+    def finish_saving(self, wait: bool = True):
+        """Once the checkpoint is written it gets its name, and older ones go. wait: until then; else look, and come back."""
+        if self.saving is None or not (wait or self.saving[1].done()):
             return
         partial, future = self.saving
         self.saving = None
@@ -664,6 +664,7 @@ def train(config: TrainConfig) -> Path:
             entry = meter.read(done)
             run.log(**entry)
             bar.set_postfix_str(f"loss {entry['loss'] or math.nan:.3f}, {entry['images_per_second']:.0f} images/s")
+        run.finish_saving(wait=False)
         with meter.paused():
             if every(done, steps, config.sample_every) or done == steps:
                 run.report(s, done)
