@@ -77,7 +77,7 @@ def check_released(answers):
     return compare(answers["released"](28, 3.0), flow.released_schedule(28, 3.0).double(),
                    [(times(1.0, low, 28, 0), "the spread points are shifted again"),
                     (times(1.0, 1 / 1000, 28, 1), "the table's smallest entry is already shifted once: 3/1002, not 1/1000"),
-                    (times(1.0, 1 / 1000, 28, 2), "the points are spread evenly between the table's ends, then shifted once more")])
+                    (times(1.0, 1 / 1000, 28, 2), "the smallest entry of the table is shifted too: 3/1002, not 1/1000")])
 
 
 def check_effective(answers):

@@ -51,7 +51,8 @@ def compare_network(depth: int, side: int, device) -> dict:
     our_velocity = ours(latent, t, context, pooled)
     their_velocity = theirs.eval()(latent, context, pooled, 1000 * t, return_dict=False)[0]
     difference = (our_velocity - their_velocity).abs().max() / their_velocity.abs().max()
-    return {"parameters": sum(p.numel() for p in ours.parameters()), "latent": side, "largest_relative_difference": difference.item()}
+    return {"parameters": sum(p.numel() for p in ours.parameters()), "latent": side,
+            "largest_relative_difference": difference.item()}
 
 
 def open_both(checkpoint, folder: Path, precision: str, device):
@@ -119,7 +120,8 @@ def main():
             ours, theirs = open_both(checkpoint, folder, precision, device)
             our_latents, their_images = both_ways(ours, theirs, PROMPTS, options.num_steps, options.guidance_scale)
             a, b = our_latents().float().cpu(), their_images("latent").float().cpu()
-            result = record[precision] = {"largest_latent_difference": (a - b).abs().max().item(), "largest_latent": b.abs().max().item()}
+            result = record[precision] = {"largest_latent_difference": (a - b).abs().max().item(),
+                                          "largest_latent": b.abs().max().item()}
             if options.rounds:
                 result |= compare_speed(ours, our_latents, their_images, options.rounds)
             print(precision, json.dumps(result), flush=True)

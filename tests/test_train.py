@@ -288,7 +288,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path, parallel):
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
     """2 FSDP -> 1 -> 2 DDP, three steps each, against one process throughout."""
-    settings = ("--steps", 9, "--log-every", 1, "--sample-every", 0, "--save-every", 0.34, "--keep-last", 9)
+    settings = ("--steps", 9, "--log-every", 1, "--sample-every", 0, "--save-every", 0.34, "--keep-last", 9,
+                "--optimizer", "adamw")
     assert run_main("--out", tmp_path / "one", *settings).returncode == 0
     assert run_main("--out", tmp_path / "run", "--parallel", "fsdp", *settings, processes=2).returncode == 0
     for parallel, processes in (("ddp", 1), ("ddp", 2)):
