@@ -72,13 +72,14 @@ def test_parameters_are_those_of_the_papers_models(depth, billions):
     assert parameter_counts(plan.sizes)["total"] == count_parameters(plan.sizes)
 
 
-@pytest.mark.parametrize("depth, side, text_tokens", [(1, 8, 5), (3, 16, 154), (15, 32, 154)])
+@pytest.mark.parametrize("depth, side, text_tokens", [(1, 8, 5), (3, 16, 90)])
 def test_forward_flops_are_those_that_torch_counts(depth, side, text_tokens):
-    """Exactly; on meta tensors, so that nothing is computed."""
-    config = MMDiTConfig(depth)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        MMDiT(config)(torch.randn(1, 16, side, side), torch.rand(1), torch.randn(1, text_tokens, 4096), torch.randn(1, 2048))
-    assert counter.get_total_flops() == forward_flops(config, text_tokens, (side // 2) ** 2)
+    """Exactly."""
+    plan = replace(SMALL, depth=depth, resolution=8 * side, text_tokens=text_tokens, batch_size=1)
+    model, inputs = small_model(plan)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    assert counter.get_total_flops() == forward_flops(plan.sizes, text_tokens, plan.image_tokens)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -97,5 +98,58 @@ def test_fused_attention_keeps_no_scores(precision):
     assert planner.activation_bytes(plan) == pytest.approx(saved_bytes(plan, written_out=False), rel=0.005)
 
 
-if __name__ == "__main__":
-    pass
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that are alive, from their storages; `highest` is what the plan calls peak."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive, self.now, self.highest = set(), 0, 0
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.alive and storage.nbytes():
+            self.alive.add(storage.data_ptr())
+            self.now += storage.nbytes()
+            self.highest = max(self.highest, self.now)
+            weakref.finalize(storage, self.remove, storage.data_ptr(), storage.nbytes())
+
+    def remove(self, address, size):
+        self.alive.discard(address)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_peak_of_a_step_is_the_plans(accumulate, recompute, precision):
+    """Second step of AdamW with EMA, on one process, within 10 %. Kernels' own scratch space does not show here."""
+    plan = replace(SMALL, depth=3, batch_size=4 * accumulate, accumulate=accumulate, recompute=recompute, precision=precision)
+    model, inputs = small_model(plan)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if recompute:
+        for block in model.joint_blocks:
+            block.forward = lambda *a, forward=block.forward: checkpoint(forward, *a, use_reentrant=False)
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    attention, autocast = compute(plan)
+    with Peak([*model.state_dict().values(), *average.values(), *moments]) as peak:
+        for _ in range(accumulate):
+            with attention, autocast:
+                loss = model(*inputs).float().square().mean()
+            loss.backward()
+            del loss
+        optimizer.step()
+    assert peak.highest == pytest.approx(memory(plan)["peak"], rel=0.1)
