@@ -16,6 +16,7 @@ import copy
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -231,6 +232,14 @@ class Scenes:
         """The short caption and the full one (they do not depend on the size)."""
         return scene_captions(make_scene(self.seed, index))
 
+    def name(self, index: int) -> str:
+        return f"scene {index} of seed {self.seed}"
+
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the shape that this scene would like to have: between 1:2 and 2:1, 64 px in the mean."""
+        aspect = 2 ** np.random.default_rng((self.seed, index, 1)).uniform(-1, 1)
+        return round(64 * aspect**0.5), round(64 / aspect**0.5)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Real data: pictures with captions, from files of any layout. Nothing is unpacked, nothing outside a path is read.
@@ -291,6 +300,28 @@ def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
                         box=(left, top, image.width - left, image.height - top))
 
 
+def aspect_buckets(resolution: int, step: int = 0, longest: float = 4.0) -> list[tuple[int, int]]:
+    """The sizes (height, width), in pixels, of mixed-aspect training at S = resolution (Sec. 5.3.2): H * W as near to S^2 as
+    multiples of `step` allow, from 1:longest to longest:1 (Podell et al. 2023 have 4), flattest first.
+
+    step: 16 (VAE factor 8 x patch 2) or 64; by default 64 from 512 px up, where it leaves enough sizes, and 16 below.
+    """
+    step = step or (64 if resolution >= 512 else 16)
+    if resolution % 16 or step % 16 or resolution < step:
+        raise ValueError(f"buckets of {resolution} px in steps of {step}: both must be multiples of 16 px, the step not larger")
+    sizes = {(resolution, resolution)}
+    for side in range(step, resolution, step):                                   # the shorter one
+        other = round(resolution**2 / side / step) * step
+        if side < other <= longest * side:
+            sizes |= {(side, other), (other, side)}
+    return sorted(sizes, key=lambda size: size[0] / size[1])
+
+
+def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest to a picture's, in the logarithm: 2:1 is as far from 1:1 as 1:2."""
+    return min(buckets, key=lambda size: abs(math.log(size[0] / size[1] * width / height)))
+
+
 def to_tensor(image) -> torch.Tensor:
     """RGB picture or uint8 array (height, width, 3) -> (3, height, width) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))                 # copied: a picture's own is read-only
@@ -312,11 +343,11 @@ class Record:
     size: int
     captions: tuple[str, ...] = ()
 
-    def read(self) -> bytes:
-        """Its bytes. The file is opened anew each time, so threads and forked workers do not share a position."""
+    def read(self, limit: int = 2**63) -> bytes:
+        """Its first bytes, all by default. The file is opened anew: threads and forked workers share no position."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            return file.read(min(self.size, limit))
 
 
 def clean_caption(text) -> str:
@@ -439,6 +470,21 @@ class ImageFiles:
         part.records = [self.records[i] for i in indices]
         return part
 
+    def add_captions(self, path):
+        """Give every picture a second, synthetic caption beside its first (Sec. 5.2.2). path: JSONL, a line a picture, with
+        `file_name` as `name` says it and `caption`. ValueError names a line that does not fit, or a picture left without."""
+        added, known = {}, {record.name for record in self.records}
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+            try:
+                entry = json.loads(line) if line.strip() else {}
+                if entry and entry["file_name"] in known:
+                    added[entry["file_name"]] = listed_captions(entry)[0]
+            except (ValueError, KeyError, TypeError, IndexError) as problem:
+                raise ValueError(f'{path} line {number}: it needs a "file_name" and a "caption" ({problem!r})') from None
+        if missing := [record.name for record in self.records if record.name not in added]:
+            raise ValueError(f"{path} has no caption for {len(missing)} of {len(self)} pictures, the first: {missing[0]}")
+        self.records = [replace(record, captions=(record.captions[0], added[record.name])) for record in self.records]
+
     def __len__(self):
         return len(self.records)
 
@@ -448,6 +494,15 @@ class ImageFiles:
     def picture(self, index: int) -> Image.Image:
         """RGB at its own size. Raises UnreadableImage."""
         return read_image(self.records[index])
+
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the upright picture, from its header where that suffices. Raises UnreadableImage."""
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):
+            with Image.open(io.BytesIO(self.records[index].read(2**18)), formats=FORMATS) as image:
+                on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)
+                return (image.width, image.height) if on_its_side else (image.height, image.width)
+        picture = self.picture(index)                                            # says what is wrong, if anything
+        return picture.height, picture.width
 
     def image(self, index: int, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3), scaled and centre-cropped. Raises UnreadableImage."""

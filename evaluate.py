@@ -18,7 +18,6 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from checkpoints import CheckpointError
+from checkpoints import CheckpointError, write_atomically
 from data import COLORS, HELD_OUT_SEED, SHAPES, Scene, draw_scene, make_scene, scene_captions, shape_mask
 from text_encoders import CLIPLayer
 
@@ -463,7 +462,7 @@ def main():
     for task in (*TASKS, "overall"):
         print(f"{task:20}" + "  ".join(f"{rates[task]:{max(12, len(name))}.3f}" for name, rates in rows.items()))
     record = {"command": shlex.join(["python", *sys.argv]), **vars(options), **size, "success_rates": rows}
-    Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(options.out, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     print(f"written to {options.out}")
 
 

@@ -68,6 +68,18 @@ def paper_positions(resolution: int, longest: int):
     return (torch.arange(longest, dtype=torch.float64) - (longest - s) / 2) * 256 / resolution
 
 
+def stretched_positions(trained_grid: int, trained_tokens: int, grid: int, tokens: int):
+    """The same idea for fine-tuning any model at another resolution: along a side, `tokens` at the centre of the new grid lie
+    where `trained_tokens` at the centre of `trained_grid` did, interpolated, and the rest extends them. (grid,) float64.
+
+    Positions of a grid are p, or 64 / grid p in the released models, whose grids of 192 and 384 span 64.
+    """
+    spacing = min(1.0, 64 / trained_grid)
+    first = (trained_grid - trained_tokens) // 2 * spacing                        # of the trained picture, by crop_center
+    steps = torch.arange(grid, dtype=torch.float64) - (grid - tokens) // 2
+    return first + steps * spacing * trained_tokens / tokens
+
+
 def sincos_2d(rows, columns, size: int):
     """Frequency embedding of a grid: rows (R,), columns (K,) -> (R * K, size) float64, row-major.
 
@@ -233,8 +245,15 @@ class JointBlock(nn.Module):
         """The weight sets in the order of the sequence: CLIP (or all) text tokens, [T5 tokens,] image tokens."""
         return [block for block in (self.context_block, getattr(self, "t5_block", None), self.x_block) if block]
 
+    def modulation(self, cond):
+        """cond (B, D) -> the shifts, scales and gates of every stream."""
+        return [stream.modulation(cond) for stream in self.streams()]
+
     def forward(self, tokens, modulations):
-        """tokens: one (B, n_i, D) for each stream; modulations: what `modulation` gave for each. Returns new tokens."""
+        """tokens: one (B, n_i, D) for each stream; modulations: cond (B, D), or what `modulation` made of it. Returns new
+        tokens."""
+        if torch.is_tensor(modulations):
+            modulations = [stream.modulation(modulations) for stream in self.streams()]
         before = [s.before_attention(x, m) for s, x, m in zip(self.streams(), tokens, modulations)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(qkv for qkv, _ in before)))       # (B, heads, L+N, 64)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)           # (B, L+N, D)
@@ -302,21 +321,28 @@ class MMDiT(nn.Module):
             self.initialize()
 
     @torch.no_grad()
-    def initialize(self, rng: torch.Generator | None = None):
+    def initialize(self, rng: torch.Generator | None = None, assign=torch.Tensor.copy_):
         """Xavier weights and zero biases; adaLN and the output start at zero (DiT): every block is the identity at first,
-        the first velocity is 0 and the first loss that of predicting nothing, about 2."""
+        the first velocity is 0 and the first loss that of predicting nothing, about 2.
+
+        Every weight is drawn whole, on the CPU, and given to assign(parameter, value): the same numbers on any device, and
+        where parameters are shards, no more than one whole weight at a time.
+        """
+        modulated = [stream for block in self.joint_blocks for stream in block.streams()] + [self.final_layer]
+        zero = [stream.adaLN_modulation[1] for stream in modulated] + [self.final_layer.linear]
+        narrow = [embedder.mlp[i] for embedder in (self.t_embedder, self.y_embedder) for i in (0, 2)]
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                bound = math.sqrt(6 / (module.weight[0].numel() + module.weight.shape[0]))
-                module.weight.uniform_(-bound, bound, generator=rng)
-                module.bias.zero_()
-        for embedder in (self.t_embedder, self.y_embedder):
-            for layer in (embedder.mlp[0], embedder.mlp[2]):
-                layer.weight.normal_(0, 0.02, generator=rng)
-        modulated = [stream for block in self.joint_blocks for stream in block.streams()]
-        for layer in [m.adaLN_modulation[1] for m in [*modulated, self.final_layer]] + [self.final_layer.linear]:
-            layer.weight.zero_()
-            layer.bias.zero_()
+            if isinstance(module, HeadNorm):
+                assign(module.weight, torch.ones(64))
+            elif isinstance(module, (nn.Linear, nn.Conv2d)):
+                weight = torch.zeros(module.weight.shape)
+                if module in narrow:
+                    weight.normal_(0, 0.02, generator=rng)
+                elif module not in zero:
+                    bound = math.sqrt(6 / (weight[0].numel() + len(weight)))
+                    weight.uniform_(-bound, bound, generator=rng)
+                assign(module.weight, weight)
+                assign(module.bias, torch.zeros(module.bias.shape))
         side = released_positions(self.config.pos_embed_max_size, self.config.pos_embed_base_size)
         self.pos_embed.copy_(sincos_2d(side, side, self.config.hidden_size)[None])
 
@@ -344,8 +370,7 @@ class MMDiT(nn.Module):
 
     def modulations(self, cond):
         """cond (B, D) -> shifts, scales and gates of every stream of every block, and of the final layer (last entry)."""
-        blocks = [[stream.modulation(cond) for stream in block.streams()] for block in self.joint_blocks]
-        return [*blocks, self.final_layer.modulation(cond)]
+        return [*(block.modulation(cond) for block in self.joint_blocks), self.final_layer.modulation(cond)]
 
     def prepare(self, context, pooled, times) -> Prepared:
         """What does not depend on the latent, once for all steps of a sampler: pass the result as `context`."""
@@ -359,13 +384,25 @@ class MMDiT(nn.Module):
         if isinstance(context, Prepared):
             text, modulations = context.text, context.at(t)
         else:
-            text, modulations = self.embed_text(context), self.modulations(self.embed_cond(t, pooled))
+            text, cond = self.embed_text(context), self.embed_cond(t, pooled)
+            modulations = [*[cond] * self.config.depth, self.final_layer.modulation(cond)]       # each block makes its own
         tokens = [*text, self.embed_image(latent)]                                # text first
         for block, modulation in zip(self.joint_blocks, modulations):
             tokens = block(tokens, modulation)
         x = self.final_layer(tokens[-1], modulations[-1])                         # (B, N, p * p * C)
         p = self.config.patch_size
         return unpatchify(x, latent.shape[2] // p, latent.shape[3] // p, p)       # (B, C, H, W)
+
+
+def training_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> float:
+    """Matrix-product FLOPs of one sample's training step: forward, and twice that for backward; attention included,
+    recomputation not."""
+    D, n = config.hidden_size, text_tokens + image_tokens
+    blocks = 2 * 12 * D**2 * n * config.depth - 2 * 9 * D**2 * text_tokens            # the last text block only feeds q, k, v
+    attention = 2 * 2 * n**2 * D * config.depth
+    embedding = 2 * text_tokens * config.context_dim * D + 2 * 2 * image_tokens * 4 * config.latent_channels * D
+    modulation = 2 * D * (12 * D * config.depth - 4 * D + 2 * D)
+    return 3.0 * (blocks + attention + embedding + modulation)
 
 
 def count_parameters(config: MMDiTConfig) -> int:

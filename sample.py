@@ -63,7 +63,7 @@ class Pipeline:
 
 # How to sample where a checkpoint does not say: the conventions of the released SD3 weights.
 RELEASED_DEFAULTS = {"num_steps": 28, "guidance_scale": 5.0, "timestep_shift": 3.0, "schedule": "released",
-                     "unconditional": "empty", "height": 1024, "width": 1024}
+                     "solver": "euler", "unconditional": "empty", "height": 1024, "width": 1024}
 
 
 def load(checkpoint=SHIPPED, device: str = "auto", precision: str = "auto", tokenizers=None) -> Pipeline:
@@ -75,8 +75,8 @@ def load(checkpoint=SHIPPED, device: str = "auto", precision: str = "auto", toke
 
 
 @torch.no_grad()
-def generate_latents(pipeline, prompts, noise, num_steps, guidance_scale, timestep_shift, schedule, unconditional="zeros",
-                     negative_prompt="", without=(), progress=False):
+def generate_latents(pipeline, prompts, noise, num_steps, guidance_scale, timestep_shift, schedule, solver="euler",
+                     unconditional="zeros", negative_prompt="", without=(), progress=False):
     """prompts (B strings), noise (B, C, H, W) -> latents (B, C, H, W), and the path length of each (B,) (Table 6).
 
     guidance_scale 1 needs no unconditional pass. unconditional: "zeros" (all encoders' outputs 0, as trained in App. B.3)
@@ -92,7 +92,9 @@ def generate_latents(pipeline, prompts, noise, num_steps, guidance_scale, timest
             zeros = unconditional == "zeros" and not negative_prompt
             other = text.unconditional(batch) if zeros else text([negative_prompt] * batch, without)
             context, pooled = torch.cat([context, other[0].to(context)]), torch.cat([pooled, other[1].to(pooled)])
-        prepared = pipeline.mmdit.prepare(context, pooled, times[:-1].tolist())
+        visited = times.tolist()                                                  # rk4 looks half-way as well
+        between = [(t + t_next) / 2 for t, t_next in zip(visited, visited[1:])] if solver == "rk4" else []
+        prepared = pipeline.mmdit.prepare(context, pooled, visited + between)
 
         def velocity(z, t):
             if not guided:
@@ -100,7 +102,7 @@ def generate_latents(pipeline, prompts, noise, num_steps, guidance_scale, timest
             v = pipeline.mmdit(torch.cat([z, z]), torch.cat([t, t]), prepared).float()
             return flow.guide(v[:batch], v[batch:], guidance_scale)
 
-        steps, lengths = flow.euler_steps(velocity, noise.to(pipeline.device), times), []
+        steps, lengths = flow.solver_steps(solver, velocity, noise.to(pipeline.device), times), []
         for i, (z, v) in enumerate(tqdm(steps, total=num_steps, disable=not progress, desc="sampling", leave=False)):
             latents = z
             lengths.append(flow.path_length([v], times[i : i + 2]))
@@ -117,7 +119,7 @@ def decode(pipeline, latents) -> list[Image.Image]:
 def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, batch_size: int = 64, progress: bool = False,
              **settings) -> list[Image.Image]:
     """Pictures for prompts (list of strings). settings: num_steps, guidance_scale, timestep_shift, schedule,
-    unconditional, negative_prompt, without; what is not given comes from `pipeline.defaults`.
+    solver, unconditional, negative_prompt, without; what is not given comes from `pipeline.defaults`.
 
     Picture i starts from noise of its own, drawn on the CPU from seed + i: the same alone, in a batch and on any device.
     """
@@ -128,7 +130,7 @@ def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, 
                          f"(VAE factor {pipeline.vae.config.downsampling} x patch {pipeline.mmdit.config.patch_size}).")
     shape = (pipeline.vae.config.latent_channels, height * pipeline.mmdit.config.patch_size // step,
              width * pipeline.mmdit.config.patch_size // step)
-    keys = ("num_steps", "guidance_scale", "timestep_shift", "schedule", "unconditional")
+    keys = ("num_steps", "guidance_scale", "timestep_shift", "schedule", "solver", "unconditional")
     settings = {key: pipeline.defaults[key] for key in keys} | settings
     pictures = []
     for start in range(0, len(prompts), batch_size):
@@ -156,10 +158,11 @@ def parse_options():
     parser.add_argument("--checkpoint", default=str(SHIPPED), help="run folder, model folder or .safetensors file")
     parser.add_argument("--tokenizers", help="folder with clip/ and t5/ tokenizers, if not beside the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-steps", type=int, help="Euler steps; None here and below: what the checkpoint says")
+    parser.add_argument("--num-steps", type=int, help="solver steps; None here and below: what the checkpoint says")
     parser.add_argument("--guidance-scale", type=float, help="1 = off")
     parser.add_argument("--shift", type=float, dest="timestep_shift", help="alpha of Eq. 23")
     parser.add_argument("--schedule", choices=sorted(flow.SCHEDULES))
+    parser.add_argument("--solver", choices=list(flow.SOLVERS))
     parser.add_argument("--width", type=int, default=0, help="px; 0: what the checkpoint says")
     parser.add_argument("--height", type=int, default=0)
     parser.add_argument("--negative-prompt", default="")
@@ -184,7 +187,7 @@ def parse_options():
 def main():
     """Prompts from the command line to PNG files."""
     options = parse_options()
-    settings = {name: value for name in ("num_steps", "guidance_scale", "timestep_shift", "schedule")
+    settings = {name: value for name in ("num_steps", "guidance_scale", "timestep_shift", "schedule", "solver")
                 if (value := getattr(options, name)) is not None}
     settings |= {"negative_prompt": options.negative_prompt, "without": tuple(options.without)}
     pipeline = load(options.checkpoint, options.device, options.precision, options.tokenizers)

@@ -11,12 +11,15 @@ Run         python train.py                                     scenes, 10 minut
 """
 
 import argparse
-import copy
 import dataclasses
+import fcntl
+import functools
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -30,7 +33,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from checkpoints import (
@@ -45,10 +52,10 @@ from checkpoints import (
     write_atomically,
 )
 from data import HELD_OUT_SEED, ImageFiles, Scenes, captioned_grid
-from encode import Batch, Batches, EncodedImages
+from encode import Batch, Batches, EncodedFolder, EncodedImages, is_encoded, read_index
 from evaluate import draw_losses, format_scores, geneval
 from flow import LogitNormal, RectifiedFlow, Shifted
-from mmdit import MMDiT, MMDiTConfig, count_parameters
+from mmdit import MMDiT, MMDiTConfig, count_parameters, sincos_2d, stretched_positions, training_flops
 from sample import Pipeline, generate, pick_device, pick_precision
 
 FIXED_PROMPTS = ("a red circle", "a blue square and a yellow star", "three green hearts", "a purple ring above a pink cross",
@@ -62,7 +69,7 @@ class TrainConfig:
     out: str = ""                      # run folder; empty: the first free runs/dDEPTH-N
     resume: str = ""                   # a run folder to go on with; other options then change that run's settings
     init: str = ""                     # a checkpoint whose MM-DiT a new run starts from, to fine-tune it
-    data: str = ""                     # folder, .tar, .jsonl or .csv with captioned pictures; empty: built-in scenes
+    data: str = ""                     # captioned pictures (folder, .tar, .jsonl, .csv) or encode.py's --out; empty: scenes
     encoders: str = "pretrained/tiny"  # checkpoint with the frozen VAE and text encoders
     tokenizers: str = ""               # folder with clip/ and t5/; empty: tokenizers/ beside the encoders
     num_scenes: int = 16384            # built-in scenes to draw and encode in advance
@@ -91,10 +98,15 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"            # auto, bf16 (autocast) or fp32
-    compile: bool = False              # torch.compile: a minute to start, then faster; pays off in long runs
+    parallel: str = "auto"             # ddp, fsdp or hsdp; auto decides from the device's memory
+    recompute: bool = False            # keep no activations inside blocks, compute them again in the backward pass
+    compile: bool = False              # torch.compile, block by block: a minute to start, then faster; for long runs
     log_every: int = 20                # steps
     sample_every: float = 0.2          # share of the run between sample grids and validations
     save_every: float = 0.1            # share of the run between checkpoints
+    keep_last: int = 2                 # checkpoints kept
+    keep_every: int = 0                # steps: checkpoints at multiples of it are kept as well; 0: none
+    tensorboard: bool = False          # also write events for TensorBoard, if it is installed
     num_prompts: int = 50              # per task of the six-task score at the end; 0: no score
 
 
@@ -103,12 +115,14 @@ class TrainConfig:
 # ------------------------------------------------------------------------------------------------------------
 
 class World:
-    """This process among all of them: rank 0 of 1 unless torchrun started us."""
+    """This process among all of them (rank 0 of 1 unless torchrun started us), and how the model is spread over them:
+    "ddp", whole on each; "fsdp", sharded over all; "hsdp", sharded within a node and replicated over nodes."""
 
-    def __init__(self, device: str):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = pick_device(device)
+    def __init__(self, device: str = "auto", parallel: str = "auto", parameters: int = 0):
+        env = lambda name, default: int(os.environ.get(name, default))
+        self.rank, self.size, local_rank = env("RANK", 0), env("WORLD_SIZE", 1), env("LOCAL_RANK", 0)
+        self.local_size = env("LOCAL_WORLD_SIZE", self.size)
+        self.device, self.saving = pick_device(device), None
         if self.device.type == "cuda":
             if self.size > 1 or self.device.index is None:
                 self.device = torch.device("cuda", local_rank)
@@ -116,15 +130,34 @@ class World:
         if self.size > 1:
             if self.device.type == "mps":                                         # gloo cannot add up MPS tensors
                 self.device = torch.device("cpu")
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))     # rank 0 samples and saves alone
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                                 timeout=timedelta(hours=2))
+            self.saving = torch.distributed.new_group(backend="gloo")             # of its own: saving goes on beside training
+        fits = self.device.type != "cuda" or 20 * parameters < 0.5 * torch.cuda.get_device_properties(self.device).total_memory
+        if parallel == "auto":            # weights, gradients, two moments and the average: 20 bytes a parameter in fp32
+            parallel = "ddp" if self.size == 1 or fits else "hsdp" if self.size > self.local_size else "fsdp"
+        self.parallel = parallel
+
+    def shard(self, model, precision):
+        """Each block, then what is left of the model, becomes shards that FSDP2 gathers when it runs them: stored and
+        summed up in fp32, gathered in `precision` (the small outer layers in fp32; inputs are never cast, t least of all)."""
+        if self.parallel == "ddp":
+            return
+        shape = (self.size // self.local_size, self.local_size) if self.parallel == "hsdp" else (self.size,)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+        policy = lambda dtype: MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.joint_blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy(precision))
+            register_fsdp_forward_method(block, "modulation")
+        fully_shard(model, mesh=mesh, mp_policy=policy(torch.float32), reshard_after_forward=True)
+        register_fsdp_forward_method(model, "prepare")
 
     def wrap(self, model):
-        """Data-parallel: gradients are averaged inside backward()."""
-        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+        """What training calls: for "ddp" on several processes the wrapper that averages gradients inside backward()."""
+        return nn.parallel.DistributedDataParallel(model) if self.parallel == "ddp" and self.size > 1 else model
 
     def gather(self, values):
-        """(n,) of this process -> (size * n,) of all, in the order of the global batch."""
+        """(n,) of this process -> (size * n,) of all, by rank."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -138,10 +171,42 @@ class World:
             torch.distributed.broadcast_object_list(box)
         return box[0]
 
+    def any(self, flag: bool) -> bool:
+        """Is it true on some rank?"""
+        if self.size == 1:
+            return flag
+        box = torch.tensor(int(flag))
+        torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+        return bool(box)
+
     def close(self):
         if self.size > 1:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+
+
+def assign(parameter, value):
+    """parameter <- value, a whole tensor on the CPU that is the same on every rank; a shard takes its part."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+def whole(tensor):
+    """The whole of a sharded tensor, gathered from all ranks; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(parameters):
+    """What this process holds of each parameter."""
+    return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parameters]
+
+
+def synchronized(model, last: bool):
+    """A context in which backward() averages gradients over the processes only if this is the step's last part."""
+    if hasattr(model, "set_requires_gradient_sync"):                              # FSDP2
+        model.set_requires_gradient_sync(last)
+    return model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,12 +224,12 @@ def train_step(model, optimizers, batch: Batch, formulation, config: TrainConfig
     parts = [part.chunk(config.accumulate) for part in (batch.latent, batch.context, batch.pooled, t, batch.noise)]
     for i, (latent, context, pooled, t_part, noise) in enumerate(zip(*parts)):
         last = i == config.accumulate - 1
-        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+        with synchronized(model, last):
             with autocast():
                 loss = formulation.loss(model, latent, context, pooled, t_part, noise)    # (B / accumulate,)
             (loss.sum() / len(t)).backward()
         losses.append(loss.detach())
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     for optimizer in optimizers:
         if torch.isfinite(grad_norm):
             optimizer.step()
@@ -211,25 +276,18 @@ def set_learning_rates(optimizers, factor: float, config: TrainConfig):
 def update_average(average, model, step: int, steps: int, config: TrainConfig):
     """EMA in fp32, with a memory of `config.ema` of the run (the paper's 0.99 every 100 steps belongs to long runs)."""
     decay = min(1 - 1 / max(2.0, config.ema * steps), (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    torch._foreach_lerp_(local(average.parameters()), local(model.parameters()), 1 - decay)
 
 
 @torch.no_grad()
 def validate(model, batches: Batches, formulation, autocast, levels: int = 8, count: int = 64):
     """Loss at equally spaced t in [0, 1] (App. B.3), on the same pictures, captions and noise every time: (levels,)."""
-    device, losses = batches.world.device, []
-    count = min(count, len(batches.images))
-    moments = batches.images.moments[:count].float()
-    mean, _ = moments.chunk(2, dim=1)
-    latent = batches.vae.normalize(mean).to(device)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(batches.config.seed)).to(device)
-    rows = [batches.images.row_of[captions[-1]] for captions in batches.images.captions[:count]]
-    context, pooled = batches.images.context[rows].float().to(device), batches.images.pooled[rows].to(device)
-    with autocast():
-        for t in torch.linspace(0, 1, levels):
-            loss = formulation.loss(model, latent, context, pooled, t.expand(count).to(device), noise)
-            losses.append(loss.mean())
-    return torch.stack(losses).cpu()
+    losses = []                                                                       # one (levels, B) for each picture size
+    for latent, context, pooled, noise in batches.validation(count):
+        with autocast():
+            losses.append(torch.stack([formulation.loss(model, latent, context, pooled, t.expand(len(latent)).to(latent), noise)
+                                       for t in torch.linspace(0, 1, levels)]))
+    return torch.cat(losses, dim=1).mean(dim=1).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,28 +295,42 @@ def validate(model, batches: Batches, formulation, autocast, levels: int = 8, co
 # ------------------------------------------------------------------------------------------------------------
 
 class Run:
-    """runs/NAME: config.json, log.jsonl, loss.png, samples-STEP.png, model.safetensors (EMA), checkpoints/STEP."""
+    """runs/NAME: config.json, log.jsonl, loss.png, samples-STEP.png, model.safetensors (EMA), checkpoints/STEP. Every rank has
+    one, since shards are gathered and saved by all; rank 0 alone writes the rest."""
 
-    def __init__(self, folder: Path, config: TrainConfig, first_step: int, steps: int, setup):
-        self.folder = folder
+    def __init__(self, folder: Path, config: TrainConfig, first_step: int, steps: int, s, world: World):
+        self.folder, self.config, self.world, self.saving, self.events = folder, config, world, None, None
+        if world.rank:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder / "lock", "w")                                    # the system frees it when we die
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is writing into {folder}; wait for it, or choose another --out") from None
         if config.resume:                                                         # forget what came after the checkpoint
             lines = [json.dumps(entry) + "\n" for entry in self.logged() if entry["step"] <= first_step]
             write_atomically(folder / "log.jsonl", lambda file: file.write_text("".join(lines)))
-        else:
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                raise ValueError(f"{folder} exists already; go on with --resume {folder}, or choose another "
-                                 f"--out") from None
         settings = {"train": dataclasses.asdict(dataclasses.replace(config, steps=steps, resume="")),
-                    "encoders": {"path": portable(setup.encoders_file), "tokenizers": config.tokenizers,
-                                 "fingerprint": fingerprint(setup.encoders_file, ENCODERS)}}
+                    "encoders": {"path": portable(s.encoders_file), "tokenizers": config.tokenizers,
+                                 "fingerprint": fingerprint(s.encoders_file, ENCODERS)}}
         write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(settings, indent=1)))
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard true needs the package: pip install tensorboard") from None
+            self.events = SummaryWriter(folder / "tensorboard")
 
     def log(self, **entry):
-        """One line of log.jsonl."""
+        """One line of log.jsonl, by rank 0."""
+        if self.world.rank:
+            return
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
+        for name, value in entry.items() if self.events else ():
+            if isinstance(value, (int, float)):
+                self.events.add_scalar(name, value, entry["step"])
 
     def logged(self) -> list[dict]:
         """The lines of log.jsonl so far; one that a kill cut in the middle is left out."""
@@ -273,29 +345,59 @@ class Run:
         levels = validate(s.average, s.held_out, s.formulation, s.autocast)
         self.log(step=step, validation=round(levels[:-1].mean().item(), 6),                     # without t = 1
                  validation_by_t=[round(level, 5) for level in levels.tolist()])
-        grid = captioned_grid(generate(s.pipeline, s.prompts, seed=1), s.prompts, 4)
-        write_atomically(self.folder / f"samples-{step:06}.png", lambda file: grid.save(file, format="PNG"))
-        curve = draw_losses(self.logged())
-        write_atomically(self.folder / "loss.png", lambda file: curve.save(file, format="PNG"))
+        pictures = generate(s.pipeline, s.prompts, seed=1)
+        if self.world.rank == 0:
+            grid, curve = captioned_grid(pictures, s.prompts, 4), draw_losses(self.logged())
+            for picture, name in ((grid, f"samples-{step:06}.png"), (curve, "loss.png")):
+                write_atomically(self.folder / name, lambda file, picture=picture: picture.save(file, format="PNG"))
 
     def save(self, s, step: int, steps: int):
-        """checkpoints/STEP to resume from (the last two are kept) and model.safetensors, each under a temporary name first."""
+        """Begin checkpoints/STEP, to resume from: copied now, written while training goes on, under a temporary name until
+        `finish_saving`. And model.safetensors, the average."""
+        self.finish_saving()
         target = self.folder / "checkpoints" / f"{step:08}"
         partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        if self.world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.world.any(False)                                                     # nobody writes before it is gone
+        with self.saving_to(partial):
+            self.saving = partial, dcp.async_save(run_state(s.model, s.average, s.optimizers, step, steps),
+                                                  checkpoint_id=partial, no_dist=self.world.size == 1,
+                                                  process_group=self.world.saving)
+        weights = {name: whole(tensor).cpu() for name, tensor in s.average.state_dict().items()}
+        if self.world.rank == 0:
+            with torch.device("meta"):
+                average = MMDiT(s.average.config)
+            average.load_state_dict(weights, assign=True)
+            save_networks(self.folder / "model.safetensors", {"mmdit": average}, sampling=s.pipeline.defaults)
+
+    def finish_saving(self, wait: bool = True):
+        """Once the checkpoint is written it gets its name, and older ones go. wait: until then; else look, and come back."""
+        if self.saving is None or not (wait or self.saving[1].done()):
+            return
+        partial, future = self.saving
+        self.saving = None
+        with self.saving_to(partial):
+            future.result()
+            if self.world.rank == 0:
+                shutil.rmtree(partial.with_suffix(""), ignore_errors=True)
+                partial.rename(partial.with_suffix(""))
+        milestone = lambda old: self.config.keep_every and int(old.name) % self.config.keep_every == 0
+        for old in whole_checkpoints(self.folder)[: -self.config.keep_last] if self.world.rank == 0 else ():
+            if not milestone(old):
+                shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def saving_to(self, partial: Path):
+        """Turns any failure to write a checkpoint into one sentence, and leaves nothing half-written."""
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(run_state(s.model, s.average, s.optimizers, step, steps), checkpoint_id=partial, no_dist=True)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+                yield
         except Exception as problem:                                              # a full disk shows as several types
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"could not save {target} ({problem}); the last good checkpoint is untouched. "
+            raise OSError(f"could not save {partial.with_suffix('')} ({problem}); the last good checkpoint is untouched. "
                           f"Free some space and go on with --resume {self.folder}") from None
-        save_networks(self.folder / "model.safetensors", {"mmdit": s.average}, sampling=s.pipeline.defaults)
-        for old in sorted(target.parent.glob("[0-9]*"))[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def run_state(model, average, optimizers, step: int, steps: int) -> dict:
@@ -304,17 +406,21 @@ def run_state(model, average, optimizers, step: int, steps: int) -> dict:
             "optimizer": get_optimizer_state_dict(model, optimizers)}
 
 
-def restore(checkpoint: Path, model, average, optimizers) -> tuple[int, int]:
-    """Load weights, average and optimizers in place; returns (steps done, steps planned).
+def restore(folder: Path, model, average, optimizers, world: World) -> tuple[int, int]:
+    """Load the newest checkpoint of a run in place, whatever number of processes wrote it; returns (steps done, steps
+    planned), (0, 0) where the run ended before its first.
 
     torch.distributed.checkpoint pickles its metadata: only resume from your own runs.
     """
+    found = world.same(whole_checkpoints(folder)[-1:])
+    if not found:
+        return 0, 0
     state = run_state(model, average, optimizers, 0, 0)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        dcp.load(state, checkpoint_id=found[0], no_dist=world.size == 1)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
@@ -324,12 +430,9 @@ def restore(checkpoint: Path, model, average, optimizers) -> tuple[int, int]:
     return state["step"], state["steps"]
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a run."""
-    found = sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if not p.name.endswith(".partial"))
-    if not found:
-        raise ValueError(f"{folder} has no checkpoint to resume from; start a new run without --resume")
-    return found[-1]
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that were written to the end, oldest first."""
+    return sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if p.suffix != ".partial")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -343,6 +446,9 @@ def parse_config() -> TrainConfig:
         kind = true_or_false if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default!r}")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0          # by torchrun --max-restarts
+    if restarted and "out" in given and (Path(given["out"]) / "config.json").is_file():
+        given.setdefault("resume", given["out"])
     if "resume" in given:
         file = Path(given["resume"]) / "config.json"
         if not file.is_file():
@@ -367,16 +473,22 @@ def true_or_false(text: str) -> bool:
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other settings, and refuse what cannot work, before anything is read or written."""
     for name in ("num_scenes", "minutes", "batch_size", "accumulate", "lr", "muon_lr", "logit_std", "timestep_shift",
-                 "log_every"):
+                 "log_every", "keep_last"):
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be greater than 0")
     for name in ("resolution", "steps", "weight_decay", "sample_every", "save_every", "num_prompts"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or greater")
-    for name, choices in (("precision", ("auto", "bf16", "fp32")), ("optimizer", ("adamw", "muon"))):
+    for name, choices in (("precision", ("auto", "bf16", "fp32")), ("optimizer", ("adamw", "muon")),
+                          ("parallel", ("auto", "ddp", "fsdp", "hsdp"))):
         if getattr(config, name) not in choices:
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(choices)}")
-    resolution = config.resolution or (64 if config.depth < 15 else 256)
+    if config.parallel in ("fsdp", "hsdp") and (config.optimizer == "muon" or "RANK" not in os.environ):
+        raise ValueError(f"--parallel {config.parallel} needs --optimizer adamw (Muon works on whole matrices) and torchrun")
+    encoded_at = read_index(Path(config.data))["resolution"] if is_encoded(config.data) else 0
+    resolution = config.resolution or encoded_at or (64 if config.depth < 15 else 256)
+    if encoded_at not in (0, resolution):
+        raise ValueError(f"--resolution {resolution}: {config.data} was encoded at {encoded_at} px")
     if resolution % 16:
         raise ValueError(f"--resolution {resolution} is not a multiple of 16 px (VAE factor 8 x patch 2)")
     if config.depth < 1 or config.weight_sets not in (2, 3):
@@ -395,12 +507,15 @@ def complete(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resolution=resolution, out=out)
 
 
-def open_data(config: TrainConfig):
-    """(training source, validation source): scenes of two seeds, or one picture in fifty of the user's, at most 64."""
+def open_data(config: TrainConfig, encoders_file: Path):
+    """(training source, validation source): scenes of two seeds, or one picture in fifty of the user's, at most 64. Sources are
+    pictures, or EncodedFolders where encode.py wrote --data."""
     if not config.data:
         return Scenes(config.num_scenes, config.seed), Scenes(64, HELD_OUT_SEED)
-    files = ImageFiles(config.data)
+    files = EncodedFolder(config.data, encoders_file) if is_encoded(config.data) else ImageFiles(config.data)
     held_out = min(64, max(1, len(files) // 50))
+    if isinstance(files, EncodedFolder):
+        return files.split(held_out)
     return files.subset(range(held_out, len(files))), files.subset(range(held_out))
 
 
@@ -434,79 +549,108 @@ class Setup:
     encoders_file: Path
 
 
+def make_model(sizes: MMDiTConfig, config: TrainConfig, world: World, precision) -> MMDiT:
+    """An MM-DiT without numbers yet, on this process's device: the whole, or the shards that are this rank's. It is laid out
+    without memory first, so that depth 38 is never whole anywhere."""
+    with torch.device("meta"):
+        model = MMDiT(sizes)
+    if config.recompute:
+        for block in model.joint_blocks:
+            block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
+    world.shard(model, precision)
+    return model.to_empty(device=world.device)
+
+
 def set_up(config: TrainConfig, world: World, say) -> Setup:
-    """Load the frozen networks, encode the pictures, make the model and its optimizer."""
+    """Load the frozen networks, encode the pictures, make the model and its optimizers."""
     encoders_file = find_model_file(config.encoders)
     if config.resume:
         run_encoders(Path(config.resume))                             # they must still be the ones it began with
     frozen = load_components(encoders_file, ("vae", "text"), tokenizers=config.tokenizers)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
-    side = max(16, config.resolution // 16)                           # small models get a grid no larger than they need
+    source, held_out = open_data(config, encoders_file)
+    longest = source.longest_side if isinstance(source, EncodedFolder) else config.resolution
+    side = max(16, longest // 16)                                     # small models get a grid no larger than they need
     small = {"pos_embed_max_size": side, "pos_embed_base_size": side} if config.depth < 15 else {}
     sizes = MMDiTConfig(config.depth, latent_channels=vae.config.latent_channels, context_dim=text.config.context_dim,
                         pooled_dim=text.config.pooled_dim, qk_norm=config.qk_norm,
                         clip_tokens=text.config.clip_length if config.weight_sets == 3 else 0, **small)
     precision = pick_precision(config.precision, world.device)
     autocast = lambda: compute_context(world.device, precision)
-    source, held_out = open_data(config)
     say(f"MM-DiT of depth {config.depth}: {count_parameters(sizes) / 1e6:.1f} M parameters; {len(source)} pictures at "
         f"{config.resolution} px; {world.size} x {world.device}, {str(precision).removeprefix('torch.')}")
     if not config.data:
         say("training on built-in scenes; your own pictures: --data PATH, released encoders: --encoders FILE")
 
-    model = MMDiT(sizes)
-    model.initialize(torch.Generator().manual_seed(config.seed))
-    if config.init and not config.resume:
-        load_weights(model, load_components(config.init, ("mmdit",)).mmdit, config.init)
-    model.to(world.device)
-    average = copy.deepcopy(model).requires_grad_(False)              # stays uncompiled: the sampler's shapes vary
+    model, average = (make_model(sizes, config, world, precision) for _ in range(2))
+    model.initialize(torch.Generator().manual_seed(config.seed), assign)
+    if config.init and not whole_checkpoints(Path(config.out)):
+        start = load_components(config.init, ("mmdit",))
+        load_weights(model, start.mmdit, config.init, start.sampling.get("height", config.resolution), config.resolution)
+    average.load_state_dict(model.state_dict())
+    average.requires_grad_(False)                                     # and stays uncompiled: the sampler's shapes vary
     if config.compile:
-        model.compile()
+        for block in model.joint_blocks:
+            block.compile()
     optimizers = make_optimizers(model, config)
     density = LogitNormal(config.logit_mean, config.logit_std)
     formulation = RectifiedFlow(Shifted(density, config.timestep_shift) if config.timestep_shift != 1 else density)
-    batches, held_out_batches = (
-        Batches(EncodedImages(part, vae, text, config.resolution, world.device, autocast, world.rank > 0), vae, text.config,
-                config, world) for part in (source, held_out))
+    encode = lambda part: part if isinstance(part, EncodedFolder) else EncodedImages(
+        part, vae, text, config.resolution, world.device, autocast, world.rank > 0)
+    batches, held_out_batches = (Batches(encode(part), vae, text.config, config, world) for part in (source, held_out))
     sampling = {"num_steps": 28, "guidance_scale": config.guidance_scale, "timestep_shift": config.timestep_shift,
-                "schedule": "shifted", "unconditional": "zeros", "height": config.resolution, "width": config.resolution}
+                "schedule": "shifted", "solver": "euler", "unconditional": "zeros", "height": config.resolution,
+                "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
-    prompts = [captions[0] for captions in held_out_batches.images.captions[:8]] if config.data else list(FIXED_PROMPTS)
+    shown = [int(index) for group in held_out_batches.images.groups for index in group][:8]
+    prompts = [held_out_batches.images.captions(index)[0] for index in shown] if config.data else list(FIXED_PROMPTS)
     return Setup(model, average, optimizers, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
 
 
-def load_weights(model: MMDiT, weights: MMDiT, name: str):
-    """Start from another model of the same sizes."""
-    ours, theirs = ({key: tuple(t.shape) for key, t in m.state_dict().items()} for m in (model, weights))
-    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+@torch.no_grad()
+def load_weights(model: MMDiT, weights: MMDiT, name: str, trained: int, resolution: int):
+    """Start from another model of the same depth: QK-norm may be new, and positions are stretched from the resolution that it
+    was trained at, in pixels, to this run's (Sec. 5.3.2)."""
+    ours, theirs = ({key: tuple(p.shape) for key, p in m.named_parameters()} for m in (model, weights))
+    fresh = {key for key in ours if ".attn.ln_" in key} - theirs.keys()           # QK-norm for a model trained without
+    different = sorted(key for key in (ours.keys() | theirs.keys()) - fresh if ours.get(key) != theirs.get(key))
     if different:
         raise ValueError(f"--init {name} is a model of other sizes: {different[0]} is {theirs.get(different[0])} there and "
                          f"{ours.get(different[0])} here. Give its --depth, --qk-norm, --weight-sets and --resolution")
-    model.load_state_dict(weights.state_dict())
+    values = dict(weights.named_parameters())
+    for key, parameter in model.named_parameters():
+        if key in values:
+            assign(parameter, values[key])
+    grids = (math.isqrt(m.pos_embed.shape[1]) for m in (weights, model))
+    side = stretched_positions(next(grids), trained // 16, next(grids), resolution // 16)
+    model.pos_embed.copy_(sincos_2d(side, side, model.config.hidden_size)[None])
 
 
 def train(config: TrainConfig) -> Path:
     """A whole run, from data to scores. Returns its folder."""
-    started, world = time.time(), World(config.device)
+    started = time.time()
+    world = World(config.device, config.parallel, count_parameters(MMDiTConfig(config.depth)))
     say = print if world.rank == 0 else lambda *_: None
     s = set_up(config, world, say)
     folder, first_step, steps = Path(config.out), 0, config.steps
     if config.resume:
-        first_step, planned = restore(last_checkpoint(folder), s.model, s.average, s.optimizers)
+        first_step, planned = restore(folder, s.model, s.average, s.optimizers, world)
         steps = steps or planned
-    elif not steps:
+    if not steps:
         step_seconds = seconds_per_step(s, config)
         left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.4 * config.num_prompts     # saves, samples, scores
         steps = world.same(max(1, int(left / step_seconds)))
-    run = Run(folder, config, first_step, steps, s) if world.rank == 0 else None
+    run = Run(folder, config, first_step, steps, s, world)
     model = world.wrap(s.model)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                  # preemption: save and go
 
-    window, window_start, skipped = [], time.time(), 0
+    meter, skipped = Meter(s, config, world), 0
     bar = tqdm(total=steps, initial=first_step, disable=world.rank > 0, unit="step", smoothing=0.05)
-    for step in range(first_step, steps):
+    for step, batch in enumerate(meter.waiting(map(s.batches, range(first_step, steps))), first_step):
         set_learning_rates(s.optimizers, learning_rate(step, steps, config), config)
-        batch = s.batches(step)
         loss, t, grad_norm = train_step(model, s.optimizers, batch, s.formulation, config, s.autocast)
+        meter.add(loss, t, grad_norm)
         done, finite = step + 1, bool(torch.isfinite(grad_norm))
         if finite:
             update_average(s.average, s.model, step, steps, config)
@@ -514,22 +658,25 @@ def train(config: TrainConfig) -> Path:
         if skipped == 10:
             raise RuntimeError(f"loss or gradient was not finite 10 times in a row, last at step {done}. The last checkpoint "
                                f"is good: --resume {folder} with a lower --lr, or start anew with --qk-norm true")
-        window.append((world.gather(loss), world.gather(t), grad_norm))
         bar.update()
-        if run and (done % config.log_every == 0 or done == steps):
-            entry = summarize(window, done, config, time.time() - window_start)
+        stopping = world.any(bool(stop))
+        if done % config.log_every == 0 or done == steps:
+            entry = meter.read(done)
             run.log(**entry)
             bar.set_postfix_str(f"loss {entry['loss'] or math.nan:.3f}, {entry['images_per_second']:.0f} images/s")
-        if done % config.log_every == 0:
-            window, window_start = [], time.time()
-        paused = time.time()
-        if run and (every(done, steps, config.sample_every) or done == steps):
-            run.report(s, done)
-        if run and (every(done, steps, config.save_every) or done == steps):
-            run.save(s, done, steps)
-        window_start += time.time() - paused                                      # images a second are those of training
+        run.finish_saving(wait=False)
+        with meter.paused():
+            if every(done, steps, config.sample_every) or done == steps:
+                run.report(s, done)
+            if every(done, steps, config.save_every) or done == steps or stopping:
+                run.save(s, done, steps)
+        if stopping:
+            break
     bar.close()
-    if run and not config.data and config.num_prompts:
+    run.finish_saving()
+    if stopping and done < steps:
+        say(f"stopped by SIGTERM after step {done}, saved; go on with --resume {folder}")
+    elif not config.data and config.num_prompts:
         draw = lambda prompts, first: [np.asarray(picture) for picture in generate(s.pipeline, prompts, HELD_OUT_SEED + first)]
         scores = geneval(draw, config.num_prompts, height=config.resolution, width=config.resolution)
         run.log(step=steps, geneval=scores)
@@ -540,25 +687,91 @@ def train(config: TrainConfig) -> Path:
     return folder
 
 
+def matmul_peak(device, dtype) -> float:
+    """FLOP/s of a square matrix product, measured: what the share of it that training reaches (MFU) is taken of."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b, times = torch.randn(size, size, dtype=dtype, device=device), torch.randn(size, size, dtype=dtype, device=device), []
+    for _ in range(6):
+        start = time.time()
+        (a @ b)[0, 0].item()                                                      # waits for the result
+        times.append(time.time() - start)
+    return 2 * size**3 / min(times)
+
+
 def every(done: int, steps: int, share: float) -> bool:
     """True at multiples of the share of the run."""
     return share > 0 and done % max(1, round(share * steps)) == 0
 
 
-def summarize(window, step: int, config: TrainConfig, seconds: float) -> dict:
-    """A log line from the steps since the last one. Means are over what is finite, null where nothing is (a tenth of t
-    without a sample, say); `skipped` counts the steps whose gradient was not."""
-    loss, t = (torch.cat([entry[i] for entry in window]).float().cpu() for i in (0, 1))
-    norms = torch.stack([entry[2] for entry in window]).float().cpu()
+class Meter:
+    """What log.jsonl says about the steps since its last line."""
+
+    def __init__(self, s, config: TrainConfig, world: World):
+        self.config, self.world = config, world
+        text = s.pipeline.text.config
+        tokens = text.clip_length + text.t5_length, (config.resolution // 16) ** 2
+        self.flops = training_flops(s.model.config, *tokens)                      # of one sample
+        self.peak = matmul_peak(world.device, s.pipeline.precision)
+        self.reset()
+
+    def reset(self):
+        self.loss, self.t, self.norm, self.wait, self.start = [], [], [], 0.0, time.time()
+
+    def waiting(self, batches):
+        """The batches, with the time that the training waits for each added up."""
+        batches = iter(batches)
+        while True:
+            start = time.time()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.wait += time.time() - start
+            yield batch
+
+    def add(self, loss, t, grad_norm):
+        """One step: loss (B,), t (B,), gradient norm."""
+        self.loss.append(loss)
+        self.t.append(t)
+        self.norm.append(grad_norm)
+
+    @contextmanager
+    def paused(self):
+        """Time in here does not count: images a second are those of training."""
+        start = time.time()
+        yield
+        self.start += time.time() - start
+
+    def read(self, step: int) -> dict:
+        """A log line. All ranks call it together."""
+        loss, t = (self.world.gather(torch.cat(values)) for values in (self.loss, self.t))
+        seconds = time.time() - self.start
+        entry = summarize(loss, t, torch.stack(self.norm))
+        rate = len(loss) / seconds
+        flops = rate * self.flops / self.world.size
+        if self.world.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        entry |= {"images_seen": step * self.config.batch_size, "images_per_second": round(rate, 1),
+                  "tflops_per_process": round(flops / 1e12, 4), "mfu": round(flops / self.peak, 4), "memory_gb": round(memory, 3),
+                  "data_wait": round(self.wait / seconds, 4)}
+        self.reset()
+        return {"step": step, **entry}
+
+
+def summarize(loss, t, norms) -> dict:
+    """loss (n,), t (n,), gradient norms (steps,) -> means over what is finite, null where nothing is (a tenth of t without a
+    sample, say). `skipped` counts the steps whose gradient was not, `spikes` those with 5 times the median norm."""
+    loss, t, norms = loss.float().cpu(), t.float().cpu(), norms.float().cpu()
 
     def mean(values):
         values = values[values.isfinite()]
         return round(values.mean().item(), 6) if len(values) else None
 
-    tenth = (t * 10).long().clamp_max(9)
-    return {"step": step, "loss": mean(loss), "loss_by_t": [mean(loss[tenth == i]) for i in range(10)],
-            "grad_norm": mean(norms), "skipped": int((~norms.isfinite()).sum()),
-            "images_seen": step * config.batch_size, "images_per_second": round(len(loss) / seconds, 1)}
+    tenth, finite = (t * 10).long().clamp_max(9), norms[norms.isfinite()]
+    return {"loss": mean(loss), "loss_by_t": [mean(loss[tenth == i]) for i in range(10)], "grad_norm": mean(norms),
+            "skipped": len(norms) - len(finite), "spikes": int((finite > 5 * finite.median()).sum()) if len(finite) else 0}
 
 
 def main():
@@ -566,7 +779,8 @@ def main():
     try:
         train(parse_config())
     except (CheckpointError, ValueError, RuntimeError, OSError) as problem:
-        sys.exit(f"train.py: {problem}")
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        sys.exit(f"train.py: {rank}{problem}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume RUN")
 

@@ -13,7 +13,7 @@ small ones, and no weights are at hand. This file makes them, one stage after th
 
 Data        scenes (drawn), emoji and clothing photographs (free licences), prompt lists for the vocabulary. The last 100
             emoji and the last 100 photographs are held out, and so is every scene of another seed
-Run         python experiments/pretrain_tiny.py --data ../shared/data [--stage vae --minutes 34]
+Run         python experiments/pretrain_tiny.py --data DATA [--stage vae --minutes 34]
 """
 
 import argparse
@@ -406,7 +406,8 @@ def train_vae(corpus, minutes: float, out: Path):
     start = time.time()
     for step in Clock(minutes, {adam: 1e-3, muon: 0.02}, warmup=200):
         image = vae_batch(corpus, step).to(memory_format=torch.channels_last)
-        noise = torch.randn(len(image), 16, image.shape[2] // 8, image.shape[3] // 8,
+        height, width = (side // AUTOENCODER.downsampling for side in image.shape[2:])
+        noise = torch.randn(len(image), AUTOENCODER.latent_channels, height, width,
                             generator=torch.Generator().manual_seed(step))
         kl_weight = 5e-4 if time.time() - start < 0.9 * 60 * minutes else 5e-3    # late: the decoder is good by then, and
         with autocast():                                                          # smoother codes cost it .1 dB
@@ -488,7 +489,7 @@ def ship(run: Path, out: Path):
 def main():
     """Run the stages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with emoji/, photos/, prompts/")
+    parser.add_argument("--data", type=Path, help="folder with emoji/, photos/ and prompts/, as the model card describes")
     parser.add_argument("--stage", default="all",
                         choices=("all", "tokenizers", "clip", "t5", "vae", "assemble", "mmdit", "ship"))
     parser.add_argument("--minutes", type=float, help="of the chosen stage; default clip 12, t5 4, vae 38, mmdit 50")
@@ -498,10 +499,12 @@ def main():
     config = parser.parse_args()
     if config.stage == "ship":
         return ship(config.run, config.out)
+    if config.stage != "mmdit" and not (config.data and config.data.is_dir()):
+        parser.error(f"--data {config.data}: no such folder; all stages but mmdit and ship read pictures or captions there")
     torch.manual_seed(0)
     config.work.mkdir(parents=True, exist_ok=True)
     config.out.mkdir(parents=True, exist_ok=True)
-    corpus, tokenizers = Corpus(config.data), config.out / "tokenizers"
+    corpus, tokenizers = Corpus(config.data) if config.data else None, config.out / "tokenizers"
     stages = {"tokenizers": lambda: train_tokenizers(corpus, tokenizers),
               "clip": lambda: train_clips(corpus, tokenizers, config.minutes or 12, config.work),
               "t5": lambda: train_t5(corpus, tokenizers, config.minutes or 4, config.work),

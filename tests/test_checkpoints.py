@@ -20,6 +20,7 @@ from checkpoints import (
     PREFIXES,
     T5_NAMES,
     CheckpointError,
+    file_config,
     fingerprint,
     load_components,
     open_safetensors,
@@ -27,7 +28,6 @@ from checkpoints import (
     released_name,
     rename,
     save_networks,
-    stored_config,
     write_atomically,
 )
 from mmdit import MMDiT, MMDiTConfig
@@ -91,7 +91,7 @@ def test_saved_network_comes_back_as_it_was(name, networks, saved):
 
 
 def test_metadata_keeps_what_tensors_cannot_tell(saved):
-    assert stored_config(saved) == {
+    assert file_config(saved) == {
         "sampling": {"guidance_scale": 4.5}, "vae": {"norm_groups": 4, "vae_scale": 1.25, "vae_shift": -0.5},
         "text": {"clip_l_width": 64, "clip_g_width": 64, "t5_width": 192, "clip_length": 20, "t5_length": 30}}
 
@@ -113,7 +113,9 @@ def test_half_precision_files_are_read_as_fp32_and_half_the_size(tmp_path, netwo
         assert file.stat().st_size < 0.55 * saved.stat().st_size
         for key, x in back.state_dict().items():
             assert x.dtype == torch.float32 and torch.equal(x, networks["vae"].state_dict()[key].to(dtype).float())
-        assert read_network("vae", file, dtype=dtype).decoder.conv_in.weight.dtype == dtype
+        half = read_network("mmdit", file, dtype=dtype).state_dict()               # matrices of the blocks; the rest stays fp32
+        assert half["joint_blocks.0.x_block.mlp.fc1.weight"].dtype == dtype
+        assert half["pos_embed"].dtype == half["joint_blocks.0.x_block.mlp.fc1.bias"].dtype == torch.float32
 
 
 def test_a_file_without_a_network_gives_none(tmp_path, networks):
@@ -364,7 +366,7 @@ def test_fingerprint_of_the_encoders_does_not_change_with_the_mmdit(saved, tmp_p
 
 
 def test_running_checkpoints_lists_the_networks(saved, capsys, monkeypatch, networks, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["checkpoints.py", str(saved)])
+    monkeypatch.setattr(sys, "argv", ["checkpoints.py", "info", str(saved)])
     checkpoints.main()
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
     assert list(lines) == list(PREFIXES)
@@ -372,6 +374,6 @@ def test_running_checkpoints_lists_the_networks(saved, capsys, monkeypatch, netw
         tensors = network.state_dict().values()
         assert int(lines[name][1]) == len(tensors)
         assert float(lines[name][3]) == pytest.approx(sum(x.numel() for x in tensors) / 1e6, abs=1e-3)
-    monkeypatch.setattr(sys, "argv", ["checkpoints.py", str(tmp_path / "nowhere")])
+    monkeypatch.setattr(sys, "argv", ["checkpoints.py", "info", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="no such file"):
         checkpoints.main()

@@ -1,6 +1,7 @@
 """The exercises: the core's own functions pass, the empty file ends cleanly, classic mistakes get their hint."""
 
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,19 @@ RIGHT = {
         "crop_center": lambda grid, h, w: mmdit.crop_center(grid.flatten(0, 1)[None], h, w).view(h, w, -1)},
     "03_text_context": {
         "combine": text_encoders.combine, "drop": drop, "first_end": lambda ids: ids.argmax(dim=-1)},
+    "04_density_or_weight": {
+        "rf_weight": lambda t, pdf: flow.RectifiedFlow(flow.Uniform()).weight(t) * pdf,
+        "mean_by_weighting": lambda loss, pdf, t: (loss(t) * pdf(t)).mean(),
+        "mean_by_sampling": lambda loss, quantile, u: loss(quantile(u)).mean(),
+        "what_multiplies_the_noise_error_in_edm": lambda log_snr: torch.exp(-log_snr) + flow.SIGMA_DATA**2},
+    "05_mode_density": {
+        "f_mode": flow.mode_map, "f_mode_inverse": flow.mode_map_inverse, "mode_pdf": lambda t, s: flow.Mode(s).pdf(t),
+        "f_mode_slope": lambda u, s: -1 / flow.Mode(s).pdf(flow.mode_map(u, s))},
+    "06_resolution_shift": {
+        "uncertainty": lambda t, n: torch.exp(-flow.Straight().log_snr(t) / 2) / math.sqrt(n),
+        "shift": lambda t, n, m: flow.shift_time(t, math.sqrt(m / n)),
+        "shift_of_log_snr": lambda n, m: flow.shift_log_snr(torch.zeros(1), math.sqrt(m / n)).item(),
+        "shifted_logit_mean": lambda mean, n, m: mean + math.log(m / n) / 2},
 }
 WRONG = [
     ("01_path_and_target", "interpolate", lambda x, n, t: flow.interpolate(n, x, t), "ends are swapped"),
@@ -61,6 +75,19 @@ WRONG = [
         torch.cat([t5, F.pad(torch.cat([l, g], 2), (0, 3))], 1), torch.cat([pl, pg], 1)), "before T5"),
     ("03_text_context", "drop", lambda l, g, t5, pl, pg, keep: (*drop(l, g, t5, pl, pg, keep)[:3], pl, pg), "zero too"),
     ("03_text_context", "first_end", lambda ids: torch.tensor([4, 3]), "the last one"),
+    ("04_density_or_weight", "rf_weight", lambda t, pdf: pdf, "L_w weights"),
+    ("04_density_or_weight", "mean_by_weighting", lambda loss, pdf, t: loss(t).mean(), "density is missing"),
+    ("04_density_or_weight", "mean_by_sampling", lambda loss, quantile, u: (
+        loss(quantile(u)) * flow.LogitNormal(0.5, 0.8).pdf(quantile(u))).mean(), "counted twice"),
+    ("04_density_or_weight", "what_multiplies_the_noise_error_in_edm", lambda x: flow.edm_weight(x, -1.2, 1.2), "cancels"),
+    ("05_mode_density", "f_mode", lambda u, s: flow.mode_map(1 - u, s), "that rises"),
+    ("05_mode_density", "f_mode_slope", lambda u, s: 1 / flow.Mode(s).pdf(flow.mode_map(u, s)), "f_mode falls"),
+    ("05_mode_density", "f_mode_inverse", lambda t, s: 1 - flow.mode_map_inverse(t, s), "large t means a small u"),
+    ("05_mode_density", "mode_pdf", lambda t, s: 1 / flow.Mode(s).pdf(t), "one over it"),
+    ("06_resolution_shift", "uncertainty", lambda t, n: t / (1 - t) / n, "not 1 / n"),
+    ("06_resolution_shift", "shift", lambda t, n, m: flow.shift_time(t, m / n), "square root"),
+    ("06_resolution_shift", "shift_of_log_snr", lambda n, m: math.log(m / n), "less signal"),
+    ("06_resolution_shift", "shifted_logit_mean", lambda mean, n, m: mean + math.log(m / n), "half of it"),
 ]
 
 

@@ -1,5 +1,6 @@
-"""The equations of flow.py: path, loss, densities of t, shift, schedules, guidance, Euler's method."""
+"""The equations of flow.py: one test for each of Eq. 1 to 36 at least, with its number in its name."""
 
+import importlib.util
 import math
 
 import pytest
@@ -7,22 +8,49 @@ import torch
 
 import flow
 from flow import (
+    EDM,
+    FORMULATIONS,
+    SOLVERS,
+    Cosine,
+    CosMap,
+    Formulation,
+    Linear,
     LogitNormal,
+    MatchedEDM,
+    Mixture,
+    Mode,
     RectifiedFlow,
     Shifted,
+    Straight,
+    Uniform,
+    conditional_velocity,
+    conditional_velocity_snr,
+    convert,
+    diffuse,
+    edm_weight,
     euler,
     euler_steps,
+    formulation,
     gaussian_velocity,
+    guidance_at,
     guide,
+    guide_skip_layers,
     interpolate,
+    last_of,
     logit_normal_pdf,
     logit_normal_quantile,
     make_schedule,
+    mode_map,
+    mode_map_inverse,
+    output_scales,
     path_length,
     rectified_flow_loss,
     released_schedule,
+    rescale_guided,
+    shift_log_snr,
     shift_time,
     shifted_schedule,
+    uniform_draws,
     velocity_target,
 )
 
@@ -262,6 +290,8 @@ def test_make_schedule_chooses_by_name_and_names_what_is_wrong():
         make_schedule("released", 0, 3.0)
     with pytest.raises(ValueError, match="timestep_shift=-1"):
         make_schedule("released", 28, -1)
+    with pytest.raises(ValueError, match="timestep_shift=0"):
+        make_schedule("released", 28, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,9 +385,836 @@ def test_gaussian_velocity_ends_are_those_of_the_path():
     torch.testing.assert_close(gaussian_velocity(z, double(0.0, 0.0, 0.0, 0.0, 0.0), 0.7, 0.4), -z)
 
 
-def test_running_flow_prints_densities_and_a_falling_error(capsys):
-    flow.main()
+# ------------------------------------------------------------------------------------------------------------
+# Sec. 2: Eq. 1 to 12, on every path
+# ------------------------------------------------------------------------------------------------------------
+
+PROCESSES = [Straight(), Cosine(), Linear(), EDM(-1.2, 1.2), EDM(0.0, 0.6), MatchedEDM(Straight()), MatchedEDM(Cosine())]
+OUTPUTS = ["velocity", "v", "eps", "x0", "F"]
+TIMES = grid(0.03, 0.97, 48) + 1e-4                                               # never at a knot of Linear
+RING = flow.RING
+each_process = pytest.mark.parametrize("process", PROCESSES, ids=str)
+
+
+def slope(f, t, h=1e-6):
+    """df / dt by central differences; f(t) is (B,) or a pair."""
+    return (f(t + h) - f(t - h)) / (2 * h)
+
+
+@each_process
+def test_eq1_velocity_carries_noise_to_the_mixture(process):
+    """The ODE with the exact field ends at data: with the flow run finely, the samples have the mixture's weights."""
+    form = Formulation(process, process.clock_output, Uniform())
+    noise = normal(3, 2000, 2)
+    times = flow.edm_schedule(60, process=process)
+    sample = form.sample(RING.predict(form), noise, times, "heun")
+    nearest = (sample[:, None] - RING.means).norm(dim=2).argmin(1)
+    share = torch.bincount(nearest, minlength=3) / len(sample)
+    assert (share - RING.weights).abs().max() < 0.04
+    assert (sample - RING.means[nearest]).std().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_defaults_are_those_of_karras_et_al_and_times_are_for_images():
+    assert EDM() == EDM(-1.2, 1.2) and flow.SIGMA_DATA == 0.5
+    assert torch.equal(logit_normal_pdf(TIMES), logit_normal_pdf(TIMES, 0.0, 1.0)) and LogitNormal() == LogitNormal(0.0, 1.0)
+    assert torch.equal(logit_normal_quantile(TIMES), logit_normal_quantile(TIMES, 0.0, 1.0))
+    assert torch.equal(released_schedule(5), released_schedule(5, 3.0))
+    assert torch.equal(shifted_schedule(5), shifted_schedule(5, 1.0))
+    assert flow.per_sample(double(0.1, 0.2)).shape == (2, 1, 1, 1) and flow.per_sample(double(0.1, 0.2), 2).shape == (2, 1)
+
+
+@each_process
+def test_eq2_and_4_diffuse_mixes_latent_and_noise(process):
+    latent, noise = normal(0, 2, 48, 1, 1, 2)
+    a, b = process.scales(TIMES)
+    z = diffuse(latent, noise, a, b)
+    for i in (0, 20, 47):
+        torch.testing.assert_close(z[i], a[i] * latent[i] + b[i] * noise[i], rtol=1e-12, atol=1e-12)
+    assert (b[1:] > b[:-1]).all() and (a[1:] <= a[:-1]).all()
+
+
+def test_eq3_marginals_are_the_data_at_0_and_the_noise_at_1():
+    """a_0 = 1, b_0 = 0, a_1 = 0, b_1 = 1 where the path allows it; Linear ends at a = .068, EDM's noise is unbounded."""
+    ends = double(0.0, 1.0)
+    for process in (Straight(), Cosine()):
+        (a, b) = process.scales(ends)
+        assert a.tolist() == [1, 0] and b.tolist() == [0, 1]
+    a, b = Linear().scales(ends)
+    assert a[0] == 1 and b[0] == 0 and a[1].item() == pytest.approx(0.0683, abs=5e-5)
+    a, b = EDM().scales(ends)
+    assert a.tolist() == [1, 1] and b[0] == 0 and b[1] == math.inf
+    z = double([0.3, -0.2], [2.1, 0.1])
+    at = lambda a, b: RING.log_terms(z, double(a, a), double(b, b)).logsumexp(1)
+    torch.testing.assert_close(at(0.0, 1.0), -z.square().sum(1) / 2 - math.log(2 * math.pi))
+    assert at(1.0, 0.0).argmax() == 1 and at(1.0, 0.0)[1] > -2
+
+
+def test_eq3_log_density_of_a_mixture_is_that_of_its_samples():
+    """p_t integrates to 1 over the plane, and has the mean and the variance of a x_0 + b eps."""
+    x, y = (axis.flatten() for axis in torch.meshgrid(grid(-7, 7, 141), grid(-7, 7, 141), indexing="ij"))
+    z, one = torch.stack([x, y], 1), torch.ones(len(x), dtype=torch.float64)
+    a, b = 0.6, 0.7
+    mass = RING.log_terms(z, a * one, b * one).logsumexp(1).exp() * 0.01
+    assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+    mean = (RING.weights[:, None] * RING.means).sum(0)
+    torch.testing.assert_close((mass[:, None] * z).sum(0), a * mean, rtol=1e-6, atol=1e-6)
+    second = (RING.weights * (RING.means.square().sum(1) + 2 * 0.09)).sum() * a**2 + 2 * b**2
+    assert (mass * z.square().sum(1)).sum().item() == pytest.approx(second.item(), abs=1e-5)
+    sample = RING.sample(20000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sample.mean(0), mean, rtol=0, atol=0.04)
+    assert sample.square().sum(1).mean().item() == pytest.approx(
+        (RING.weights * (RING.means.square().sum(1) + 2 * 0.09)).sum().item(), rel=0.03)
+
+
+@each_process
+def test_eq5_and_9_conditional_velocity_is_the_slope_along_the_path_of_one_noise(process):
+    """u_t(z | eps) = psi'_t(psi_t^-1(z | eps) | eps)."""
+    latent, noise = normal(0, 2, 48, 1, 2, 3)
+    path = lambda t: diffuse(latent, noise, *process.scales(t))
+    u = conditional_velocity(path(TIMES), noise, TIMES, process)
+    torch.testing.assert_close(u, slope(path, TIMES), rtol=2e-5, atol=2e-5)
+    target = diffuse(latent, noise, *output_scales("velocity", process, TIMES))
+    torch.testing.assert_close(u, target, rtol=1e-8, atol=1e-8)
+
+
+@each_process
+def test_slopes_and_log_snr_slope_are_derivatives(process):
+    for i in (0, 1):
+        torch.testing.assert_close(process.slopes(TIMES)[i], slope(lambda t: process.scales(t)[i], TIMES), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(process.log_snr_slope(TIMES), slope(process.log_snr, TIMES), rtol=2e-5, atol=1e-5)
+    a, b = process.scales(TIMES)
+    torch.testing.assert_close(process.log_snr(TIMES), torch.log(a.square() / b.square()), rtol=1e-9, atol=1e-9)
+
+
+@each_process
+def test_times_log_snrs_and_clocks_invert(process):
+    torch.testing.assert_close(process.time_at(process.log_snr(TIMES)), TIMES, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(process.time_on(process.clock(TIMES)), TIMES, rtol=1e-8, atol=1e-8)
+    assert process.clock(double(0.0)).item() == 0 and process.time_on(double(0.0)).item() == 0
+    clocks = process.clock(TIMES)
+    assert (clocks[1:] > clocks[:-1]).all()
+
+
+@each_process
+def test_clock_output_is_the_slope_by_the_clock(process):
+    """dz / d clock is finite and is what `clock_output` names: velocity (t), v (the angle), eps (b)."""
+    latent, noise = normal(0, 2, 48, 1, 2, 3)
+    along = lambda clock: diffuse(latent, noise, *process.scales(process.time_on(clock)))
+    expected = diffuse(latent, noise, *output_scales(process.clock_output, process, TIMES))
+    torch.testing.assert_close(slope(along, process.clock(TIMES), 1e-7), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_eq6_marginal_field_is_the_average_of_conditional_ones():
+    """u_t(z) = E[u_t(z | eps) p_t(z | eps) / p_t(z)], by a sum over a fine grid of eps, for a mixture on a line."""
+    mixture = Mixture(double([-1.0], [1.5]), double(0.4, 0.2), double(0.7, 0.3))
+    noise = grid(-9, 9, 40001)
+    for process in PROCESSES:
+        form = Formulation(process, "velocity", Uniform())
+        t = double(0.45)
+        (a, b), z = (x.item() for x in process.scales(t)), 0.35
+        latent = (z - b * noise) / a                                              # psi^-1
+        p_latent = mixture.log_terms(latent[:, None], torch.ones_like(noise), torch.zeros_like(noise)).logsumexp(1).exp()
+        weight = p_latent / a * torch.exp(-noise.square() / 2)                    # p_t(z | eps) p(eps), not normalised
+        u = conditional_velocity(torch.full_like(noise, z), noise, t.expand(len(noise)), process)
+        ours = mixture.predict(form)(double([z]), t)
+        assert ours.item() == pytest.approx(((weight * u).sum() / weight.sum()).item(), rel=1e-6)
+
+
+@each_process
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_eq7_and_8_the_best_network_is_the_marginal_field_and_any_other_is_worse(process, output):
+    """L_CFM of the exact posterior is below that of a network a little off, by the square of the difference (Eq. 33)."""
+    form = Formulation(process, output, Uniform())
+    rng = torch.Generator().manual_seed(1)
+    latent, t = RING.sample(6000, rng), form.density.sample(6000, rng, True)
+    noise, best = torch.randn(6000, 2, generator=rng, dtype=torch.float64), RING.predict(form)
+    floor = form.loss(best, latent, None, None, t, noise).mean()
+    for offset in (-0.2, 0.2):
+        loss = form.loss(lambda *x: best(*x) + offset, latent, None, None, t, noise).mean()
+        assert (loss - floor).item() == pytest.approx(0.04, abs=0.4 * 0.2 * max(1, floor.item() ** 0.5) * 0.5)
+
+
+@each_process
+def test_eq10_the_velocity_by_log_snr_is_the_same(process):
+    z, noise = normal(0, 2, 48, 1, 2, 3)
+    torch.testing.assert_close(conditional_velocity_snr(z, noise, TIMES, process),
+                               conditional_velocity(z, noise, TIMES, process), rtol=1e-9, atol=1e-9)
+
+
+@each_process
+def test_eq11_loss_in_terms_of_noise_is_the_velocity_loss(process):
+    """|v - a'/a z + b/2 lambda' eps|^2 is |v - u(z | eps)|^2."""
+    latent, noise, v = normal(0, 3, 48, 2)
+    z = diffuse(latent, noise, *process.scales(TIMES))
+    (a, b), (a_slope, _), snr_slope = process.scales(TIMES), process.slopes(TIMES), process.log_snr_slope(TIMES)
+    column = lambda x: x[:, None]
+    loss = (v - column(a_slope / a) * z + column(b / 2 * snr_slope) * noise).square().mean(1)
+    ours = Formulation(process, "velocity").loss(lambda *_: v, latent, None, None, TIMES, noise)
+    torch.testing.assert_close(ours.double(), loss, rtol=1e-5, atol=1e-5)
+
+
+@each_process
+def test_eq12_noise_prediction_has_the_weight_b_lambda_slope_over_2_squared(process):
+    """eps_Theta = -2 / (lambda' b) (v - a'/a z), and L_CFM = (-b lambda' / 2)^2 |eps_Theta - eps|^2."""
+    latent, noise, v = normal(0, 3, 48, 2)
+    z = diffuse(latent, noise, *process.scales(TIMES))
+    (a, b), (a_slope, _), snr_slope = process.scales(TIMES), process.slopes(TIMES), process.log_snr_slope(TIMES)
+    column = lambda x: x[:, None]
+    eps = column(-2 / (snr_slope * b)) * (v - column(a_slope / a) * z)
+    torch.testing.assert_close(convert(v, z, TIMES, process, "velocity", "eps"), eps, rtol=1e-7, atol=1e-7)
+    loss = Formulation(process, "velocity").loss(lambda *_: v, latent, None, None, TIMES, noise)
+    expected = (b * snr_slope / 2).square() * (eps - noise).square().mean(1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@each_process
+@pytest.mark.parametrize("source", OUTPUTS)
+@pytest.mark.parametrize("target", OUTPUTS)
+def test_outputs_convert_exactly_into_each_other(process, source, target):
+    latent, noise = normal(0, 2, 48, 1, 2, 3)
+    z = diffuse(latent, noise, *process.scales(TIMES))
+    prediction, expected = (diffuse(latent, noise, *output_scales(name, process, TIMES)) for name in (source, target))
+    torch.testing.assert_close(convert(prediction, z, TIMES, process, source, target), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("process", [Straight(), Cosine()], ids=str)
+def test_conversions_at_both_ends_are_finite_and_right_where_the_answer_is_known(process):
+    latent, noise = normal(0, 2, 1, 2)
+    for t in (double(0.0), double(1.0)):
+        z = diffuse(latent, noise, *process.scales(t))
+        for source in OUTPUTS:
+            prediction = diffuse(latent, noise, *output_scales(source, process, t))
+            for target in OUTPUTS:
+                result = convert(prediction, z, t, process, source, target)
+                assert result.isfinite().all()
+                if source in ("v", "velocity", "F"):                              # never blind
+                    torch.testing.assert_close(result, diffuse(latent, noise, *output_scales(target, process, t)))
+
+
+@each_process
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_losses_at_both_ends_are_finite(process, output):
+    latent, noise = normal(0, 2, 2, 1, 2, 2, dtype=torch.float32)
+    form = Formulation(process, output)
+    loss = form.loss(lambda z, *_: z * 0, latent, None, None, torch.tensor([0.0, 1.0]), noise)
+    assert loss.isfinite().all() and loss.dtype == torch.float32
+
+
+def test_f_prediction_is_edms_preconditioning():
+    """D = c_skip z + c_out F, network input c_in z, with the constants of Karras et al. at sigma_data = .5."""
+    process, (latent, noise) = EDM(-1.2, 1.2), normal(0, 2, 48, 2)
+    sigma = process.scales(TIMES)[1]
+    c_skip, c_out = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+    z = diffuse(latent, noise, torch.ones_like(sigma), sigma)
+    form, seen = Formulation(process, "F", Uniform()), []
+    prediction = normal(1, 48, 2)
+    loss = form.loss(lambda x, *_: seen.append(x) or prediction, latent, None, None, TIMES, noise)
+    torch.testing.assert_close(seen[0], z / (sigma**2 + 0.25).sqrt()[:, None])
+    denoised = c_skip[:, None] * z + c_out[:, None] * prediction
+    torch.testing.assert_close(convert(prediction, z, TIMES, process, "F", "x0"), denoised, rtol=1e-9, atol=1e-9)
+    expected = ((denoised - latent).square().mean(1) / c_out**2)                  # EDM's own weight 1 / c_out^2
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_f_prediction_targets_have_unit_size_for_data_of_its_deviation():
+    for process in PROCESSES:
+        p, q = output_scales("F", process, TIMES)
+        torch.testing.assert_close(p.square() * 0.25 + q.square(), torch.ones_like(p))
+        a, b = process.scales(TIMES)
+        torch.testing.assert_close(p * a * 0.25 + q * b, torch.zeros_like(p), rtol=0, atol=1e-9)       # and none of z in them
+
+
+def test_an_unknown_output_is_refused():
+    with pytest.raises(ValueError, match="'score'.*velocity, v, eps, x0 or F"):
+        output_scales("score", Straight(), TIMES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sec. 3: Eq. 13 to 17, the paths and weights
+# ------------------------------------------------------------------------------------------------------------
+
+def noise_weight(form, t):
+    """-1/2 w_t lambda'_t: what the square error of eps is multiplied by in L_w."""
+    return -0.5 * form.weight(t) * form.process.log_snr_slope(t)
+
+
+def normal_pdf(x, mean, std):
+    return torch.distributions.Normal(*double(mean, std)).log_prob(x).exp()
+
+
+def proportional(x, y, factor):
+    torch.testing.assert_close(x, factor * y, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["rf", "rf/lognorm(0.50, 0.60)", "eps/linear", "v/linear", "eps/cos", "v/cos", "edm(0.00, 0.60)",
+                                  "edm/rf", "edm/cos"])
+def test_loss_is_l_w_with_the_stated_weight(name):
+    """pi(t) |error of output|^2 = -1/2 w_t lambda'_t |error of eps|^2."""
+    form = formulation(name)
+    latent, noise, prediction = normal(0, 3, 48, 2)
+    z = diffuse(latent, noise, *form.process.scales(TIMES))
+    eps = convert(prediction, z, TIMES, form.process, form.output, "eps")
+    loss = form.loss(lambda *_: prediction, latent, None, None, TIMES, noise)
+    expected = noise_weight(form, TIMES) * (eps - noise).square().mean(1)
+    torch.testing.assert_close(form.density.pdf(TIMES) * loss.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_eq13_weight_of_rectified_flow_is_t_over_1_minus_t():
+    proportional(formulation("rf").weight(TIMES), TIMES / (1 - TIMES), 1)
+    b, snr_slope = TIMES, Straight().log_snr_slope(TIMES)
+    proportional(formulation("rf").weight(TIMES), -0.5 * snr_slope * b**2, 1)    # w_t = -1/2 lambda' b^2 is L_CFM
+
+
+def test_eq14_edm_noise_is_the_exponential_of_a_normal_quantile():
+    t = double(0.5, 0.841344746068543)                                            # mean and one deviation above it
+    a, b = EDM(-0.6, 1.8).scales(t)
+    torch.testing.assert_close(a, double(1.0, 1.0))
+    torch.testing.assert_close(torch.log(b), double(-0.6, 1.2))
+
+
+@pytest.mark.parametrize("mean, std", [(-1.2, 1.2), (0.6, 0.6)])
+def test_eq15_log_snr_of_edm_is_normal(mean, std):
+    u = uniform_draws(20000, torch.Generator().manual_seed(0), True)
+    log_snr = EDM(mean, std).log_snr(u)
+    assert log_snr.mean().item() == pytest.approx(-2 * mean, abs=0.01)
+    assert log_snr.std().item() == pytest.approx(2 * std, rel=0.01)
+    pdf = -1 / EDM(mean, std).log_snr_slope(TIMES)                                # density of log_snr under uniform t
+    expected = normal_pdf(EDM(mean, std).log_snr(TIMES), -2 * mean, 2 * std)
+    torch.testing.assert_close(pdf, expected, rtol=1e-8, atol=0)
+
+
+def test_edm_seen_from_the_straight_path_is_logit_normal():
+    """The same log-SNRs on the path of Eq. 13: logit(t) ~ N(P_m, P_s^2)."""
+    on_line = Straight().time_at(EDM(-0.6, 1.2).log_snr(TIMES))
+    torch.testing.assert_close(on_line, LogitNormal(-0.6, 1.2).quantile(TIMES), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mean, std", [(-1.2, 1.2), (0.0, 0.6)])
+def test_eq16_weight_of_edm_and_what_cancels(mean, std):
+    form = formulation(f"edm({mean}, {std})")
+    log_snr = form.process.log_snr(TIMES)
+    proportional(form.weight(TIMES), edm_weight(log_snr, mean, std), 8)
+    proportional(noise_weight(form, TIMES), torch.exp(-log_snr) + 0.25, 4)        # the normal density and lambda' are gone
+    expected = normal_pdf(log_snr, -2 * mean, 2 * std) * (torch.exp(-log_snr) + 0.5**2)
+    torch.testing.assert_close(edm_weight(log_snr, mean, std), expected)
+
+
+def test_eq17_cosine_path_and_its_weights():
+    a, b = Cosine().scales(TIMES)
+    torch.testing.assert_close(a, torch.cos(math.pi / 2 * TIMES))
+    torch.testing.assert_close(b, torch.sin(math.pi / 2 * TIMES))
+    log_snr = Cosine().log_snr(TIMES)
+    proportional(formulation("eps/cos").weight(TIMES), 1 / torch.cosh(log_snr / 2), 1 / math.pi)
+    proportional(formulation("v/cos").weight(TIMES), torch.exp(-log_snr / 2), 2 / math.pi)
+    v, velocity = (output_scales(name, Cosine(), TIMES) for name in ("v", "velocity"))
+    for i in (0, 1):
+        torch.testing.assert_close(velocity[i], math.pi / 2 * v[i])
+
+
+def test_ldm_linear_has_the_discrete_schedule_at_its_knots():
+    """beta_t = (sqrt(.00085) + t/(T-1) (sqrt(.012) - sqrt(.00085)))^2, a_t = prod(1 - beta)^(1/2), step i at (i + 1)/1000."""
+    a = 1.0
+    for i in range(1000):
+        beta = (0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2
+        a *= (1 - beta) ** 0.5
+        if i in (0, 1, 499, 998, 999):
+            ours_a, ours_b = Linear().scales(double((i + 1) / 1000))
+            assert ours_a.item() == pytest.approx(a, rel=1e-10)
+            assert ours_b.item() == pytest.approx((1 - a * a) ** 0.5, rel=1e-8)
+    assert Linear().first == 0.001 and Linear().last == 1.0
+
+
+def test_ldm_linear_inverts_in_its_first_and_last_steps_too():
+    t = double(0.0, 0.0004, 0.001, 0.0014, 0.002, 0.9993, 1.0)
+    torch.testing.assert_close(Linear().time_at(Linear().log_snr(t)), t, rtol=1e-7, atol=1e-9)
+    a, b = Linear().scales(t)
+    torch.testing.assert_close(a.square() + b.square(), torch.ones_like(a))
+    assert a[1].item() == pytest.approx((1 - 0.00085) ** 0.2, rel=1e-9)           # .4 of the first step
+    assert Linear().slopes(double(0.0004))[0].item() == pytest.approx(a[1].item() * 500 * math.log(1 - 0.00085), rel=1e-9)
+
+
+def test_ldm_linear_is_geometric_between_its_knots():
+    a = [Linear().scales(double(t))[0].item() for t in (0.3, 0.3005, 0.301)]
+    assert a[1] == pytest.approx((a[0] * a[2]) ** 0.5, rel=1e-10)
+
+
+def test_edm_rf_and_edm_cos_have_the_log_snr_of_their_paths_and_the_plain_loss_of_f():
+    for name, other in (("edm/rf", Straight()), ("edm/cos", Cosine())):
+        form = formulation(name)
+        torch.testing.assert_close(form.process.log_snr(TIMES), other.log_snr(TIMES), rtol=1e-9, atol=1e-9)
+        proportional(noise_weight(form, TIMES), torch.exp(-other.log_snr(TIMES)) + 0.25, 4)
+    # by log-SNR, the weights of rf and v/cos are one function, e^(-lambda/2), so they cannot be what tells the two apart
+    for name in ("rf", "v/cos"):
+        form = formulation(name)
+        ratio = form.weight(TIMES) / torch.exp(-form.process.log_snr(TIMES) / 2)
+        torch.testing.assert_close(ratio, ratio[0].expand(48), rtol=1e-8, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sec. 3.1: densities, Eq. 18 to 22
+# ------------------------------------------------------------------------------------------------------------
+
+ALL_DENSITIES = [*DENSITIES, Uniform(), CosMap(), *(Mode(s) for s in (-1.0, -0.54, 0.0, 0.81, 1.29, 1.75)),
+                 LogitNormal(0, 0.2), LogitNormal(1, 2.2), Shifted(Mode(1.29), 3.0), Shifted(Uniform(), 2.0)]
+each_density = pytest.mark.parametrize("density", ALL_DENSITIES, ids=str)
+
+
+@each_density
+def test_eq18_weighting_by_pi_is_sampling_from_pi(density):
+    """E_U[pi(t) f(t)] = E_pi[f(t)], so w_t^pi = t / (1 - t) pi(t) under uniform t."""
+    f = lambda t: torch.sin(3 * t) + t.square()
+    tolerance = 2e-3 if density == Mode(-1.0) else 1e-4                           # its pdf is infinite at both ends
+    sampled = integral(lambda u: f(density.quantile(u)))
+    assert integral(lambda t: density.pdf(t) * f(t), steps=200000) == pytest.approx(sampled, rel=tolerance)
+    proportional(RectifiedFlow(density).weight(TIMES), TIMES / (1 - TIMES) * density.pdf(TIMES), 1)
+
+
+@each_density
+def test_density_integrates_to_one_and_is_the_slope_of_its_distribution_function(density):
+    tolerance = 3e-3 if density == Mode(-1.0) else 1e-4
+    assert integral(density.pdf, steps=200000) == pytest.approx(1, rel=tolerance)
+    torch.testing.assert_close(slope(density.cdf, TIMES, 1e-5), density.pdf(TIMES), rtol=1e-5, atol=1e-7)
+    ends = density.cdf(double(0.0, 1.0))
+    torch.testing.assert_close(ends, double(0.0, 1.0), rtol=0, atol=1e-8)      # 1e-8 is the square root of an fp64 step
+
+
+@each_density
+def test_quantile_and_distribution_function_invert(density):
+    u = grid(0.01, 0.99, 99)
+    torch.testing.assert_close(density.cdf(density.quantile(u)), u, rtol=1e-9, atol=1e-9)
+    inside = TIMES[(density.cdf(TIMES) > 1e-6) & (density.cdf(TIMES) < 1 - 1e-6)]
+    torch.testing.assert_close(density.quantile(density.cdf(inside)), inside, rtol=1e-7, atol=1e-7)
+
+
+@each_density
+def test_samples_follow_the_density(density):
+    """Kolmogorov-Smirnov: the largest gap of the two distribution functions, at 1.95 / sqrt(n) once in a thousand."""
+    n = 20000
+    t = density.sample(n, torch.Generator().manual_seed(7)).sort().values
+    expected = density.cdf(t)
+    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    gap = torch.maximum((expected - steps[:-1]).abs(), (expected - steps[1:]).abs()).max().item()
+    assert gap < 1.95 / math.sqrt(n)
+    even = density.sample(n, torch.Generator().manual_seed(7), stratified=True).sort().values
+    assert (density.cdf(even) - (steps[:-1] + 0.5 / n)).abs().max() <= 0.5 / n + 1e-9
+    assert torch.equal(density.sample(5, torch.Generator().manual_seed(1)), density.sample(5, torch.Generator().manual_seed(1)))
+
+
+def test_stratified_draws_have_one_in_each_part_in_random_order():
+    u = uniform_draws(64, torch.Generator().manual_seed(0), stratified=True)
+    assert sorted((u * 64).long().tolist()) == list(range(64)) and u.tolist() != sorted(u.tolist())
+    assert (uniform_draws(64, torch.Generator().manual_seed(0)) * 64).long().unique().numel() < 64
+
+
+def test_eq19_density_formula():
+    t, m, s = 0.3, 0.5, 0.6
+    expected = 1 / (s * math.sqrt(2 * math.pi)) / (t * (1 - t)) * math.exp(-(math.log(t / (1 - t)) - m) ** 2 / (2 * s**2))
+    assert logit_normal_pdf(double(t), m, s).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("s", [-1.0, -0.5, 0.0, 1.29, 1.75])
+def test_eq20_map_falls_from_1_to_0_and_inverts(s):
+    u = grid(0, 1, 501)
+    t = mode_map(u, s)
+    assert t[0] == 1 and t[-1].abs() < 1e-12 and (t[1:] < t[:-1]).all()
+    torch.testing.assert_close(mode_map_inverse(t[5:-5], s), u[5:-5], rtol=1e-9, atol=1e-9)
+    for x in (0.2, 0.7):
+        expected = 1 - x - s * (math.cos(math.pi / 2 * x) ** 2 - 1 + x)
+        assert mode_map(double(x), s).item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(Mode(s).pdf(TIMES), 1 / slope(lambda t: mode_map(1 - t, s), mode_map_inverse(1 - TIMES, s)),
+                               rtol=1e-6, atol=0)
+
+
+def test_eq20_refuses_scales_where_the_map_is_not_monotonic():
+    for s in (-1.01, 1.76, math.nan):
+        with pytest.raises(ValueError, match="monotonic"):
+            Mode(s)
+    assert Mode(2 / (math.pi - 2)).pdf(double(0.3)).isfinite()
+
+
+def test_eq21_straight_path_at_mapped_times_has_the_log_snr_of_the_cosine_path():
+    u = grid(0.01, 0.99, 99)
+    torch.testing.assert_close(Straight().log_snr(CosMap().quantile(u)), Cosine().log_snr(u), rtol=1e-9, atol=1e-9)
+    assert CosMap().quantile(double(0.3)).item() == pytest.approx(1 - 1 / (math.tan(math.pi / 2 * 0.3) + 1), rel=1e-12)
+
+
+def test_eq22_density_formula():
+    for t in (0.0, 0.3, 1.0):
+        assert CosMap().pdf(double(t)).item() == pytest.approx(2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2), rel=1e-12)
+
+
+def test_bad_densities_and_paths_are_refused():
+    for bad in (lambda: LogitNormal(0, 0), lambda: LogitNormal(0, -1.0), lambda: Shifted(Uniform(), 0.0), lambda: EDM(0, 0)):
+        with pytest.raises(ValueError, match="must be greater than 0"):
+            bad()
+
+
+def test_eq24_shift_of_log_snr_is_the_shift_of_t():
+    moved = Straight().log_snr(shift_time(TIMES, 3.0))
+    torch.testing.assert_close(shift_log_snr(Straight().log_snr(TIMES), 3.0), moved, rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Formulations
+# ------------------------------------------------------------------------------------------------------------
+
+def test_61_names_are_those_of_the_study_and_round_trip():
+    assert len(FORMULATIONS) == len(set(FORMULATIONS)) == 61
+    groups = {"eps/": 2, "v/": 2, "rf": 40, "rf/mode": 8, "rf/lognorm": 30, "rf/cosmap": 1, "edm": 17, "edm(": 15}
+    for start, count in groups.items():
+        assert sum(name.startswith(start) for name in FORMULATIONS) == count
+    printed = ("rf/lognorm(0.00, 1.00)", "rf/lognorm(1.00, 0.60)", "rf/mode(1.29)", "rf/mode(1.75)", "edm(0.00, 0.60)",
+               "edm(0.60, 1.20)", "edm(-1.20, 1.20)", "rf/lognorm(-0.50, 1.00)", "rf/mode(1.00)", "rf/mode(-1.00)")
+    assert set(printed) < set(FORMULATIONS)
+    modes = {"-1.00", "-0.54", "-0.08", "0.38", "0.83", "1.00", "1.29", "1.75"}     # 7 evenly from -1 to 1.75, and 1
+    assert {name[8:-1] for name in FORMULATIONS if name.startswith("rf/mode")} == modes
+    pairs = lambda start: {name.removeprefix(start)[:-1] for name in FORMULATIONS if name.startswith(start)}
+    assert pairs("rf/lognorm(") == {f"{m}, {s}" for m in ("-1.00", "-0.50", "0.00", "0.50", "1.00")
+                                    for s in ("0.20", "0.60", "1.00", "1.40", "1.80", "2.20")}
+    assert pairs("edm(") == {f"{m}, {s}" for m in ("-1.20", "-0.60", "0.00", "0.60", "1.20") for s in ("0.60", "1.20", "1.80")}
+    for name in FORMULATIONS:
+        assert formulation(name).name == name
+    assert len({str(formulation(name)).replace(name, "") for name in FORMULATIONS}) == 61
+
+
+def test_names_may_be_written_shorter_and_say_what_is_wrong():
+    assert formulation(" edm(-1.2,1.2) ").name == "edm(-1.20, 1.20)"
+    assert formulation("rf/mode(0.123)").name == "rf/mode(0.123)"
+    assert formulation("rf/lognorm(0.5, 0.6)").density == LogitNormal(0.5, 0.6)
+    for name, problem in (("rf/magic", "choose one of rf, rf/mode"), ("rf/mode", "takes 1 number in brackets"),
+                          ("rf(1)", "takes no numbers"), ("edm(1.2)", "takes 2 numbers"), ("edm(a, b)", "takes 2 numbers"),
+                          ("edm(1, 2", "no formulation"), ("rf/mode(3)", "monotonic"), ("rf/mode()", "takes 1"),
+                          ("edm(0, -1)", "greater than 0")):
+        with pytest.raises(ValueError, match=problem):
+            formulation(name)
+
+
+def test_rectified_flow_is_the_loss_of_eq8_to_the_bit():
+    latent, noise = normal(0, 2, 8, 4, 3, 3, dtype=torch.float32)
+    t, model = torch.rand(8, generator=torch.Generator().manual_seed(0)), lambda z, t, *_: 0.3 * z * t.view(-1, 1, 1, 1)
+    ours = RectifiedFlow(LogitNormal()).loss(model, latent, None, None, t, noise)
+    assert torch.equal(ours, rectified_flow_loss(model, latent, None, None, t, noise))
+    assert RectifiedFlow() == formulation("rf/lognorm(0.00, 1.00)")
+
+
+def small_network(seed):
+    """(z, t) -> output for (B, 2): two layers."""
+    torch.manual_seed(seed)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Linear(32, 2))
+    return layers, lambda z, t, *_: layers(torch.cat([z, t[:, None]], 1))
+
+
+@pytest.mark.parametrize("name", FORMULATIONS)
+def test_every_formulation_trains(name):
+    """10 steps on one batch, noise and t: finite, and falling at every step."""
+    form, rng = formulation(name), torch.Generator().manual_seed(0)
+    latent, noise = RING.sample(64, rng).float(), torch.randn(64, 2, generator=rng)
+    t = form.density.sample(64, rng, stratified=True).float()
+    layers, model = small_network(0)
+    optimizer, losses = torch.optim.AdamW(layers.parameters(), lr=3e-3), []
+    for _ in range(10):
+        loss = form.loss(model, latent, None, None, t, noise).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(math.isfinite(x) for x in losses) and all(x > y for x, y in zip(losses, losses[1:]))
+
+
+REPRESENTATIVES = ["rf/lognorm(0.00, 1.00)", "eps/linear", "v/linear", "eps/cos", "v/cos", "edm(-1.20, 1.20)", "edm(0.60, 1.80)",
+                   "edm/rf", "edm/cos"]
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_exact_posterior_recovers_the_mixture_through_every_solver(name, solver):
+    """Weights, centres and spread of the data, from noise, the exact E[output | z] and 60 steps."""
+    form, noise = formulation(name), normal(5, 1500, 2)
+    sample = form.sample(RING.predict(form), noise, form.schedule(60), solver)
+    nearest = (sample[:, None] - RING.means).norm(dim=2).argmin(1)
+    share = torch.bincount(nearest, minlength=3) / len(sample)
+    assert (share - RING.weights).abs().max() < 0.05
+    for k in range(3):
+        part = sample[nearest == k]
+        assert (part.mean(0) - RING.means[k]).abs().max() < 0.06
+        assert part.std(0).mean().item() == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize("output", ["velocity", "v", "eps", "x0", "F"])
+@pytest.mark.parametrize("process", [Straight(), Cosine(), Linear(), EDM()], ids=str)
+def test_what_the_network_predicts_does_not_change_the_sample(process, output):
+    noise, times = normal(5, 50, 2), flow.edm_schedule(12, process=process)
+    forms = [Formulation(process, name, Uniform()) for name in (output, process.clock_output)]
+    times = forms[0].clamp(times.double())
+    a, b = (form.sample(RING.predict(form), noise, times) for form in forms)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_begins_at_the_true_marginal_and_in_fp32_too():
+    """EDM begins at b times noise, Linear at unit variance, rectified flow at the noise; network times are as trained."""
+    noise = normal(0, 4, 2, dtype=torch.float32)
+    for name, size in (("rf", 1.0), ("eps/linear", 1.0), ("edm(-1.20, 1.20)", None), ("edm(0.00, 0.60)", None)):
+        form, seen = formulation(name), []
+        times = form.schedule(8)
+        for z, _ in form.sample_steps(lambda z, t: seen.append((z, t)) or 0 * z, noise, times):
+            assert z.dtype == torch.float32
+        b = form.process.scales(times[:1].double())[1].item()
+        expected = noise if size else noise * math.sqrt(1 + b**2) / math.sqrt(b**2 + 0.25)        # the network's input is scaled
+        torch.testing.assert_close(seen[0][0], expected, rtol=1e-4, atol=1e-5)
+        assert len(seen) == 8 and seen[0][1].dtype == torch.float32
+        torch.testing.assert_close(torch.stack([t[0] for _, t in seen]), times[:-1], rtol=1e-4, atol=1e-6)
+
+
+def test_noise_prediction_never_starts_where_it_says_nothing():
+    assert formulation("eps/cos").clamp(double(0.0, 0.5, 1.0)).tolist() == [0.0, 0.5, 0.999]
+    assert formulation("eps/linear").clamp(double(0.0, 1.0)).tolist() == [0.001, 1.0]
+    assert Formulation(Straight(), "eps").clamp(double(1.0)).tolist() == [0.999]
+    assert formulation("v/cos").clamp(double(0.0, 1.0)).tolist() == [0.0, 1.0]
+    assert formulation("edm/rf").clamp(double(0.0, 1.0)).tolist() == [1e-5, 1 - 1e-5]
+    assert Formulation(EDM(), "eps").clamp(double(1.0)).tolist() == [1 - 1e-5]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Solvers and guidance
+# ------------------------------------------------------------------------------------------------------------
+
+# 1 / slope of the error: Euler 2, Heun and DPM-Solver++ 4, RK4 16 as the number of steps doubles
+@pytest.mark.parametrize("solver, order, counts", [("euler", 1, (40, 80, 160)), ("heun", 2, (40, 80, 160)),
+                                                   ("rk4", 4, (40, 80, 160)), ("dpm++2m", 2, (160, 320, 640))])
+def test_solvers_converge_at_their_order_to_the_exact_flow(solver, order, counts):
+    """Data N(2, .5^2): noise n flows to 2 + .5 n. (DPM-Solver++: h^2 log(1/h), as steps near 0 are large in log t.)"""
+    noise = normal(0, 64, 1, 1, 1)
+    velocity = lambda z, t: gaussian_velocity(z, t, 2, 0.5)
+    errors = [(last_of(flow.solver_steps(solver, velocity, noise, grid(1, 0, n + 1))) - (2 + 0.5 * noise)).abs().max().item()
+              for n in counts]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("process", [Cosine(), EDM(-1.2, 1.2)], ids=str)
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("rk4", 4), ("dpm++2m", 2)])
+def test_solvers_converge_at_their_order_on_other_clocks(process, solver, order):
+    """From one noise level to another on a one-dimensional Gaussian: z = a mean + sqrt(a^2 std^2 + b^2) n."""
+    data = Mixture(double([1.0]), double(0.5), double(1.0))
+    form, n = Formulation(process, process.clock_output), normal(0, 64, 1)
+    at = lambda t: process.scales(double(t))
+    exact = lambda t: at(t)[0] * 1.0 + ((0.5 * at(t)[0]) ** 2 + at(t)[1] ** 2).sqrt() * n
+    start, end = 0.9, 0.5
+    clocks = lambda count: grid(*(process.clock(double(t)).item() for t in (start, end)), count + 1)
+    velocity = form.field(data.predict(form))
+    error = lambda count: (last_of(flow.solver_steps(solver, velocity, exact(start), clocks(count), process))
+                           - exact(end)).abs().max().item()
+    counts = (8, 16) if solver == "rk4" else (40, 80)
+    assert math.log2(error(counts[0]) / error(counts[1])) == pytest.approx(order, abs=0.35)
+
+
+def test_dpm_solver_is_exact_for_constant_latents_and_equals_euler_in_its_first_step():
+    """If the predicted latent is constant, any number of steps lands on it; one step is Euler's on the straight path."""
+    latent, noise = normal(0, 2, 2, 3)
+    for process in PROCESSES:
+        def velocity(z, clock, process=process):
+            t = process.time_on(clock)
+            return convert(latent, z, t, process, "x0", process.clock_output)
+        times = process.clock(process.clamp(double(0.9, 0.6, 0.2)))
+        z = diffuse(latent, noise, *(x.expand(2) for x in process.scales(process.time_on(times[:1]))))
+        expected = diffuse(latent, noise, *(x.expand(2) for x in process.scales(process.time_on(times[-1:]))))
+        torch.testing.assert_close(last_of(flow.dpm_solver_steps(velocity, z, times, process)), expected, rtol=1e-7, atol=1e-7)
+    field = lambda z, t: gaussian_velocity(z, t, 2, 0.5)
+    first = [next(iter(steps(field, noise, double(1.0, 0.7, 0.0))))[0] for steps in (flow.dpm_solver_steps, euler_steps)]
+    torch.testing.assert_close(*first)
+
+
+def test_dpm_solver_extrapolates_half_a_step_in_log_time():
+    """By hand: times 1, .5, .2, velocities -x_0 + noise with the latents D_0 and D_1."""
+    noise, latents = double([[[1.0]]]), iter([2.0, 3.0])
+    def velocity(z, t):
+        return (z - next(latents)) / t.view(-1, 1, 1)                             # x_0 = z - t v
+    steps = [z.item() for z, _ in flow.dpm_solver_steps(velocity, noise, double(1.0, 0.5, 0.2))]
+    assert steps[0] == pytest.approx(0.5 * 1 + 0.5 * 2)
+    extrapolated = 3 + (3 - 2) * math.log(0.5 / 0.2) / (2 * math.log(1 / 0.5))
+    assert steps[1] == pytest.approx(0.4 * 1.5 + 0.6 * extrapolated)
+
+
+def test_solvers_by_name_and_an_unknown_one():
+    with pytest.raises(ValueError, match="'dopri'.*euler, heun, rk4, dpm"):
+        flow.solver_steps("dopri", None, None, None)
+    assert set(SOLVERS) == {"euler", "heun", "rk4", "dpm++2m"}
+
+
+def test_heun_ends_with_a_step_of_euler():
+    seen = []
+    def velocity(z, t):
+        seen.append(t[0].item())
+        return -z
+    list(flow.heun_steps(velocity, torch.ones(1, 1), double(1.0, 0.5, 0.0)))
+    assert seen == [1.0, 0.5, 0.5]
+
+
+def test_edm_schedule_is_even_in_the_seventh_root_of_the_noise_level():
+    times = flow.edm_schedule(18, process=EDM(-1.2, 1.2)).double()
+    sigma = EDM(-1.2, 1.2).scales(times[:-1])[1]
+    low, high = EDM(-1.2, 1.2).scales(double(1e-5, 1 - 1e-5))[1].tolist()
+    root = sigma ** (1 / 7)
+    torch.testing.assert_close(root[1:] - root[:-1], (root[-1] - root[0]).expand(17) / 17, rtol=2e-2, atol=0)
+    assert sigma[0].item() == pytest.approx(min(80, high), rel=2e-2)
+    assert sigma[-1].item() == pytest.approx(max(0.002, low), rel=1e-3)
+    straight = flow.edm_schedule(5).double()
+    assert straight[0] == 1 and straight[-1] == 0 and straight[-2].item() == pytest.approx(0.002 / 1.002, rel=1e-4)
+    second = (80 ** (1 / 7) + 0.25 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert straight[1].item() == pytest.approx(second / (1 + second), rel=1e-5)
+    shifted = flow.edm_schedule(5, 3.0).double()
+    torch.testing.assert_close(shifted, shift_time(straight, 3.0), rtol=1e-5, atol=1e-7)
+
+
+def test_schedules_of_formulations():
+    assert torch.equal(formulation("rf").schedule(5), shifted_schedule(5))
+    assert torch.equal(formulation("eps/linear").schedule(5), shifted_schedule(5))
+    process = formulation("edm/cos").process
+    assert torch.equal(formulation("edm/cos").schedule(5), flow.edm_schedule(5, process=process))
+    assert torch.equal(make_schedule("uniform", 5, 3.0), shifted_schedule(5))
+    sigma = process.scales(flow.edm_schedule(5, process=process)[:1].double())[1]
+    assert sigma.item() == pytest.approx(80, rel=1e-2)                            # the path itself would go to 6e4
+
+
+def test_guidance_in_an_interval():
+    assert guidance_at(0.5, 5.0) == 5.0 and guidance_at(0.5, 5.0, 0.8, 0.2) == 5.0
+    assert guidance_at(0.8, 5.0, 0.8, 0.2) == 5.0 and guidance_at(0.2, 5.0, 0.8, 0.2) == 5.0
+    assert guidance_at(1.0, 5.0) == 5.0 and guidance_at(0.0, 5.0) == 5.0
+    assert guidance_at(0.9, 5.0, 0.8, 0.2) == 1.0 and guidance_at(0.1, 5.0, 0.8, 0.2) == 1.0
+
+
+def test_rescaled_guidance_gives_back_the_spread_by_its_share():
+    cond, guided = normal(0, 2, 3, 4, 4), 3 * normal(1, 2, 3, 4, 4)
+    spread = lambda x: x.flatten(1).std(1)
+    assert torch.equal(rescale_guided(guided, cond, 0.0), guided)
+    torch.testing.assert_close(spread(rescale_guided(guided, cond, 1.0)), spread(cond))
+    torch.testing.assert_close(spread(rescale_guided(guided, cond, 0.7)), 0.7 * spread(cond) + 0.3 * spread(guided))
+
+
+def test_skip_layer_guidance_pushes_away_from_the_weaker_network():
+    guided, cond, skipped = (torch.full((1, 1, 2, 2), x) for x in (7.0, 3.0, 2.5))
+    assert (guide_skip_layers(guided, cond, skipped, 2.0) == 8).all()
+    assert torch.equal(guide_skip_layers(guided, cond, skipped, 0.0), guided)
+
+
+def test_guidance_of_any_output_is_guidance_of_the_velocity():
+    cond, uncond, z = normal(0, 3, 48, 2)
+    for process in PROCESSES:
+        to_velocity = lambda x: convert(x, z, TIMES, process, "F", "velocity")
+        torch.testing.assert_close(to_velocity(guide(cond, uncond, 4.0)), guide(to_velocity(cond), to_velocity(uncond), 4.0),
+                                   rtol=1e-8, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# App. B.1, Eq. 26 to 36, and the floor of the loss
+# ------------------------------------------------------------------------------------------------------------
+
+LINE = Mixture(double([-1.0], [1.2]), double(0.4, 0.3), double(0.6, 0.4))
+
+
+def line_density(process, x, t):
+    a, b = (y.expand(len(x)) for y in process.scales(t))
+    return LINE.log_terms(x[:, None], a, b).logsumexp(1).exp()
+
+
+def line_field(process, x, t):
+    return LINE.predict(Formulation(process, "velocity"))(x[:, None], t.expand(len(x)))[:, 0]
+
+
+@each_process
+@pytest.mark.parametrize("t", [0.2, 0.6])
+def test_eq26_to_29_the_marginal_field_fulfils_the_continuity_equation(process, t):
+    """d/dt p_t + d/dx (p_t u_t) = 0 for a mixture on a line, both derivatives by central differences."""
+    x, t, h = grid(-2, 2, 41), double(t + 3e-4), 1e-5
+    change = (line_density(process, x, t + h) - line_density(process, x, t - h)) / (2 * h)
+    flux = lambda x: line_density(process, x, t) * line_field(process, x, t)
+    divergence = (flux(x + h) - flux(x - h)) / (2 * h)
+    torch.testing.assert_close(change, -divergence, rtol=1e-4, atol=1e-5)
+
+
+@each_process
+def test_eq27_and_28_the_conditional_field_fulfils_it_too(process):
+    """For one noise the density p_t(z | eps) is the data's, moved and scaled: z = a x_0 + b eps."""
+    x, t, h, noise = grid(-2, 2, 41), double(0.4003), 1e-5, 0.7
+
+    def density(x, t):
+        a, b = process.scales(t)
+        one = torch.ones_like(x)
+        return LINE.log_terms(((x - b * noise) / a)[:, None], one, 0 * one).logsumexp(1).exp() / a
+
+    def flux(x):
+        return density(x, t) * conditional_velocity(x, torch.full_like(x, noise), t.expand(len(x)), process)
+    change = (density(x, t + h) - density(x, t - h)) / (2 * h)
+    torch.testing.assert_close(change, -(flux(x + h) - flux(x - h)) / (2 * h), rtol=1e-3, atol=1e-4)
+
+
+def test_eq30_to_33_both_losses_have_one_gradient_and_differ_by_a_constant():
+    """v = w z + c at t = .4 on a line: L_FM and L_CFM by sums over fine grids, for several (w, c)."""
+    process, t = Straight(), double(0.4)
+    a, b = process.scales(t)
+    z, noise = grid(-7, 7, 801), grid(-7, 7, 801)
+    p_z, p_noise = line_density(process, z, t), torch.exp(-noise.square() / 2)
+    p_z, p_noise = p_z / p_z.sum(), p_noise / p_noise.sum()
+    latent = grid(-3.5, 3.5, 701)
+    p_latent = LINE.log_terms(latent[:, None], torch.ones_like(latent), torch.zeros_like(latent)).logsumexp(1).exp()
+    p_latent = p_latent / p_latent.sum()
+    joint = p_latent[:, None] * p_noise
+    points, u = a * latent[:, None] + b * noise, noise - latent[:, None]
+    fm, cfm, gradients = [], [], []
+    for w, c in ((0.0, 0.0), (0.5, -0.3), (-1.0, 2.0)):
+        parameters = torch.tensor([w, c], dtype=torch.float64, requires_grad=True)
+        v = lambda z, p=parameters: p[0] * z + p[1]
+        losses = (p_z * (v(z) - line_field(process, z, t)).square()).sum(), (joint * (v(points) - u).square()).sum()
+        fm.append(losses[0].item())
+        cfm.append(losses[1].item())
+        gradients.append([torch.autograd.grad(loss, parameters, retain_graph=True)[0] for loss in losses])
+    for ours, conditional in gradients:
+        torch.testing.assert_close(ours, conditional, rtol=1e-5, atol=1e-6)
+    gaps = [y - x for x, y in zip(fm, cfm)]
+    assert gaps[1] == pytest.approx(gaps[0], rel=1e-5) and gaps[2] == pytest.approx(gaps[0], rel=1e-5) and gaps[0] > 0.1
+
+
+def test_eq34_to_36_inner_products_with_both_fields_have_one_mean():
+    """E<v(z), u(z | eps)> = E<v(z), u(z)> for a nonlinear v, over many draws."""
+    rng, process = torch.Generator().manual_seed(0), Cosine()
+    latent = LINE.sample(200000, rng)
+    noise, t = torch.randn(200000, 1, generator=rng, dtype=torch.float64), double(0.3).expand(200000)
+    z = diffuse(latent, noise, *process.scales(t))
+    v = torch.sin(z)
+    conditional = (v * conditional_velocity(z, noise, t, process)).mean().item()
+    marginal = (v * LINE.predict(Formulation(process, "velocity"))(z, t)).mean().item()
+    assert conditional == pytest.approx(marginal, abs=0.015) and abs(marginal) > 0.1
+
+
+@each_process
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_loss_floor_of_every_output_on_gaussian_data(process, output):
+    """x_0 ~ N(0, s^2): the variance of output given z is det^2 s^2 / (a^2 s^2 + b^2), which the posterior mean reaches."""
+    form, t = Formulation(process, output), double(0.35)
+    data, rng = Mixture(double([0.0]), double(0.8), double(1.0)), torch.Generator().manual_seed(0)
+    latent, noise = data.sample(40000, rng), torch.randn(40000, 1, generator=rng, dtype=torch.float64)
+    loss = form.loss(data.predict(form), latent, None, None, t.expand(40000), noise).mean().item()
+    (a, b), (p, q) = process.scales(t), output_scales(output, process, t)
+    floor = (a * q - b * p) ** 2 * 0.64 / (a**2 * 0.64 + b**2)
+    assert loss == pytest.approx(floor.item(), rel=0.03)
+    torch.testing.assert_close(flow.determinant(output, process, t), a * q - b * p)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The demonstration
+# ------------------------------------------------------------------------------------------------------------
+
+def test_running_flow_draws_one_png_or_prints_the_same_numbers(tmp_path, capsys):
+    """Errors of the solvers fall with the number of steps; a PNG with matplotlib, text without."""
+    noise = normal(0, 50, 2)
+    errors = flow.solver_errors(flow.RectifiedFlow(), flow.RING, noise)
+    for values in errors.values():
+        assert values == sorted(values, reverse=True) and values[-1] < 0.05
+    flow.print_demo(errors)
     lines = capsys.readouterr().out.splitlines()
-    errors = [float(line.split()[1]) for line in lines[-5:]]
-    assert sum(line.startswith("lognorm") for line in lines) == 4
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.05
+    assert sum(line.startswith("LogitNormal") for line in lines) == 4 and len(lines) == 1 + 9 + 2 + 4 + 2 + 4
+    flow.main(tmp_path / "a.png")
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+    else:
+        assert "log-SNR" in capsys.readouterr().out

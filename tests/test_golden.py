@@ -7,6 +7,7 @@ differs.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import flow
-from checkpoints import read_network
+from checkpoints import open_model, read_network, to_diffusers, verify
 from mmdit import crop_center, paper_positions, released_positions, sincos_2d, timestep_embedding
 from text_encoders import TextConfig, TextEncoders, relative_position_bucket
 from vae import sample_code
@@ -255,6 +256,7 @@ def test_bundle_samples_the_references_latent_and_picture(case, reference, sched
     if reference == "sd35":
         case.check("sd35.vae_input", vae.denormalize(steps[-1]))
         case.check("sd35.image", vae.decode(steps[-1]))                          # not clamped
+        case.check("dpmpp_2m.latent", flow.last_of(flow.dpm_solver_steps(velocity, case.io["noise"], times)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -305,6 +307,64 @@ def test_euler_on_gaussian_data_equals_the_reference(case):
         case.check(f"{name}.x0", ours.flatten(), atol=5e-6, rtol=1e-5)           # ours is fp32, the reference fp64
 
 
+@cases("flow")
+def test_eq20_to_22_mode_and_cosmap_equal_the_reference(case):
+    t, modes = case.io["t"], [flow.Mode(s) for s in case.io["mode.s"].tolist()]
+    case.check("mode.f", torch.stack([flow.mode_map(case.io["mode.u"], m.mode_scale) for m in modes]), atol=1e-12, rtol=1e-9)
+    case.check("mode.finv", torch.stack([flow.mode_map_inverse(t, m.mode_scale) for m in modes]), atol=1e-12, rtol=1e-9)
+    case.check("mode.pdf", torch.stack([m.pdf(t) for m in modes]), atol=1e-12, rtol=1e-7)
+    case.check("cosmap.f", flow.CosMap().quantile(case.io["cosmap.u"]), atol=1e-12, rtol=1e-9)
+    case.check("cosmap.finv", flow.CosMap().cdf(t), atol=1e-12, rtol=1e-9)
+    case.check("cosmap.pdf", flow.CosMap().pdf(t), atol=1e-12, rtol=1e-9)
+
+
+@cases("flow")
+def test_eq13_14_and_17_paths_equal_the_reference(case):
+    t, rows = case.io["t"], case.io["edm.params"].tolist()
+    paths = {"rf": flow.Straight(), "cosine": flow.Cosine(), **{f"edm{i}": flow.EDM(*row) for i, row in enumerate(rows)}}
+    for name, path in paths.items():
+        (a, b), (a_slope, b_slope), snr_slope = path.scales(t), path.slopes(t), path.log_snr_slope(t)
+        ours = {"a": a, "b": b, "da": a_slope, "db": b_slope, "logsnr": path.log_snr(t), "dlogsnr": snr_slope,
+                "w_cfm": -0.5 * snr_slope * b.square()}
+        for key, value in ours.items():
+            case.check(f"{name}.{key}", value, atol=1e-12, rtol=1e-8)
+    for i, row in enumerate(rows):
+        case.check(f"edm{i}.w", flow.edm_weight(paths[f"edm{i}"].log_snr(t), *row), atol=1e-12, rtol=1e-8)
+    for name, other in (("edm_rf", flow.Straight()), ("edm_cos", flow.Cosine())):
+        case.check(f"{name}.b", flow.MatchedEDM(other).scales(t)[1], atol=1e-12, rtol=1e-9)
+
+
+@cases("flow")
+def test_linear_path_at_its_knots_equals_the_reference(case):
+    path, t = flow.Linear(), torch.arange(1, 1001, dtype=torch.float64) / 1000
+    for name, value in zip(("a", "b", "logsnr"), (*path.scales(t), path.log_snr(t))):
+        case.check(f"ldm_linear.{name}", value, atol=1e-10, rtol=1e-8)
+
+
+@cases("flow")
+def test_eq18_weights_equal_the_reference(case):
+    t = case.io["t"]
+    groups = {"w.rf": [flow.Uniform()], "w.rf_cosmap": [flow.CosMap()],
+              "w.rf_logit_normal": [flow.LogitNormal(*row) for row in case.io["logit_normal.params"].tolist()],
+              "w.rf_mode": [flow.Mode(s) for s in case.io["mode.s"].tolist()]}
+    for name, densities in groups.items():
+        weights = torch.stack([flow.RectifiedFlow(density).weight(t) for density in densities])
+        case.check(name, weights.view(case.io[name].shape), atol=1e-12, rtol=1e-7)
+    for name, factor in (("eps", 1 / math.pi), ("v", 2 / math.pi)):
+        case.check(f"cosine.w_{name}", flow.formulation(f"{name}/cos").weight(t) / factor, atol=1e-12, rtol=1e-8)
+
+
+@cases("flow")
+def test_eq9_and_10_velocities_equal_the_reference(case):
+    t, latent, noise = case.io["conv.t"], case.io["conv.x0"], case.io["conv.eps"]
+    paths = {"rf": flow.Straight(), "cosine": flow.Cosine(), "edm0": flow.EDM(*case.io["edm.params"][0].tolist())}
+    for name, path in paths.items():
+        z = flow.diffuse(latent, noise, *path.scales(t))
+        case.check(f"conv.{name}.z", z, atol=1e-12, rtol=1e-8)
+        case.check(f"conv.{name}.u", flow.conditional_velocity(z, noise, t, path), atol=1e-10, rtol=1e-7)
+        case.check(f"conv.{name}.u", flow.conditional_velocity_snr(z, noise, t, path), atol=1e-10, rtol=1e-7)
+
+
 @cases("embeddings")
 def test_position_tables_and_their_crops_equal_the_reference(case):
     params, tables = case.meta["params"], {}
@@ -335,6 +395,35 @@ def test_time_embedding_equals_the_exact_one_to_fp32(case):
     case.check("time.emb256", ours, atol=fp32_error)
 
 
-@pytest.mark.parametrize("folder", [folder for folder, kind in FOLDERS if kind == "diffusers"], ids=lambda folder: folder.name)
-def test_diffusers_folder_equals_the_single_file(folder):
-    pytest.skip(f"{folder.name}: reading the diffusers folder layout is later work in checkpoints.py")
+# ------------------------------------------------------------------------------------------------------------
+# The diffusers layout (h, h2): the same weights as another case, in another form
+# ------------------------------------------------------------------------------------------------------------
+
+DIFFUSERS = [folder for folder, kind in FOLDERS if kind == "diffusers"]
+
+
+@pytest.mark.parametrize("folder", DIFFUSERS, ids=lambda folder: folder.name)
+def test_diffusers_folder_equals_the_single_file_tensor_by_tensor_and_back(folder):
+    """Reading gives the weights of the single file (float8 T5 apart); writing gives the names and numbers of the folder."""
+    twin = (folder / json.loads((folder / "meta.json").read_text())["io_from"]).parent
+    single, model = open_model(twin / "weights.safetensors"), open_model(folder)
+    assert model.places.keys() == single.places.keys()
+    for name, place in model.places.items():
+        ours = read_network(name, place, metadata=model.config).state_dict()
+        theirs = read_network(name, single.places[name]).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in ours.items()), name
+        stored = {key: x.float() for file in place.files for key, x in load_file(file).items()}
+        if name == "clip_l":
+            assert torch.equal(stored.pop("text_projection.weight"), torch.eye(ours["layers.0.q.weight"].shape[0]))
+        written = to_diffusers(name, ours)
+        assert written.keys() == stored.keys() and all(torch.equal(x, stored[key]) for key, x in written.items()), name
+
+
+VERIFIABLE = [folder for folder, kind in FOLDERS if kind in ("mmdit", "vae", "bundle", "diffusers")]
+
+
+@pytest.mark.parametrize("folder", VERIFIABLE, ids=lambda folder: folder.name)
+def test_verify_compares_a_golden_case(folder, capsys):
+    assert verify(folder)
+    printed = capsys.readouterr().out
+    assert "within what the case allows" in printed and "BEYOND" not in printed

@@ -25,6 +25,7 @@ from mmdit import (
     paper_positions,
     released_positions,
     sincos_2d,
+    stretched_positions,
     timestep_embedding,
     unpatchify,
 )
@@ -520,3 +521,15 @@ def test_prepare_serves_times_of_any_precision_and_refuses_a_batch_of_mixed_time
     close(model(latent, t, prepared), model(latent, t, context, pooled))
     with pytest.raises(ValueError, match="one time for the whole batch"):
         model(latent, torch.tensor([0.7531, 0.25]), prepared)
+
+
+def test_positions_at_a_higher_resolution_lie_where_the_trained_ones_did():
+    """Sec. 5.3.2: interpolated within, extended beyond; unchanged at the trained resolution."""
+    torch.testing.assert_close(stretched_positions(192, 64, 192, 64), released_positions(192, 64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(stretched_positions(16, 4, 16, 4), released_positions(16, 16), rtol=0, atol=0)
+    trained, fine = released_positions(16, 16)[6:10], stretched_positions(16, 4, 20, 8)[6:14]     # what crop_center takes
+    torch.testing.assert_close(fine[::2], trained, rtol=0, atol=0)
+    assert fine.diff().unique().tolist() == [0.5] and stretched_positions(16, 4, 20, 8)[0] == 6 - 3
+    paper = paper_positions(1024, 96)                                          # the paper's grid is the same up to a constant
+    ours = stretched_positions(16, 16, 96, 64)
+    torch.testing.assert_close(ours - ours[16], paper - paper[16], rtol=0, atol=1e-12)

@@ -1,13 +1,17 @@
 """The training loop: resuming, splitting over processes, averaging, and one whole run."""
 
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from checkpoints import ENCODERS, SHIPPED, fingerprint
 from data import Scenes
 from encode import Batches, EncodedImages, pick_caption
 from flow import RectifiedFlow
@@ -64,12 +69,49 @@ def small_model():
     return model
 
 
-def run_main(*options, **kwargs):
+SMALL = ("--device", "cpu", "--precision", "fp32", "--num-scenes", "64", "--batch-size", "8", "--num-prompts", "0")
+
+
+def command_of(*options, processes=1, depth=1, restarts=0):
     """train.py as a user starts it, on two scenes' worth of work."""
-    command = [sys.executable, "train.py", "--device", "cpu", "--precision", "fp32", "--depth", "1", "--num-scenes", "64",
-               "--batch-size", "8", "--num-prompts", "0", *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port(), "--max-restarts",
+                restarts) if processes > 1 or restarts else ()
+    return [str(word) for word in (sys.executable, *torchrun, "train.py", *SMALL, "--depth", depth, *options)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_main(*options, **kwargs):
+    """Run it to its end."""
+    return subprocess.run(command_of(*options, **kwargs), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=600)
+
+
+def start_main(*options, **kwargs):
+    """Start it in a process group of its own, and come back at once."""
+    return subprocess.Popen(command_of(*options, **kwargs), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait_for(condition, process, seconds=300):
+    """Until the condition holds or the process has ended."""
+    deadline = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert time.time() < deadline
+
+
+def losses_of(folder):
+    return [entry["loss"] for entry in log_of(folder) if "loss" in entry]
+
+
+def same_weights(one, other):
+    ours, expected = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in expected)
 
 
 def log_of(folder):
@@ -90,9 +132,9 @@ def test_a_batch_split_over_two_ranks_is_the_same_batch(frozen):
 
 def test_the_order_of_pictures_is_a_new_permutation_every_epoch(frozen):
     batches = make_batches(frozen)
-    first, second = ([batches.index(epoch * 40 + i) for i in range(40)] for epoch in range(2))
+    first, second = ([batches.index(0, epoch * 40 + i) for i in range(40)] for epoch in range(2))
     assert sorted(first) == sorted(second) == list(range(40)) and first != second
-    assert [batches.index(i) for i in range(40)] == first                      # asking for a later epoch changed nothing
+    assert [batches.index(0, i) for i in range(40)] == first                      # asking for a later epoch changed nothing
 
 
 def test_encoders_are_dropped_independently_at_the_given_rate(frozen):
@@ -164,9 +206,15 @@ def test_the_average_forgets_the_initial_weights_within_a_short_run():
 
 
 def test_a_log_line_sorts_losses_by_tenth_of_t():
-    window = [(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.05, 0.07, 0.95]), torch.tensor(1.0))]
-    entry = summarize(window, 4, TrainConfig(batch_size=3), 1.0)
-    assert entry["loss"] == 3 and entry["loss_by_t"] == [2, *[None] * 8, 5] and entry["images_seen"] == 12
+    entry = summarize(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.05, 0.07, 0.95]), torch.tensor([1.0]))
+    assert entry["loss"] == 3 and entry["loss_by_t"] == [2, *[None] * 8, 5]
+
+
+def test_a_log_line_means_what_is_finite_and_counts_the_rest():
+    nan = float("nan")
+    entry = summarize(torch.tensor([1.0, nan]), torch.tensor([0.5, 0.5]), torch.tensor([1.0, 1.0, 1.0, 9.0, nan]))
+    assert entry["loss"] == 1 and entry["grad_norm"] == 3 and entry["skipped"] == 1 and entry["spikes"] == 1
+    assert summarize(torch.tensor([nan]), torch.tensor([0.5]), torch.tensor([nan]))["loss"] is None
 
 
 def test_a_log_that_a_kill_cut_in_the_middle_is_read_up_to_there(tmp_path):
@@ -184,7 +232,9 @@ def test_the_loss_curve_is_drawn_also_from_one_entry():
 
 @pytest.mark.parametrize("settings, words", [
     ({"resolution": 100}, "multiple of 16"), ({"batch_size": 10, "accumulate": 4}, "multiple of"),
-    ({"data": "/no/such/path"}, "no such file or folder"), ({"weight_sets": 4}, "weight sets are 2 or 3")])
+    ({"data": "/no/such/path"}, "no such file or folder"), ({"weight_sets": 4}, "weight sets are 2 or 3"),
+    ({"batch_size": 0}, "greater than 0"), ({"steps": -1}, "0 or greater"), ({"precision": "fp8"}, "auto, bf16, fp32"),
+    ({"out": "tests"}, "exists already"), ({"parallel": "fsdp"}, "torchrun")])
 def test_settings_that_cannot_work_are_refused_in_one_sentence(settings, words):
     with pytest.raises(ValueError, match=words):
         complete(TrainConfig(**settings))
@@ -201,31 +251,101 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_pat
     """SIGKILL at some moment after the first checkpoint, then --resume, against a run that nothing disturbed."""
     settings = ("--steps", 12, "--save-every", 0.25, "--sample-every", 0)
     assert run_main("--out", tmp_path / "whole", *settings).returncode == 0
-    command = [sys.executable, "train.py", "--device", "cpu", "--precision", "fp32", "--depth", "1", "--num-scenes", "64",
-               "--batch-size", "8", "--num-prompts", "0", "--out", str(tmp_path / "killed"), *map(str, settings)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/0000000[369]")):
-        time.sleep(0.02)
+    process = start_main("--out", tmp_path / "killed", *settings)
+    wait_for(lambda: list((tmp_path / "killed").glob("checkpoints/0000000[369]")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = run_main("--resume", tmp_path / "killed")
     assert resumed.returncode == 0, resumed.stderr
-    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in expected)
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_two_processes_have_the_losses_of_one(tmp_path):
+def test_a_run_that_is_told_to_stop_saves_and_can_go_on(tmp_path):
+    """SIGTERM, as a cluster sends it before it takes the machine away."""
+    settings = ("--steps", 40, "--save-every", 0, "--sample-every", 0, "--log-every", 1, "--optimizer", "muon")
+    process = start_main("--out", tmp_path / "run", *settings)
+    wait_for(lambda: (tmp_path / "run" / "log.jsonl").is_file(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 0
+    done = log_of(tmp_path / "run")[-1]["step"]
+    assert done < 40 and [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{done:08}"]
+    assert run_main("--resume", tmp_path / "run").returncode == 0
+    assert [entry["step"] for entry in log_of(tmp_path / "run") if "loss" in entry] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(tmp_path, parallel):
     """torchrun with gloo: every random number is keyed by the sample, so only rounding may differ."""
-    settings = ("--steps", 6, "--log-every", 1, "--sample-every", 0, "--save-every", 0)
+    settings = ("--steps", 6, "--log-every", 1, "--sample-every", 0.5, "--save-every", 0, "--accumulate", 2)
+    assert run_main("--out", tmp_path / "one", *settings, depth=2).returncode == 0
+    two = run_main("--out", tmp_path / "two", "--parallel", parallel, *settings, processes=2, depth=2)
+    assert two.returncode == 0, two.stderr
+    assert len(losses_of(tmp_path / "one")) == 6
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
+    """2 FSDP -> 1 -> 2 DDP, three steps each, against one process throughout."""
+    settings = ("--steps", 9, "--log-every", 1, "--sample-every", 0, "--save-every", 0.34, "--keep-last", 9)
     assert run_main("--out", tmp_path / "one", *settings).returncode == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571", "train.py",
-               "--device", "cpu", "--precision", "fp32", "--depth", "1", "--num-scenes", "64", "--batch-size", "8",
-               "--num-prompts", "0", "--out", str(tmp_path / "two"), *map(str, settings)]
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    one, two = ([e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("one", "two"))
-    assert len(one) == 6 and one == pytest.approx(two, abs=1e-5)
+    assert run_main("--out", tmp_path / "run", "--parallel", "fsdp", *settings, processes=2).returncode == 0
+    for parallel, processes in (("ddp", 1), ("ddp", 2)):
+        newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+        for late in newest[1 if processes == 1 else 2 :]:
+            shutil.rmtree(late)
+        resumed = run_main("--resume", tmp_path / "run", "--parallel", parallel, processes=processes)
+        assert resumed.returncode == 0, resumed.stderr
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_again_and_again_do_not_change_the_result(tmp_path, kills=20):
+    """kill -9 of a random rank at a random moment; torchrun starts all of them again from the last checkpoint."""
+    settings = ("--steps", 200, "--save-every", 0.02, "--sample-every", 0)
+    assert run_main("--out", tmp_path / "whole", *settings, processes=2).returncode == 0
+    process, random = start_main("--out", tmp_path / "run", *settings, processes=2, restarts=kills), Random(0)
+    for _ in range(kills):
+        time.sleep(random.uniform(8, 25))
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if process.poll() is None and ranks:
+            os.kill(int(random.choice(ranks)), signal.SIGKILL)
+    assert process.wait(timeout=600) == 0 and same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_two_runs_never_write_into_one_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        config = dataclasses.asdict(TrainConfig(out=str(tmp_path / "run"), depth=1, batch_size=8, num_scenes=64, steps=2))
+        named = {"path": "pretrained/tiny", "fingerprint": fingerprint(SHIPPED / "model.safetensors", ENCODERS)}
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"train": config, "encoders": named}))
+        result = run_main("--resume", tmp_path / "run")
+    assert result.returncode != 0 and "another process is writing" in result.stderr
+
+
+@pytest.mark.parametrize("ours, theirs", [(True, True), (True, False)])
+def test_a_run_can_start_from_another_model_and_gain_qk_norm(ours, theirs):
+    sizes = lambda qk_norm: MMDiTConfig(1, latent_channels=4, context_dim=128, pooled_dim=128, qk_norm=qk_norm)
+    model, weights = MMDiT(sizes(ours)), MMDiT(sizes(theirs))
+    weights.final_layer.linear.weight.data.normal_()
+    train.load_weights(model, weights, "FILE", 64, 64)
+    assert torch.equal(model.final_layer.linear.weight, weights.final_layer.linear.weight)
+    assert torch.equal(model.joint_blocks[0].x_block.attn.ln_q.weight, torch.ones(64))
+    with pytest.raises(ValueError, match="--init FILE is a model of other sizes"):
+        train.load_weights(model, MMDiT(dataclasses.replace(sizes(ours), context_dim=64)), "FILE", 64, 64)
+
+
+def test_recomputation_changes_no_gradient(frozen):
+    world, gradients = train.World("cpu"), []
+    for recompute in (False, True):
+        config = TrainConfig(recompute=recompute)
+        model = train.make_model(small_model().config, config, world, torch.float32)
+        model.load_state_dict(small_model().state_dict())
+        batch = make_batches(frozen)(0)
+        RectifiedFlow().loss(model, batch.latent, batch.context, batch.pooled, batch.uniform, batch.noise).mean().backward()
+        gradients.append(model.joint_blocks[0].x_block.attn.qkv.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 def test_a_run_leaves_everything_the_readme_promises_and_refuses_to_be_overwritten(tmp_path):
@@ -248,10 +368,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     run = object.__new__(train.Run)
-    run.folder = tmp_path
+    run.folder, run.world, run.saving = tmp_path, train.World("cpu"), None
     good = tmp_path / "checkpoints" / "00000001"
     good.mkdir(parents=True)
-    monkeypatch.setattr(train.dcp, "save", no_space)
+    monkeypatch.setattr(train.dcp, "async_save", no_space)
     model = small_model()
     setup = SimpleNamespace(model=model, average=model, optimizers=[torch.optim.AdamW(model.parameters())])
     with pytest.raises(OSError, match="last good checkpoint is untouched"):
