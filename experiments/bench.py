@@ -23,6 +23,7 @@ from data import Scenes
 from encode import Batch, Batches, EncodedImages
 from flow import RectifiedFlow
 from mmdit import MMDiT, MMDiTConfig
+from plan import training_flops
 from sample import pick_device, pick_precision
 from train import TrainConfig, compute_context, train_step
 
@@ -43,16 +44,6 @@ def matmul_peak(device, dtype, size: int = 2048) -> float:
     """FLOP/s of a square matrix product."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / seconds_per_call(lambda: a @ b, device, 20)
-
-
-def training_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> float:
-    """Matrix-product FLOPs of one sample's training step: forward, and twice that for backward."""
-    D, n = config.hidden_size, text_tokens + image_tokens
-    blocks = 2 * 12 * D**2 * n * config.depth - 2 * 9 * D**2 * text_tokens            # the last text block only feeds q, k, v
-    attention = 2 * 2 * n**2 * D * config.depth
-    embedding = 2 * text_tokens * config.context_dim * D + 2 * 2 * image_tokens * 4 * config.latent_channels * D
-    modulation = 2 * D * (12 * D * config.depth - 4 * D + 2 * D)
-    return 3 * (blocks + attention + embedding + modulation)
 
 
 def main():

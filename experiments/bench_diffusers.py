@@ -1,0 +1,244 @@
+"""bench_diffusers.py: our MM-DiT against diffusers' SD3Transformer2DModel, same sizes, same weights, in one run.
+
+The two take turns, so that whatever else the machine does meets both; a figure is the median of the ratios of neighbours
+(theirs / ours, above 1 where ours is faster). Outputs are compared before anything is timed. Forward is inference; training is
+forward and backward, without an optimizer; sampling is 28 steps with guidance from ready text features to a latent, ours by
+sample.generate_latents, theirs by StableDiffusion3Pipeline.
+
+Precision   fp32; bf16: fp32 weights under autocast; bf16-weights: both converted, as diffusers' users do for sampling
+Needs       pip install diffusers transformers accelerate (for this comparison only)
+Run         python experiments/bench_diffusers.py     writes results/bench-diffusers-<device>.json
+"""
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import matmul_peak
+from mmdit import MMDiT, MMDiTConfig
+from plan import forward_flops
+from sample import generate_latents, pick_device
+from train import compute_context
+
+GUIDANCE, STEPS, SHIFT = 5.0, 28, 3.0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One set of weights, two models
+# ------------------------------------------------------------------------------------------------------------
+
+TOP = {"x_embedder.proj": "pos_embed.proj", "pos_embed": "pos_embed.pos_embed", "context_embedder": "context_embedder",
+       "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+       "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+       "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+       "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+       "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"}
+STREAMS = {"x_block": {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn.to_out.0", "attn.ln_q": "attn.norm_q",
+                       "attn.ln_k": "attn.norm_k", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"},
+           "context_block": {"adaLN_modulation.1": "norm1_context.linear", "attn.proj": "attn.to_add_out",
+                             "attn.ln_q": "attn.norm_added_q", "attn.ln_k": "attn.norm_added_k",
+                             "mlp.fc1": "ff_context.net.0.proj", "mlp.fc2": "ff_context.net.2"}}
+QKV = {"x_block": ("attn.to_q", "attn.to_k", "attn.to_v"),
+       "context_block": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
+
+
+def their_weights(model: MMDiT) -> dict:
+    """Our state dict under diffusers' names: q, k, v apart, and scale before shift where theirs has only these two."""
+    theirs, last = {}, model.config.depth - 1
+    for key, tensor in model.state_dict().items():
+        if key == "pos_embed":
+            theirs[TOP[key]] = tensor
+            continue
+        layer, kind = key.rsplit(".", 1)                                          # kind: weight or bias
+        two_vectors = layer == "final_layer.adaLN_modulation.1" or layer == f"joint_blocks.{last}.context_block.adaLN_modulation.1"
+        if two_vectors:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        if not layer.startswith("joint_blocks"):
+            theirs[f"{TOP[layer]}.{kind}"] = tensor
+            continue
+        _, number, stream, name = layer.split(".", 3)
+        block = f"transformer_blocks.{number}."
+        if name == "attn.qkv":
+            theirs |= {f"{block}{part}.{kind}": rows for part, rows in zip(QKV[stream], tensor.chunk(3))}
+        else:
+            theirs[f"{block}{STREAMS[stream][name]}.{kind}"] = tensor
+    return theirs
+
+
+def make_models(depth: int, device):
+    """Ours and theirs with the same random weights; none is zero, so every part of the network counts."""
+    from diffusers import SD3Transformer2DModel
+    config, rng = MMDiTConfig(depth, pos_embed_max_size=64, pos_embed_base_size=16), torch.Generator().manual_seed(0)
+    ours = MMDiT(config)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            spread = 0.1 if "bias" in name else 1 / parameter[0].numel() ** 0.5
+            parameter.normal_(1.0 if ".ln_" in name else 0.0, spread, generator=rng)
+    theirs = SD3Transformer2DModel(
+        sample_size=32, num_layers=depth, num_attention_heads=depth, caption_projection_dim=64 * depth, qk_norm="rms_norm",
+        pos_embed_max_size=64)
+    theirs.load_state_dict(their_weights(ours))
+    return ours.to(device), theirs.to(device)
+
+
+def make_inputs(batch: int, text_tokens: int, side: int, dtype, device):
+    """latent z_t, t, context, pooled at 8 * side px."""
+    rng = torch.Generator().manual_seed(1)
+    shapes = ((batch, 16, side, side), (batch, text_tokens, 4096), (batch, 2048))
+    latent, context, pooled = (torch.randn(shape, generator=rng).to(device, dtype) for shape in shapes)
+    return latent, torch.rand(batch, generator=rng).to(device), context, pooled
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Calls to be timed
+# ------------------------------------------------------------------------------------------------------------
+
+def contexts(device, precision: str, training: bool):
+    """What surrounds our call and theirs. Ours trains under train.compute_context and samples as sample.py does."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return (lambda: compute_context(device, dtype)) if training else autocast, autocast
+
+
+def network_calls(ours, theirs, inputs, device, precision: str, training: bool):
+    """Two functions that run one forward, or forward and backward, and return the velocity."""
+    latent, t, context, pooled = inputs
+    around_ours, around_theirs = contexts(device, precision, training)
+    our_forward = lambda: ours(latent, t, context, pooled)
+    their_forward = lambda: theirs(latent, context, pooled, 1000 * t, return_dict=False)[0]
+
+    def call(model, forward, around):
+        with nullcontext() if training else torch.no_grad(), around():
+            velocity = forward()
+            loss = velocity.float().square().mean()
+        if training:
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+        return velocity.detach().float()
+
+    return (lambda: call(ours, our_forward, around_ours)), (lambda: call(theirs, their_forward, around_theirs))
+
+
+def sampling_calls(ours, theirs, device, precision: str, text_tokens: int, side: int):
+    """Two functions from text features and noise to a latent: 28 steps, guidance, one picture."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
+    noise, _, context, pooled = make_inputs(1, text_tokens, side, dtype, device)
+    _, autocast = contexts(device, precision, training=False)
+
+    def text(prompts, without):
+        return context, pooled
+    text.unconditional = lambda batch: (torch.zeros_like(context), torch.zeros_like(pooled))
+    pipeline = SimpleNamespace(mmdit=ours, text=text, device=device, autocast=autocast)
+    their_pipeline = StableDiffusion3Pipeline(
+        transformer=theirs, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
+    their_pipeline.set_progress_bar_config(disable=True)
+
+    def call_theirs():
+        with torch.no_grad(), autocast():
+            return their_pipeline(
+                prompt_embeds=context, pooled_prompt_embeds=pooled, negative_prompt_embeds=torch.zeros_like(context),
+                negative_pooled_prompt_embeds=torch.zeros_like(pooled), latents=noise, height=8 * side, width=8 * side,
+                num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent").images.float()
+
+    return (lambda: generate_latents(pipeline, [""], noise, STEPS, GUIDANCE, SHIFT, "released")[0].float()), call_theirs
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Turns
+# ------------------------------------------------------------------------------------------------------------
+
+def take_turns(ours, theirs, device, trials: int) -> dict:
+    """Each called once to warm up and to compare, then `trials` pairs, the first of a pair changing. Seconds are medians."""
+    difference = ((ours() - theirs()).norm() / theirs().norm()).item()
+
+    def seconds(call):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    pairs = []
+    for trial in range(trials):
+        order = (ours, theirs) if trial % 2 == 0 else (theirs, ours)
+        times = [seconds(call) for call in order]
+        pairs.append(times if trial % 2 == 0 else times[::-1])
+    our_times, their_times = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
+    ratios = their_times / our_times
+    return {"relative_difference": difference, "our_seconds": our_times.median().item(),
+            "their_seconds": their_times.median().item(), "ratio": ratios.quantile(0.5).item(),
+            "ratio_quartiles": ratios.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()}
+
+
+def main():
+    """Compare, time, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 16])
+    parser.add_argument("--text-tokens", type=int, default=154)
+    parser.add_argument("--resolution", type=int, default=256, help="px; 256 gives 256 image tokens")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "bf16-weights"],
+                        choices=["fp32", "bf16", "bf16-weights"])
+    parser.add_argument("--what", nargs="+", default=["forward", "training", "sampling"],
+                        choices=["forward", "training", "sampling"])
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of each row; sampling takes 3 at most")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="", help="file; empty: results/bench-diffusers-<device>.json")
+    options = parser.parse_args()
+    try:
+        import diffusers
+    except ImportError:
+        sys.exit("bench_diffusers.py compares with diffusers: pip install diffusers transformers accelerate")
+    if options.resolution % 16 or min(options.depth, options.pairs, options.text_tokens, *options.batch_sizes) < 1:
+        sys.exit("bench_diffusers.py: sizes must be positive and --resolution a multiple of 16")
+    device, side = pick_device(options.device), options.resolution // 8
+    rows = []
+    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "threads": torch.get_num_threads(),
+              "torch": torch.__version__, "diffusers": diffusers.__version__, "depth": options.depth,
+              "image_tokens": (side // 2) ** 2, "text_tokens": options.text_tokens, "pairs": options.pairs, "rows": rows}
+    file = Path(options.out) if options.out else Path(__file__).parents[1] / f"results/bench-diffusers-{device.type}.json"
+
+    def measure(what, precision, batch, calls, flops, peak):
+        row = {"what": what, "precision": precision, "batch_size": batch,
+               **take_turns(*calls, device, min(3, options.pairs) if what == "sampling" else options.pairs)}
+        row["our_share_of_peak"] = flops / row["our_seconds"] / peak
+        row["load_average"] = os.getloadavg()[0]
+        rows.append({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{what:9} {precision:12} batch {batch:2}: ours {row['our_seconds']:7.3f} s ({row['our_share_of_peak']:.0%} of peak), "
+              f"theirs {row['their_seconds']:7.3f} s, ratio {row['ratio']:.2f}, outputs differ by "
+              f"{row['relative_difference']:.1e}", flush=True)
+        gc.collect()
+
+    for precision in options.precisions:
+        ours, theirs = make_models(options.depth, device)
+        dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+        peak = matmul_peak(device, torch.float32 if precision == "fp32" else torch.bfloat16)
+        flops = forward_flops(ours.config, options.text_tokens, (side // 2) ** 2)
+        for batch in options.batch_sizes:
+            inputs = make_inputs(batch, options.text_tokens, side, dtype, device)
+            for what, passes in (("forward", 1), ("training", 3)):
+                if what in options.what and (what, precision) != ("training", "bf16-weights"):
+                    calls = network_calls(ours, theirs, inputs, device, precision, what == "training")
+                    measure(what, precision, batch, calls, passes * batch * flops, peak)
+        if "sampling" in options.what:
+            calls = sampling_calls(ours, theirs, device, precision, options.text_tokens, side)
+            measure("sampling", precision, 1, calls, STEPS * 2 * flops, peak)
+    print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()
