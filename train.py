@@ -81,11 +81,12 @@ class TrainConfig:
     steps: int = 0                     # optimizer steps; 0: as many as fit in the minutes
     batch_size: int = 64               # samples per step over all processes
     accumulate: int = 1                # parts that a process splits its share of the batch into, to save memory
-    optimizer: str = "adamw"           # or muon: Muon for the matrices of the blocks, AdamW for the rest
-    lr: float = 1e-3                   # AdamW; the paper's 1e-4 belongs to wide models and batch 1024 (App. B.3)
-    muon_lr: float = 0.02
+    optimizer: str = ""                # adamw, or muon: Muon for the blocks' matrices, AdamW for the rest; empty: muon for
+                                       # small models, adamw where weights are shards and from depth 15 up
+    lr: float = 0.0                    # of AdamW; 0: 1e-4 from depth 15 up (App. B.3), below 1e-3, or 6e-4 beside Muon
+    muon_lr: float = 0.01
     warmup: float = 0.03               # share of the run with rising learning rate
-    cooldown: float = 0.4              # share of the run, at its end, with falling learning rate
+    cooldown: float = 0.8              # share of the run, at its end, with falling learning rate
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema: float = 0.03                  # memory of the averaged weights, as a share of the run
@@ -472,14 +473,14 @@ def true_or_false(text: str) -> bool:
 
 def complete(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other settings, and refuse what cannot work, before anything is read or written."""
-    for name in ("num_scenes", "minutes", "batch_size", "accumulate", "lr", "muon_lr", "logit_std", "timestep_shift",
+    for name in ("num_scenes", "minutes", "batch_size", "accumulate", "muon_lr", "logit_std", "timestep_shift",
                  "log_every", "keep_last"):
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be greater than 0")
-    for name in ("resolution", "steps", "weight_decay", "sample_every", "save_every", "num_prompts"):
+    for name in ("resolution", "steps", "lr", "weight_decay", "sample_every", "save_every", "num_prompts"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or greater")
-    for name, choices in (("precision", ("auto", "bf16", "fp32")), ("optimizer", ("adamw", "muon")),
+    for name, choices in (("precision", ("auto", "bf16", "fp32")), ("optimizer", ("", "adamw", "muon")),
                           ("parallel", ("auto", "ddp", "fsdp", "hsdp"))):
         if getattr(config, name) not in choices:
             raise ValueError(f"--{name} {getattr(config, name)}: choose {', '.join(choices)}")
@@ -504,7 +505,10 @@ def complete(config: TrainConfig) -> TrainConfig:
                              if not Path(f"runs/d{config.depth}-{n}").exists())
     if Path(out).exists() and not config.resume:
         raise ValueError(f"{out} exists already; go on with --resume {out}, or choose another --out")
-    return dataclasses.replace(config, resolution=resolution, out=out)
+    small, sharded = config.depth < 15, config.parallel in ("fsdp", "hsdp")
+    optimizer = config.optimizer or ("muon" if small and not sharded else "adamw")
+    lr = config.lr or ((6e-4 if optimizer == "muon" else 1e-3) if small else 1e-4)
+    return dataclasses.replace(config, resolution=resolution, out=out, optimizer=optimizer, lr=lr)
 
 
 def open_data(config: TrainConfig, encoders_file: Path):

@@ -351,8 +351,8 @@ def main():
                  f"compared. Give the same, or another --out")
     world = World(options.device)
     for seed in range(options.seeds):
-        config = dataclasses.replace(TrainConfig(), seed=seed, depth=options.depth, resolution=64, num_scenes=options.num_scenes,
-                                     batch_size=options.batch_size)
+        config = dataclasses.replace(TrainConfig(lr=1e-3, cooldown=0.4), seed=seed, depth=options.depth, resolution=64,
+                                     num_scenes=options.num_scenes, batch_size=options.batch_size)
         for dataset in ("scenes", *([options.data] if options.data else [])):
             key = lambda name, dataset=dataset, seed=seed: f"{Path(dataset).name} | {name} | {seed}"
             missing = [name for name in options.formulations if key(name) not in record["runs"]]

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from checkpoints import (
     file_config,
     fingerprint,
     load_components,
+    open_model,
     open_safetensors,
     read_network,
     released_name,
@@ -227,6 +229,49 @@ def test_broken_safetensors_are_refused_by_name_and_never_crash():
         for name in PREFIXES:
             with pytest.raises(CheckpointError, match=file.name):
                 read_network(name, file, prefix="")
+
+
+def test_2000_random_mutations_are_refused_or_load_what_is_stored(tmp_path):
+    """Bytes of the header flipped, dropped, doubled or exchanged, files cut or prolonged: either one CheckpointError, or a
+    network whose every tensor is, bit for bit, one of the original file's under its own name."""
+    rng, config = random.Random(0), CLIPConfig(vocab_size=8, hidden_size=64, num_layers=1, max_length=4)
+    network = CLIPTextEncoder(config).requires_grad_(False)
+    whole = tmp_path / "whole.safetensors"
+    save_file({PREFIXES["clip_l"] + released_name(k, CLIP_NAMES): v.half() for k, v in network.state_dict().items()}, whole)
+    content = whole.read_bytes()
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    right = read_network("clip_l", whole).state_dict()
+    file, refused, loaded = tmp_path / "mutated.safetensors", 0, 0
+    for _ in range(2000):
+        mutated, place = bytearray(content), rng.randrange(header_end)
+        kind = rng.choice(("flip", "digit", "drop", "double", "exchange", "cut", "prolong"))
+        if kind == "flip":
+            mutated[place] ^= 1 << rng.randrange(8)
+        elif kind == "digit":                                                     # another number in a shape or an offset
+            digits = [i for i in range(8, header_end) if chr(content[i]).isdigit()]
+            mutated[rng.choice(digits)] = ord(rng.choice("0123456789"))
+        elif kind == "drop":
+            del mutated[place : place + rng.randrange(1, 9)]
+        elif kind == "double":
+            mutated[place:place] = mutated[place : place + rng.randrange(1, 9)]
+        elif kind == "exchange":
+            other = rng.randrange(8, header_end)
+            mutated[place], mutated[other] = mutated[other], mutated[place]
+        elif kind == "cut":
+            del mutated[rng.randrange(len(mutated)) :]
+        else:
+            mutated += bytes(rng.randrange(1, 100))
+        file.write_bytes(mutated)
+        try:
+            place = open_model(file).places["clip_l"]
+            ours = read_network("clip_l", place)
+        except CheckpointError as problem:
+            refused += 1
+            assert "mutated.safetensors" in str(problem)
+            continue
+        loaded += 1
+        assert all(torch.equal(x, right[name]) for name, x in ours.state_dict().items()), kind
+    assert refused + loaded == 2000 and refused > 1000
 
 
 def test_lfs_pointers_are_recognised(tmp_path):

@@ -30,6 +30,27 @@ def patchify(latent, p):
     return columns.unflatten(2, (latent.shape[1], p, p)).permute(0, 1, 3, 4, 2).flatten(2)
 
 
+def clip_context(seen):
+    return torch.cat([seen.clip_l[-2], seen.clip_g[-2]], dim=-1)
+
+
+def pooled_vector(seen):
+    rows, end = torch.arange(2), (seen.clip_ids == 99).int().argmax(dim=1)
+    return torch.cat([seen.norm_l(seen.clip_l[-1])[rows, end], seen.norm_g(seen.clip_g[-1])[rows, end]], dim=-1)
+
+
+def diagnose(context, pooled, seen):
+    """Compare what is at each place with what could be there."""
+    t5, clip = seen.norm_t5(seen.t5[-1]), clip_context(seen)
+    l_norm, g_norm = seen.norm_l(seen.clip_l[-2]), seen.norm_g(seen.clip_g[-2])
+    found = {"pooling": not torch.equal(pooled, pooled_vector(seen)), "token order": torch.equal(context[:, :4], t5),
+             "last layer": torch.equal(context[:, :5, :2], seen.clip_l[-1]),
+             "final norm": torch.equal(context[:, :5, :5], torch.cat([l_norm, g_norm], dim=-1)),
+             "clip order": torch.equal(context[:, :5, :5], clip.roll(3, dims=-1)),
+             "t5 norm": torch.equal(context[:, 5:], seen.t5[-1]), "padding": bool((context[0, -1] == 0).all())}
+    return next((bug for bug, is_it in found.items() if is_it), "none")
+
+
 def drop(clip_l, clip_g, t5, pooled_l, pooled_g, keep):
     """Through the core's own function, taken apart again."""
     l, g, L = clip_l.shape[2], clip_g.shape[2], clip_l.shape[1]
@@ -62,6 +83,9 @@ RIGHT = {
         "shift": lambda t, n, m: flow.shift_time(t, math.sqrt(m / n)),
         "shift_of_log_snr": lambda n, m: flow.shift_log_snr(torch.zeros(1), math.sqrt(m / n)).item(),
         "shifted_logit_mean": lambda mean, n, m: mean + math.log(m / n) / 2},
+    "07_wrong_context": {"clip_context": clip_context, "pooled_vector": pooled_vector, "diagnose": diagnose},
+    "08_two_schedules": {"shift": flow.shift_time, "shifted_once": flow.shifted_schedule, "released": flow.released_schedule,
+                         "effective_shift": lambda num_steps, alpha: alpha},
 }
 WRONG = [
     ("01_path_and_target", "interpolate", lambda x, n, t: flow.interpolate(n, x, t), "ends are swapped"),
@@ -88,6 +112,15 @@ WRONG = [
     ("06_resolution_shift", "shift", lambda t, n, m: flow.shift_time(t, m / n), "square root"),
     ("06_resolution_shift", "shift_of_log_snr", lambda n, m: math.log(m / n), "less signal"),
     ("06_resolution_shift", "shifted_logit_mean", lambda mean, n, m: mean + math.log(m / n), "half of it"),
+    ("07_wrong_context", "clip_context", lambda seen: torch.cat([seen.clip_l[-1], seen.clip_g[-1]], -1), "last but one"),
+    ("07_wrong_context", "pooled_vector", lambda seen: torch.cat(
+        [seen.norm_l(seen.clip_l[-1])[:, -1], seen.norm_g(seen.clip_g[-1])[:, -1]], -1), "look for the first one"),
+    ("07_wrong_context", "diagnose", lambda context, pooled, seen: "none", "it is 'last layer'"),
+    ("08_two_schedules", "shift", lambda t, alpha: flow.shift_time(t, 1 / alpha), "lowers t"),
+    ("08_two_schedules", "shifted_once", lambda n, alpha: flow.shifted_schedule(n), "not shifted yet"),
+    ("08_two_schedules", "released", lambda n, alpha: torch.cat(
+        [flow.shift_time(torch.linspace(1, 0.001, n), alpha), torch.zeros(1)]), "3/1002"),
+    ("08_two_schedules", "effective_shift", lambda n, alpha: alpha**2, "spread evenly"),
 ]
 
 

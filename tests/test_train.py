@@ -276,7 +276,8 @@ def test_a_run_that_is_told_to_stop_saves_and_can_go_on(tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(tmp_path, parallel):
     """torchrun with gloo: every random number is keyed by the sample, so only rounding may differ."""
-    settings = ("--steps", 6, "--log-every", 1, "--sample-every", 0.5, "--save-every", 0, "--accumulate", 2)
+    settings = ("--steps", 6, "--log-every", 1, "--sample-every", 0.5, "--save-every", 0, "--accumulate", 2,
+                "--optimizer", {"ddp": "muon", "fsdp": "adamw"}[parallel])
     assert run_main("--out", tmp_path / "one", *settings, depth=2).returncode == 0
     two = run_main("--out", tmp_path / "two", "--parallel", parallel, *settings, processes=2, depth=2)
     assert two.returncode == 0, two.stderr
@@ -287,7 +288,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path, parallel):
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
     """2 FSDP -> 1 -> 2 DDP, three steps each, against one process throughout."""
-    settings = ("--steps", 9, "--log-every", 1, "--sample-every", 0, "--save-every", 0.34, "--keep-last", 9)
+    settings = ("--steps", 9, "--log-every", 1, "--sample-every", 0, "--save-every", 0.34, "--keep-last", 9,
+                "--optimizer", "adamw")
     assert run_main("--out", tmp_path / "one", *settings).returncode == 0
     assert run_main("--out", tmp_path / "run", "--parallel", "fsdp", *settings, processes=2).returncode == 0
     for parallel, processes in (("ddp", 1), ("ddp", 2)):
