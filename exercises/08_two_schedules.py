@@ -1,17 +1,13 @@
-"""Exercise 8 (20 minutes): two sampling schedules that share a name (Sec. 5.3.2, Eq. 23).
+"""Exercise 8 (20 minutes): one shift or two? The sampling schedules of public SD3 code (Eq. 23).
 
-A sampler visits times from 1 to 0. Eq. 23, t_m = alpha t_n / (1 + (alpha - 1) t_n), moves even ones towards noise:
-
-    shifted     N + 1 even times from 1 to 0, moved once
-    released    what public SD3 code does: its 1000 training times 1/1000 ... 1000/1000 are moved; N even ones between the
-                largest and the smallest of those are moved again; then comes 0
-
-Both are called "shift 3". Write the functions below, then
+A sampler of N steps visits falling times t_0 = 1 > ... > t_N = 0. The paper's shift moves evenly spaced times once. The code
+that came with the released models does it differently: it has a table of 1000 training times, i / 1000, *shifted*; it spreads N
+points evenly from the table's largest entry to its smallest; it shifts these *again*; and it puts a 0 behind them. Both are
+in use and give different latents, so whoever compares with a reference has to know which. Write four functions, then
 
     python exercises/08_two_schedules.py
 
-Think first: which of the two takes the longer last step, and what does Euler's method do to fine detail there? What does moving
-twice by alpha amount to?
+Think first: which of the two spends more of its steps at t > 1/2? Which has the shorter last step, and what for?
 """
 
 import sys
@@ -23,28 +19,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import flow
 
 
-def shifted(num_steps, alpha):
-    """The times (N + 1,) of the first schedule, from 1 to 0."""
+def shift(t, alpha):
+    """Eq. 23 with alpha = sqrt(m / n), elementwise."""
+    raise NotImplementedError
+
+
+def shifted_once(num_steps, alpha):
+    """(num_steps + 1,): evenly spaced times from 1 to 0, shifted."""
     raise NotImplementedError
 
 
 def released(num_steps, alpha):
-    """The times (N + 1,) of the second, from 1 to 0."""
+    """(num_steps + 1,): the schedule of the released code."""
     raise NotImplementedError
 
 
-def twice(alpha):
-    """The one alpha that moves a time as far as moving it twice by `alpha` does."""
-    raise NotImplementedError
-
-
-def last_times(num_steps, alpha):
-    """(shifted, released): the last time before 0 of each, in closed form, without making a schedule."""
-    raise NotImplementedError
-
-
-def euler(velocity, z, times):
-    """Euler's method from times[0] to times[-1]: z (B, C, H, W), velocity(z, t (B,)) -> as z. Returns the last z."""
+def effective_shift(num_steps, alpha):
+    """The alpha for which evenly spaced times from 1 to 1/1000 (num_steps of them), shifted once, give about `released`: a
+    number. The smallest entry of the table, 1/1000 shifted, is so near to 0 that it may be taken for 1/1000."""
     raise NotImplementedError
 
 
@@ -52,66 +44,56 @@ def euler(velocity, z, times):
 # Checks: each returns "" if the answer is right, else a hint
 # ------------------------------------------------------------------------------------------------------------
 
-def same(ours, right):
-    return torch.allclose(torch.as_tensor(ours).double(), right.double(), atol=1e-6)
-
-
-def check_shifted(answers):
-    ours, right = answers["shifted"](28, 3.0), flow.shifted_schedule(28, 3.0)
-    if len(ours) != len(right):
-        return f"{len(ours)} times; 28 steps have 29 ends"
-    if same(ours, right):
+def compare(ours, right, hints):
+    """"" if equal to 1e-6, else the hint of the wrong answer that it equals."""
+    ours = torch.as_tensor(ours, dtype=torch.float64)
+    if ours.shape != right.shape:
+        return f"{len(ours)} times; N steps have N + 1 ends, so it should be {len(right)}"
+    same = lambda other: ours.shape == other.shape and torch.allclose(ours, other.double(), atol=1e-6)
+    if same(right):
         return ""
-    if same(ours, flow.shifted_schedule(28, 1 / 3)):
-        return "that moves them towards the data; at alpha = 3, t = 1/2 becomes 3/4"
-    return "that runs from 0 to 1" if ours[0] < ours[-1] else "even times from 1 to 0, each through Eq. 23"
+    return next((hint for other, hint in hints if same(other)), f"it should begin {[round(x, 4) for x in right[:3].tolist()]}")
+
+
+def check_shift(answers):
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    return compare(answers["shift"](t, 3.0), flow.shift_time(t, 3.0),
+                   [(flow.shift_time(t, 1 / 3), "that lowers t; more pixels need more noise")])
+
+
+def check_once(answers):
+    right = flow.shifted_schedule(28, 3.0).double()
+    return compare(answers["shifted_once"](28, 3.0), right, [(right.flip(0), "sampling goes from noise, t = 1, to data, t = 0"),
+                                                            (flow.shifted_schedule(28), "that is not shifted yet")])
 
 
 def check_released(answers):
-    ours, right = answers["released"](28, 3.0), flow.released_schedule(28, 3.0)
-    if len(ours) != len(right):
-        return f"{len(ours)} times; 28 steps have 29 ends, the last of them 0"
-    if same(ours, right):
+    def times(largest, smallest, count, shifts):
+        t = torch.linspace(largest, smallest, count, dtype=torch.float64)
+        for _ in range(shifts):
+            t = flow.shift_time(t, 3.0)
+        return torch.cat([t, t.new_zeros(1)])
+    low = flow.shift_time(1 / 1000, 3.0)
+    return compare(answers["released"](28, 3.0), flow.released_schedule(28, 3.0).double(),
+                   [(times(1.0, low, 28, 0), "the spread points are shifted again"),
+                    (times(1.0, 1 / 1000, 28, 1), "the table's smallest entry is already shifted once: 3/1002, not 1/1000"),
+                    (times(1.0, 1 / 1000, 28, 2), "the smallest entry of the table is shifted too: 3/1002, not 1/1000")])
+
+
+def check_effective(answers):
+    ours = float(answers["effective_shift"](28, 3.0))
+    t = torch.linspace(1, 1 / 1000, 28, dtype=torch.float64)
+    distance = lambda alpha: (flow.shift_time(t, alpha) - flow.released_schedule(28, 3.0)[:-1].double()).abs().max().item()
+    if distance(ours) < 0.01:
         return ""
-    once = torch.linspace(1, flow.shift_time(1 / 1000, 3.0), 28)
-    if same(ours[:-1], once):
-        return "those are even between the ends of the moved training times; now they are moved again"
-    if same(ours[:-1], flow.shift_time(torch.linspace(1, 1 / 1000, 28), 3.0)):
-        return "the smallest training time is moved before the even ones are laid out: it is 3 / 1002, not 1 / 1000"
-    return f"the second time is {float(right[1]):.5f}, the last before 0 is {float(right[-2]):.7f}"
+    if abs(ours - 9) < 1e-6:
+        return f"two shifts by alpha would be one by alpha^2, but then t differs by {distance(9.0):.2f}: only the table's ends " \
+               f"were shifted first, the points between them are spread evenly"
+    return f"with {ours:g} the times differ by up to {distance(ours):.2f}; what does the first shift do to the points in between?"
 
 
-def check_twice(answers):
-    ours = answers["twice"](3.0)
-    t = torch.linspace(0, 1, 11)
-    if same(flow.shift_time(t, ours), flow.shift_time(flow.shift_time(t, 3.0), 3.0)):
-        return ""
-    return "in log-SNR, moving adds -2 log(alpha) (Eq. 25): twice that is ...?"
-
-
-def check_last(answers):
-    for steps, alpha in ((28, 3.0), (10, 2.0)):
-        for name, ours, right in zip(("shifted", "released"), answers["last_times"](steps, alpha), (
-                flow.shifted_schedule(steps, alpha)[-2], flow.released_schedule(steps, alpha)[-2])):
-            if not same(ours, right):
-                return f"{name}, {steps} steps, alpha {alpha}: {float(right):.7f}; Eq. 23 of 1/N, and of 1/1000 twice"
-    return ""
-
-
-def check_euler(answers):
-    """Data N(2, 0.5^2): the velocity is known."""
-    noise = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
-    velocity = lambda z, t: flow.gaussian_velocity(z, t, 2.0, 0.5)
-    ours, right = (f(velocity, noise, flow.released_schedule(28)) for f in (answers["euler"], flow.euler))
-    if same(ours, right):
-        return ""
-    if torch.as_tensor(ours).mean() < 0:
-        return "the sign: t falls, so the step t_next - t is negative, and the velocity points from data to noise"
-    return "z + (t_next - t) velocity(z, t), for every pair of neighbours"
-
-
-CHECKS = {"shifted": check_shifted, "released": check_released, "twice by alpha": check_twice,
-          "the last time before 0": check_last, "Euler's method": check_euler}
+CHECKS = {"the shift (23)": check_shift, "shifted once": check_once, "the released code": check_released,
+          "what it amounts to": check_effective}
 
 
 def main(answers) -> int:
