@@ -257,7 +257,8 @@ class JointBlock(nn.Module):
         before = [s.before_attention(x, m) for s, x, m in zip(self.streams(), tokens, modulations)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(qkv for qkv, _ in before)))       # (B, heads, L+N, 64)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)           # (B, L+N, D)
-        attended = attended.split([x.shape[1] for x in tokens], dim=1)                          # (B, n_i, D) each
+        attended = [part.contiguous()                       # else F.linear copies its weight for every sample, without grad
+                    for part in attended.split([x.shape[1] for x in tokens], dim=1)]            # (B, n_i, D) each
         return [s.after_attention(x, a, m, second)
                 for s, x, a, m, (_, second) in zip(self.streams(), tokens, attended, modulations, before)]
 
