@@ -571,7 +571,7 @@ def find_tokenizers(places, names) -> dict:
     return found
 
 
-def load_text(model: Model, dtype=torch.float32, tokenizers=None) -> tuple[TextEncoders, dict]:
+def load_text(model: Model, dtype=torch.float32, tokenizers=None, shapes_only: bool = False) -> tuple[TextEncoders, dict]:
     """Text encoders of a model and where their tokenizers lie: beside it, or in the folder `tokenizers`. T5 is never computed in
     fp16, which it overflows: bf16 takes its place."""
     stored = model.config.get("text", {})
@@ -582,7 +582,7 @@ def load_text(model: Model, dtype=torch.float32, tokenizers=None) -> tuple[TextE
     files, encoders = find_tokenizers(places, names), {}
     for name in names:
         kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
-        encoders[name] = read_network(name, model.places[name], kind, metadata=model.config)
+        encoders[name] = read_network(name, model.places[name], kind, metadata=model.config, shapes_only=shapes_only)
     makers = {"clip_l": CLIPTokenizer, "clip_g": lambda folder: CLIPTokenizer(folder, padding=0), "t5": T5Tokenizer}
     widths = {f"{name}_width": encoder.config.hidden_size for name, encoder in encoders.items()}
     try:
@@ -607,8 +607,9 @@ def run_encoders(folder: Path) -> tuple[Path, str] | None:
     return file, named.get("tokenizers", "")
 
 
-def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.float32, tokenizers=None) -> Components:
-    """Networks of a model file, a model folder or a run folder, on the CPU, frozen.
+def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.float32, tokenizers=None,
+                    shapes_only: bool = False) -> Components:
+    """Networks of a model file, a model folder or a run folder, on the CPU, frozen. shapes_only: on the meta device, no numbers.
 
     A run folder holds its MM-DiT only; its config.json says, by path and fingerprint, which encoders it was trained with.
     """
@@ -621,9 +622,10 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
         if name in wanted:
             if name not in source.places:
                 raise CheckpointError(f"{source.path} holds no {name}: no key begins with {PREFIXES[name]!r}")
-            setattr(parts, name, read_network(name, source.places[name], dtype, metadata=source.config))
+            setattr(parts, name, read_network(name, source.places[name], dtype, metadata=source.config,
+                                              shapes_only=shapes_only))
     if "text" in wanted:
-        parts.text, parts.tokenizers = load_text(encoders, dtype, tokenizers)
+        parts.text, parts.tokenizers = load_text(encoders, dtype, tokenizers, shapes_only)
     return parts
 
 
@@ -665,7 +667,7 @@ def state(network, dtype=None) -> dict:
 
 def save_networks(file, networks: dict, text: TextConfig | None = None, sampling: dict | None = None, dtype=None):
     """Write {"mmdit": MMDiT, "vae": VAE, "clip_l": ..., ...} as one single-file checkpoint. text: the token counts to store with
-    text encoders; sampling: the settings this model wants to be sampled with (the keys of sample.RELEASED_DEFAULTS)."""
+    text encoders; sampling: the settings this model wants to be sampled with (fields of sample.Settings)."""
     tensors = {PREFIXES[component] + released_name(name, SINGLE_TABLES[component]): x
                for component, network in networks.items() for name, x in state(network, dtype).items()}
     config = json.dumps(network_config(networks, text, sampling))

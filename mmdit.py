@@ -257,7 +257,8 @@ class JointBlock(nn.Module):
         before = [s.before_attention(x, m) for s, x, m in zip(self.streams(), tokens, modulations)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(qkv for qkv, _ in before)))       # (B, heads, L+N, 64)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)           # (B, L+N, D)
-        attended = attended.split([x.shape[1] for x in tokens], dim=1)                          # (B, n_i, D) each
+        attended = [part.contiguous()                       # else F.linear copies its weight for every sample, without grad
+                    for part in attended.split([x.shape[1] for x in tokens], dim=1)]            # (B, n_i, D) each
         return [s.after_attention(x, a, m, second)
                 for s, x, a, m, (_, second) in zip(self.streams(), tokens, attended, modulations, before)]
 
@@ -378,17 +379,18 @@ class MMDiT(nn.Module):
         at = [pooled.new_tensor([t], dtype=torch.float32).expand(len(pooled)) for t in times]
         return Prepared(times, self.embed_text(context), [self.modulations(self.embed_cond(t, pooled)) for t in at])
 
-    def forward(self, latent, t, context, pooled=None):
+    def forward(self, latent, t, context, pooled=None, skip_layers=()):
         """latent z_t (B, C, H, W); t (B,) in [0, 1]; context (B, L, context_dim) and pooled (B, pooled_dim), or a
-        `Prepared` in place of both. Returns the velocity (B, C, H, W)."""
+        `Prepared` in place of both. skip_layers: numbers of blocks to leave out, for skip-layer guidance (flow.py). Returns
+        the velocity (B, C, H, W)."""
         if isinstance(context, Prepared):
             text, modulations = context.text, context.at(t)
         else:
             text, cond = self.embed_text(context), self.embed_cond(t, pooled)
             modulations = [*[cond] * self.config.depth, self.final_layer.modulation(cond)]       # each block makes its own
         tokens = [*text, self.embed_image(latent)]                                # text first
-        for block, modulation in zip(self.joint_blocks, modulations):
-            tokens = block(tokens, modulation)
+        for i, (block, modulation) in enumerate(zip(self.joint_blocks, modulations)):
+            tokens = tokens if i in skip_layers else block(tokens, modulation)
         x = self.final_layer(tokens[-1], modulations[-1])                         # (B, N, p * p * C)
         p = self.config.patch_size
         return unpatchify(x, latent.shape[2] // p, latent.shape[3] // p, p)       # (B, C, H, W)

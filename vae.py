@@ -8,6 +8,7 @@ Names       parameters are called as in the released SD3 files (encoder.down.0.b
 Run         python vae.py photo.jpg     reconstructs a picture with the shipped weights and prints its PSNR
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -190,9 +191,10 @@ class VAE(nn.Module):
         noise = None if rng is None else torch.randn(mean.shape, generator=rng).to(mean)
         return self.normalize(sample_code(mean, logvar, noise))
 
-    def decode(self, latent):
-        """normalised latent (B, C, H, W) -> image (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        return self.decoder(self.denormalize(latent))
+    def decode(self, latent, tile: int = 0):
+        """normalised latent (B, C, H, W) -> image (B, 3, 8H, 8W), about [-1, 1], not clamped. tile: see `decode_in_tiles`."""
+        code = self.denormalize(latent)
+        return decode_in_tiles(self.decoder, code, tile) if tile else self.decoder(code)
 
     def normalize(self, code):
         """Raw code -> latent of about unit variance, by one global mean and standard deviation (App. B.2)."""
@@ -206,6 +208,76 @@ class VAE(nn.Module):
 def sample_code(mean, logvar, noise=None):
     """mean + std * noise; the mean alone where `noise` is None."""
     return mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decoding in tiles: the same picture to rounding, with one tile at a time on the device
+# ------------------------------------------------------------------------------------------------------------
+
+def group_sums(x, groups: int):
+    """What group norm needs of a part x (B, D, h, w): sum and sum of squares of every group, (2, B, groups) float64."""
+    x = x.float().unflatten(1, (groups, -1)).flatten(2)                           # (B, groups, D / groups * h * w)
+    return torch.stack([x.sum(2, dtype=torch.float64), x.square().sum(2, dtype=torch.float64)])
+
+
+def normalize_part(norm: nn.GroupNorm, x, mean, square):
+    """Group norm and SiLU of a part x (B, D, h, w), with mean and mean square (B, groups) of the whole."""
+    x, std = x.float(), (square - mean.square() + norm.eps).sqrt()
+    mean, std = (v.repeat_interleave(x.shape[1] // v.shape[1], dim=1)[:, :, None, None].to(x) for v in (mean, std))
+    return F.silu((x - mean) / std * norm.weight[:, None, None] + norm.bias[:, None, None])
+
+
+def decode_tile(decoder: Decoder, x, device):
+    """Decoder.forward after the middle for a part x (B, D, h, w), as a coroutine: before every group norm it yields (norm,
+    input) and is sent the mean and mean square of the whole picture; at last it yields (None, image). Waits on the CPU."""
+    normalize = lambda norm, x, moments: normalize_part(norm, x.to(device), *moments)
+    for level in reversed(decoder.up):
+        for block in level.block:
+            h = block.conv1(normalize(block.norm1, x, (yield block.norm1, x))).cpu()
+            h = block.conv2(normalize(block.norm2, h, (yield block.norm2, h)))
+            x = x.to(device)
+            x = ((x if block.nin_shortcut is None else block.nin_shortcut(x)) + h).cpu()
+            del h
+        if level.resample:
+            x = level.upsample(x.to(device)).cpu()
+    yield None, decoder.conv_out(normalize(decoder.norm_out, x, (yield decoder.norm_out, x))).cpu()
+
+
+def decode_in_tiles(decoder: Decoder, code, tile: int):
+    """Decoder.forward for code (B, C, H, W), in tiles of tile x tile pixels: image (B, 3, 8H, 8W) on the CPU, without seams.
+
+    Attention is in the middle only, where everything is small: that is computed whole. The levels after it run on tiles that
+    are wider than they have to be by as much as convolutions see, in step, so that every group norm gets the moments of the
+    whole picture. Blending tiles that each norm themselves would leave each with its own contrast.
+    """
+    levels, device = len(decoder.up), code.device
+    side = tile // 2 ** (levels - 1)
+    if side < 1 or tile % 2 ** (levels - 1):
+        raise ValueError(f"tile is {tile} px; give a positive multiple of {2 ** (levels - 1)}, say 512")
+    x = decoder.mid(decoder.conv_in(code))                                        # (B, D, H, W)
+    H, W = x.shape[-2:]
+    margin = 14        # 6 convolutions at 8 px a position, 7 each at 4, 2 and 1, and one: 6 + 7/2 + 7/4 + 7/8 + 1/8 = 12.25
+    tiles, bounds = [], []
+    for top in range(0, H, side):
+        for left in range(0, W, side):
+            above, before = min(top, margin), min(left, margin)                   # how much of the part is margin
+            part = x[:, :, top - above : top + side + margin, left - before : left + side + margin].cpu()
+            tiles.append(decode_tile(decoder, part, device))
+            bounds.append((above, above + min(side, H - top), before, before + min(side, W - left), part.shape[3]))
+
+    def without_margin(part, top, bottom, left, right, width):
+        k = part.shape[3] // width                                                # 1 at latent resolution, at last 8
+        return part[:, :, k * top : k * bottom, k * left : k * right]
+
+    steps = [next(tile) for tile in tiles]
+    while (norm := steps[0][0]) is not None:
+        parts = [without_margin(part, *bound) for (_, part), bound in zip(steps, bounds)]
+        numbers = sum(part[0].numel() for part in parts) / norm.num_groups        # in one group of one picture
+        moments = sum(group_sums(part.to(device), norm.num_groups) for part in parts) / numbers
+        steps = [tile.send(moments) for tile in tiles]
+    images = [without_margin(image, *bound) for (_, image), bound in zip(steps, bounds)]
+    columns = math.ceil(W / side)
+    return torch.cat([torch.cat(images[i : i + columns], dim=3) for i in range(0, len(images), columns)], dim=2)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, diffusers_configs, export, find_model_file, to_diffusers
+from data import from_tensor
 from mmdit import MMDiT, MMDiTConfig
-from sample import decode, generate_latents, load, pick_device
+from sample import encode, load, pick_device, picture_size, sample_latents
 from text_encoders import TextConfig
 from vae import VAE, VAEConfig
 
@@ -68,25 +69,30 @@ def open_both(checkpoint, folder: Path, precision: str, device):
 
 
 def both_ways(ours, theirs, prompts, num_steps: int, guidance_scale: float):
-    """(noise, our sampling, theirs): functions that give latents (B, C, H, W) by the schedule and guidance diffusers has."""
-    side, shift = ours.defaults["height"] // ours.vae.config.downsampling, ours.defaults["timestep_shift"]
-    noise = torch.randn(len(prompts), ours.mmdit.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    """(our sampling, theirs): functions that give latents (B, C, H, W) by the schedule and guidance that diffusers has."""
+    settings = ours.settings(num_steps=num_steps, guidance_scale=guidance_scale, schedule="released", unconditional="empty")
+    noise = torch.randn(len(prompts), *picture_size(ours, settings), generator=torch.Generator().manual_seed(0))
 
     def our_latents():
-        return generate_latents(ours, prompts, noise, num_steps, guidance_scale, shift, "released", unconditional="empty")[0]
+        text = ours.use("text", lambda text: encode(text, prompts, settings))
+        return ours.use("mmdit", lambda mmdit: sample_latents(mmdit, *text, noise.to(ours.device), settings)[0])
 
     def their_images(output_type):
-        return theirs(prompts, num_inference_steps=num_steps, guidance_scale=guidance_scale, height=ours.defaults["height"],
-                      width=ours.defaults["width"], latents=noise.to(theirs.transformer.device, theirs.transformer.dtype),
+        return theirs(prompts, num_inference_steps=num_steps, guidance_scale=guidance_scale, height=settings.height,
+                      width=settings.width, latents=noise.to(theirs.transformer.device, theirs.transformer.dtype),
                       max_sequence_length=ours.text.config.t5_length, output_type=output_type).images
     return our_latents, their_images
 
 
 def compare_speed(ours, our_latents, their_images, rounds: int) -> dict:
     """Seconds of both, prompts to pictures, and the median of theirs / ours over the rounds."""
+    def our_images():
+        latents = our_latents()
+        return [from_tensor(image) for image in ours.use("vae", lambda vae: vae.decode(latents).float().cpu())]
+
     times = {"ours": [], "theirs": []}
     for _ in range(rounds + 1):                                                   # the first round warms up
-        for name, work in (("ours", lambda: decode(ours, our_latents())), ("theirs", lambda: their_images("pil"))):
+        for name, work in (("ours", our_images), ("theirs", lambda: their_images("pil"))):
             start = time.perf_counter()
             work()
             times[name].append(time.perf_counter() - start)

@@ -309,3 +309,29 @@ def test_psnr_is_its_closed_form_per_picture():
     reconstruction = torch.stack([image[0] + 0.2, image[1] - 0.02, image[2]])
     assert psnr(image, reconstruction).tolist() == pytest.approx([20, 40, 100], abs=1e-3)      # 100: no difference
     assert psnr(image + 1, image + 1.5).tolist() == pytest.approx([100] * 3)      # what lies beyond white is white
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tiles
+# ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config, tile", [
+    (SMALL, 32), (SMALL, 256), (VAEConfig(latent_channels=4, channels=(16, 16, 32), norm_groups=8), 24)], ids=str)
+def test_decoding_in_tiles_is_decoding_at_once(config, tile):
+    """Exact, because group norms see the whole picture and margins are as wide as the convolutions see."""
+    vae, latent = small_vae(config), torch.randn(2, config.latent_channels, 21, 11, generator=rng(0))
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(latent, tile), vae.decode(latent), rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_that_norm_themselves_would_show(monkeypatch):
+    """The test above can fail: with the moments of the tile alone the picture is another."""
+    vae, latent = small_vae(), torch.randn(1, SMALL.latent_channels, 16, 24, generator=rng(0))
+    monkeypatch.setattr("vae.normalize_part", lambda norm, x, mean, square: torch.nn.functional.silu(norm(x)))
+    with torch.no_grad():
+        assert (vae.decode(latent, 64) - vae.decode(latent)).abs().max() > 1e-3
+
+
+def test_a_tile_that_is_no_multiple_of_8_is_refused():
+    with pytest.raises(ValueError, match="tile is 20 px; give a positive multiple of 8"):
+        small_vae().decode(torch.zeros(1, SMALL.latent_channels, 4, 4), 20)
