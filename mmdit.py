@@ -172,8 +172,8 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x):
         """(B, n, D) -> three of (B, heads, n, 64)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, 64)).permute(2, 0, 3, 1, 4)
-        return self.ln_q(q), self.ln_k(k), v
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, 64)).unbind(2)     # (B, n, heads, 64) each
+        return self.ln_q(q).transpose(1, 2), self.ln_k(k).transpose(1, 2), v.transpose(1, 2)
 
 
 class MLP(nn.Module):

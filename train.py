@@ -131,13 +131,21 @@ class World:
         if self.size > 1:
             if self.device.type == "mps":                                         # gloo cannot add up MPS tensors
                 self.device = torch.device("cpu")
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                                 timeout=timedelta(hours=2))
+            self.join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timedelta(hours=2))
             self.saving = torch.distributed.new_group(backend="gloo")             # of its own: saving goes on beside training
         fits = self.device.type != "cuda" or 20 * parameters < 0.5 * torch.cuda.get_device_properties(self.device).total_memory
         if parallel == "auto":            # weights, gradients, two moments and the average: 20 bytes a parameter in fp32
             parallel = "ddp" if self.size == 1 or fits else "hsdp" if self.size > self.local_size else "fsdp"
         self.parallel = parallel
+
+    def join(self, backend: str, timeout: timedelta):
+        """Meet the other processes. torchrun's own store outlives its restarts, and with it the addresses of processes that
+        were killed: every start gets a part of it of its own."""
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"                      # by torchrun, else by rank 0
+        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.size,
+                                           self.rank == 0 and not hosted, timeout)
+        start = torch.distributed.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        torch.distributed.init_process_group(backend, store=start, rank=self.rank, world_size=self.size, timeout=timeout)
 
     def shard(self, model, precision):
         """Each block, then what is left of the model, becomes shards that FSDP2 gathers when it runs them: stored and

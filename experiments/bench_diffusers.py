@@ -3,7 +3,7 @@
 The two take turns, so that whatever else the machine does meets both; a figure is the median of the ratios of neighbours
 (theirs / ours, above 1 where ours is faster). Outputs are compared before anything is timed. Forward is inference; training is
 forward and backward, without an optimizer; sampling is 28 steps with guidance from ready text features to a latent, ours by
-sample.generate_latents, theirs by StableDiffusion3Pipeline.
+sample.sample_latents, theirs by StableDiffusion3Pipeline.
 
 Precision   fp32; bf16: fp32 weights under autocast; bf16-weights: both converted, as diffusers' users do for sampling
 Needs       pip install diffusers transformers accelerate (for this comparison only)
@@ -19,15 +19,16 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import matmul_peak
-from mmdit import MMDiT, MMDiTConfig
 from plan import forward_flops
-from sample import generate_latents, pick_device
+
+from checkpoints import to_diffusers
+from mmdit import MMDiT, MMDiTConfig
+from sample import Settings, pick_device, sample_latents
 from train import compute_context
 
 GUIDANCE, STEPS, SHIFT = 5.0, 28, 3.0
@@ -36,44 +37,6 @@ GUIDANCE, STEPS, SHIFT = 5.0, 28, 3.0
 # ------------------------------------------------------------------------------------------------------------
 # One set of weights, two models
 # ------------------------------------------------------------------------------------------------------------
-
-TOP = {"x_embedder.proj": "pos_embed.proj", "pos_embed": "pos_embed.pos_embed", "context_embedder": "context_embedder",
-       "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-       "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-       "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-       "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-       "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out"}
-STREAMS = {"x_block": {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn.to_out.0", "attn.ln_q": "attn.norm_q",
-                       "attn.ln_k": "attn.norm_k", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"},
-           "context_block": {"adaLN_modulation.1": "norm1_context.linear", "attn.proj": "attn.to_add_out",
-                             "attn.ln_q": "attn.norm_added_q", "attn.ln_k": "attn.norm_added_k",
-                             "mlp.fc1": "ff_context.net.0.proj", "mlp.fc2": "ff_context.net.2"}}
-QKV = {"x_block": ("attn.to_q", "attn.to_k", "attn.to_v"),
-       "context_block": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
-
-
-def their_weights(model: MMDiT) -> dict:
-    """Our state dict under diffusers' names: q, k, v apart, and scale before shift where theirs has only these two."""
-    theirs, last = {}, model.config.depth - 1
-    for key, tensor in model.state_dict().items():
-        if key == "pos_embed":
-            theirs[TOP[key]] = tensor
-            continue
-        layer, kind = key.rsplit(".", 1)                                          # kind: weight or bias
-        two_vectors = layer == "final_layer.adaLN_modulation.1" or layer == f"joint_blocks.{last}.context_block.adaLN_modulation.1"
-        if two_vectors:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        if not layer.startswith("joint_blocks"):
-            theirs[f"{TOP[layer]}.{kind}"] = tensor
-            continue
-        _, number, stream, name = layer.split(".", 3)
-        block = f"transformer_blocks.{number}."
-        if name == "attn.qkv":
-            theirs |= {f"{block}{part}.{kind}": rows for part, rows in zip(QKV[stream], tensor.chunk(3))}
-        else:
-            theirs[f"{block}{STREAMS[stream][name]}.{kind}"] = tensor
-    return theirs
-
 
 def make_models(depth: int, device):
     """Ours and theirs with the same random weights; none is zero, so every part of the network counts."""
@@ -87,7 +50,7 @@ def make_models(depth: int, device):
     theirs = SD3Transformer2DModel(
         sample_size=32, num_layers=depth, num_attention_heads=depth, caption_projection_dim=64 * depth, qk_norm="rms_norm",
         pos_embed_max_size=64)
-    theirs.load_state_dict(their_weights(ours))
+    theirs.load_state_dict(to_diffusers("mmdit", ours.state_dict()))
     return ours.to(device), theirs.to(device)
 
 
@@ -136,23 +99,25 @@ def sampling_calls(ours, theirs, device, precision: str, text_tokens: int, side:
     noise, _, context, pooled = make_inputs(1, text_tokens, side, dtype, device)
     _, autocast = contexts(device, precision, training=False)
 
-    def text(prompts, without):
-        return context, pooled
-    text.unconditional = lambda batch: (torch.zeros_like(context), torch.zeros_like(pooled))
-    pipeline = SimpleNamespace(mmdit=ours, text=text, device=device, autocast=autocast)
+    settings = Settings(num_steps=STEPS, guidance_scale=GUIDANCE, timestep_shift=SHIFT, schedule="released")
+    zeros = torch.zeros_like(context), torch.zeros_like(pooled)
     their_pipeline = StableDiffusion3Pipeline(
         transformer=theirs, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=None, text_encoder=None, tokenizer=None,
         text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
     their_pipeline.set_progress_bar_config(disable=True)
 
+    def call_ours():
+        with torch.no_grad(), autocast():
+            return sample_latents(ours, (context, pooled), zeros, noise, settings)[0].float()
+
     def call_theirs():
         with torch.no_grad(), autocast():
             return their_pipeline(
-                prompt_embeds=context, pooled_prompt_embeds=pooled, negative_prompt_embeds=torch.zeros_like(context),
-                negative_pooled_prompt_embeds=torch.zeros_like(pooled), latents=noise, height=8 * side, width=8 * side,
+                prompt_embeds=context, pooled_prompt_embeds=pooled, negative_prompt_embeds=zeros[0],
+                negative_pooled_prompt_embeds=zeros[1], latents=noise, height=8 * side, width=8 * side,
                 num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent").images.float()
 
-    return (lambda: generate_latents(pipeline, [""], noise, STEPS, GUIDANCE, SHIFT, "released")[0].float()), call_theirs
+    return call_ours, call_theirs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -217,8 +182,8 @@ def main():
         row["load_average"] = os.getloadavg()[0]
         rows.append({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
         file.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{what:9} {precision:12} batch {batch:2}: ours {row['our_seconds']:7.3f} s ({row['our_share_of_peak']:.0%} of peak), "
-              f"theirs {row['their_seconds']:7.3f} s, ratio {row['ratio']:.2f}, outputs differ by "
+        print(f"{what:9} {precision:12} batch {batch:2}: ours {row['our_seconds']:7.3f} s "
+              f"({row['our_share_of_peak']:.0%} of peak), theirs {row['their_seconds']:7.3f} s, ratio {row['ratio']:.2f}, outputs differ by "
               f"{row['relative_difference']:.1e}", flush=True)
         gc.collect()
 

@@ -287,8 +287,8 @@ def report(plan: Plan) -> str:
               f"{run['seconds'] * plan.world / 3600:,.0f} GPU hours, {run['flops']:.2e} FLOPs",
               f"  (6 x parameters x tokens would be {run['six_p_n']:.2e})"]
     if plan.depth == 38:
-        lines.append(f"  The paper states {PAPER_FLOPS:.0e} FLOPs for this model: {PAPER_FLOPS / run['flops']:.1f} times as many. It "
-                     "does not say how it counts them; stages at higher resolution, whose length it does not give, add to ours.")
+        lines.append(f"  The paper states {PAPER_FLOPS:.0e} FLOPs for this model: {PAPER_FLOPS / run['flops']:.1f} times as many. "
+                     "It does not say how it counts them; stages at higher resolution, of unknown length, add to ours.")
     return "\n".join(lines)
 
 

@@ -1,6 +1,5 @@
 """plan.py: the paper's parameter counts, FLOPs and saved activations as torch counts them, sums worked by hand, refusals."""
 
-import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
@@ -15,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdit import MMDiT, MMDiTConfig, count_parameters
+from mmdit import MMDiT, count_parameters
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 import plan as planner
-from plan import Plan, communication, forward_flops, memory, parameter_counts, sample_bytes, schedule
+from plan import Plan, forward_flops, memory, parameter_counts
 
 SMALL = Plan(depth=2, resolution=256, text_tokens=64, batch_size=2, world=1, strategy="ddp", device="cpu")
 
