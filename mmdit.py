@@ -396,15 +396,25 @@ class MMDiT(nn.Module):
         return unpatchify(x, latent.shape[2] // p, latent.shape[3] // p, p)       # (B, C, H, W)
 
 
-def training_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> float:
-    """Matrix-product FLOPs of one sample's training step: forward, and twice that for backward; attention included,
-    recomputation not."""
-    D, n = config.hidden_size, text_tokens + image_tokens
+def forward_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> int:
+    """FLOPs of the matrix products of one sample's forward pass, attention included (2 for a multiply and add).
+
+    In each block a token meets the 12 D^2 weights of its stream (qkv 3, projection 1, MLP 8), and each pair of tokens costs
+    2 D for its score and 2 D for its value.
+    """
+    D, n, patch = config.hidden_size, text_tokens + image_tokens, config.patch_size**2 * config.latent_channels
     blocks = 2 * 12 * D**2 * n * config.depth - 2 * 9 * D**2 * text_tokens            # the last text block only feeds q, k, v
     attention = 2 * 2 * n**2 * D * config.depth
-    embedding = 2 * text_tokens * config.context_dim * D + 2 * 2 * image_tokens * 4 * config.latent_channels * D
-    modulation = 2 * D * (12 * D * config.depth - 4 * D + 2 * D)
-    return 3.0 * (blocks + attention + embedding + modulation)
+    ends = 2 * text_tokens * config.context_dim * D + 2 * 2 * image_tokens * patch * D
+    modulation = 2 * D * (12 * D * config.depth - 4 * D + 2 * D)                      # 6 D a stream, 2 D the last text, 2 D out
+    cond = 2 * D * (256 + D + config.pooled_dim + D)
+    return blocks + attention + ends + modulation + cond
+
+
+def training_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> int:
+    """Model FLOPs of one sample's training step: the forward pass, and twice that for the backward pass. Recomputed work is
+    not counted, so that MFU does not reward it."""
+    return 3 * forward_flops(config, text_tokens, image_tokens)
 
 
 def count_parameters(config: MMDiTConfig) -> int:

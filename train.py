@@ -246,12 +246,16 @@ def train_step(model, optimizers, batch: Batch, formulation, config: TrainConfig
     return torch.cat(losses), t, grad_norm
 
 
+def attention_context(device):
+    """On a CPU attention is written out: for short sequences the backward pass of torch's fused CPU kernel costs as much as a
+    third of the whole step (results/bench-cpu.json)."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
 @contextmanager
 def compute_context(device, precision):
-    """Matrix products in `precision`. On a CPU attention is written out: for short sequences the backward pass of torch's
-    fused CPU kernel costs as much as a third of the whole step (results/bench-cpu.json)."""
-    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with plain, torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    """Matrix products in `precision`, attention as above."""
+    with attention_context(device), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         yield
 
 
@@ -566,9 +570,10 @@ def make_model(sizes: MMDiTConfig, config: TrainConfig, world: World, precision)
     without memory first, so that depth 38 is never whole anywhere."""
     with torch.device("meta"):
         model = MMDiT(sizes)
-    if config.recompute:
+    if config.recompute:                                              # under what the forward pass had around it
+        both = {"context_fn": lambda: (nullcontext(), attention_context(world.device))} if world.device.type == "cpu" else {}
         for block in model.joint_blocks:
-            block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
+            block.forward = functools.partial(recomputed, block.forward, use_reentrant=False, **both)
     world.shard(model, precision)
     return model.to_empty(device=world.device)
 

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plan import training_flops
 
 from checkpoints import SHIPPED, load_components
 from data import Scenes
 from encode import Batch, Batches, EncodedImages
 from flow import RectifiedFlow
-from mmdit import MMDiT, MMDiTConfig
+from mmdit import MMDiT, MMDiTConfig, training_flops
 from sample import pick_device, pick_precision
 from train import TrainConfig, compute_context, train_step
 

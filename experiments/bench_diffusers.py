@@ -24,10 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import matmul_peak
-from plan import forward_flops
 
 from checkpoints import to_diffusers
-from mmdit import MMDiT, MMDiTConfig
+from mmdit import MMDiT, MMDiTConfig, forward_flops
 from sample import Settings, pick_device, sample_latents
 from train import compute_context
 
@@ -183,8 +182,8 @@ def main():
         rows.append({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
         file.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{what:9} {precision:12} batch {batch:2}: ours {row['our_seconds']:7.3f} s "
-              f"({row['our_share_of_peak']:.0%} of peak), theirs {row['their_seconds']:7.3f} s, ratio {row['ratio']:.2f}, outputs differ by "
-              f"{row['relative_difference']:.1e}", flush=True)
+              f"({row['our_share_of_peak']:.0%} of peak), theirs {row['their_seconds']:7.3f} s, ratio {row['ratio']:.2f}, "
+              f"outputs differ by {row['relative_difference']:.1e}", flush=True)
         gc.collect()
 
     for precision in options.precisions:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from mmdit import MMDiT, MMDiTConfig
+from mmdit import MMDiT, MMDiTConfig, forward_flops, training_flops
 
 STRATEGIES = ("ddp", "fsdp", "hsdp")
 PAPER_STEPS, PAPER_BATCH, PAPER_FLOPS = 500_000, 4096, 5e22     # Sec. 5.3.3 (256 px); Sec. 6, for the 8B model
@@ -90,7 +90,7 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Parameters and FLOPs
+# Parameters (FLOPs are counted in mmdit.py)
 # ------------------------------------------------------------------------------------------------------------
 
 @functools.cache
@@ -102,27 +102,6 @@ def parameter_counts(config: MMDiTConfig) -> dict:
     blocks = [count(block) for block in model.joint_blocks]
     return {"total": count(model), "block": max(blocks), "outside": count(model) - sum(blocks),
             "embedders": count(model.t_embedder) + count(model.y_embedder)}
-
-
-def forward_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> int:
-    """FLOPs of the matrix products of one sample's forward pass, attention included (2 for a multiply and add).
-
-    In each block a token meets the 12 D^2 weights of its stream (qkv 3, projection 1, MLP 8) and each pair of tokens costs
-    2 D for its score and 2 D for its value.
-    """
-    D, n, patch = config.hidden_size, text_tokens + image_tokens, config.patch_size**2 * config.latent_channels
-    blocks = 2 * 12 * D**2 * n * config.depth - 2 * 9 * D**2 * text_tokens            # the last text block only feeds q, k, v
-    attention = 2 * 2 * n**2 * D * config.depth
-    ends = 2 * text_tokens * config.context_dim * D + 2 * 2 * image_tokens * patch * D
-    modulation = 2 * D * (12 * D * config.depth - 4 * D + 2 * D)                      # 6 D a stream, 2 D the last text, 2 D out
-    cond = 2 * D * (256 + D + config.pooled_dim + D)
-    return blocks + attention + ends + modulation + cond
-
-
-def training_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> int:
-    """Model FLOPs of one sample's training step: the forward pass, and twice that for the backward pass. Recomputed work is
-    not counted, so that MFU does not reward it."""
-    return 3 * forward_flops(config, text_tokens, image_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -287,7 +266,7 @@ def report(plan: Plan) -> str:
               f"{run['seconds'] * plan.world / 3600:,.0f} GPU hours, {run['flops']:.2e} FLOPs",
               f"  (6 x parameters x tokens would be {run['six_p_n']:.2e})"]
     if plan.depth == 38:
-        lines.append(f"  The paper states {PAPER_FLOPS:.0e} FLOPs for this model: {PAPER_FLOPS / run['flops']:.1f} times as many. "
+        lines.append(f"  The paper states {PAPER_FLOPS:.0e} FLOPs for this model: {PAPER_FLOPS / run['flops']:.1f} times ours. "
                      "It does not say how it counts them; stages at higher resolution, of unknown length, add to ours.")
     return "\n".join(lines)
 
