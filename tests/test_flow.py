@@ -879,9 +879,9 @@ REPRESENTATIVES = ["rf/lognorm(0.00, 1.00)", "eps/linear", "v/linear", "eps/cos"
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_exact_posterior_recovers_the_mixture_through_every_solver(name, solver):
-    """Weights, centres and spread of the data, from noise, the exact E[output | z] and 60 steps."""
-    form, noise = formulation(name), normal(5, 1500, 2)
-    sample = form.sample(RING.predict(form), noise, form.schedule(60), solver)
+    """Weights, centres and spread of the data, from noise, the exact E[output | z] and 60 steps, or 16 of RK4."""
+    form, noise = formulation(name), normal(5, 1000, 2)
+    sample = form.sample(RING.predict(form), noise, form.schedule(16 if solver == "rk4" else 60), solver)
     nearest = (sample[:, None] - RING.means).norm(dim=2).argmin(1)
     share = torch.bincount(nearest, minlength=3) / len(sample)
     assert (share - RING.weights).abs().max() < 0.05
