@@ -468,8 +468,9 @@ class Formulation:
         return -2 * self.density.pdf(t) * square / self.process.log_snr_slope(t)
 
     def field(self, predict):
-        """The straight path's velocity, eps - x_0, that a network stands for: velocity(z, s (B,)) for the solvers, which so
-        need to know one path only. predict(z_t, t (B,)) -> output; t is where this path has the log-SNR of s."""
+        """The velocity eps - x_0 on the straight path that a network stands for, so that solvers need to know one path only:
+        velocity(z, s (B,)). predict(z_t, t (B,)) -> output is asked where its own path has the log-SNR of s. (For Euler's
+        method nothing changes: with x_0 and eps held fixed, a step in t/(1-t) or along a circle ends at the same point.)"""
         def velocity(z, s):
             t = self.clamp(self.process.time_at(Straight().log_snr(exact(s)))).to(z)
             a, b = self.process.scales(exact(t))
@@ -642,8 +643,8 @@ def euler_steps(velocity, z, t, t_next, _):
 
 @stepwise
 def heun_steps(velocity, z, t, t_next, _):
-    """Heun's method, second order: the mean of the velocities at both ends. The step to 0, where some paths are singular,
-    is Euler's; one such step leaves the order as it is."""
+    """Heun's method, second order: the mean of the velocities at both ends. The step to 0, where a predicted latent
+    says nothing about the noise, is Euler's; one such step leaves the order as it is."""
     v = velocity(z, t)
     z_euler = z + (t_next - t) * v
     return (z + (t_next - t) * (v + velocity(z_euler, t_next)) / 2 if t_next > 0 else z_euler), v

@@ -359,8 +359,8 @@ def slope(f, t, h=1e-6):
 def test_eq1_velocity_carries_noise_to_the_mixture(process):
     """The ODE with the exact field ends at data: with the flow run finely, the samples have the mixture's weights."""
     form = Formulation(process, "v", Uniform())
-    noise, times = normal(3, 2000, 2), flow.edm_schedule(60, process=process)
-    sample = form.sample(RING.predict(form), noise, times, "heun")
+    noise, times = normal(3, 1500, 2), flow.edm_schedule(100, process=process)
+    sample = form.sample(RING.predict(form), noise, times)
     nearest = (sample[:, None] - RING.means).norm(dim=2).argmin(1)
     share = torch.bincount(nearest, minlength=3) / len(sample)
     assert (share - RING.weights).abs().max() < 0.04
