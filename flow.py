@@ -469,8 +469,8 @@ class Formulation:
 
     def field(self, predict):
         """The velocity eps - x_0 on the straight path that a network stands for, so that solvers need to know one path only:
-        velocity(z, s (B,)). predict(z_t, t (B,)) -> output is asked where its own path has the log-SNR of s. (For Euler's
-        method nothing changes: with x_0 and eps held fixed, a step in t/(1-t) or along a circle ends at the same point.)"""
+        velocity(z, s (B,)). predict(z_t, t (B,)) -> output is asked where its own path has the log-SNR of s. Euler's step
+        here holds x_0 and eps fixed: the same sample as EDM's Euler step in b, and as DDIM's on a variance-preserving path."""
         def velocity(z, s):
             t = self.clamp(self.process.time_at(Straight().log_snr(exact(s)))).to(z)
             a, b = self.process.scales(exact(t))

@@ -891,6 +891,19 @@ def test_exact_posterior_recovers_the_mixture_through_every_solver(name, solver)
         assert part.std(0).mean().item() == pytest.approx(0.3, abs=0.04)
 
 
+@pytest.mark.parametrize("name", ["rf", "eps/linear", "v/cos", "edm(-1.20, 1.20)"])
+def test_eulers_step_keeps_latent_and_noise_as_ddim_and_edm_do(name):
+    """Step by step on the formulation's own path: z_next = a_next x_0 + b_next eps, both as the network has them at t."""
+    form, noise = formulation(name), normal(0, 5, 2)
+    model, times = RING.predict(form), torch.cat([form.clamp(grid(1, 0, 7)[:-1]), double(0.0)])
+    z = noise * torch.hypot(*form.process.scales(times[0]))
+    for t, t_next in zip(times[:-1].expand(5, -1).T, times[1:].expand(5, -1).T):
+        output = model(form.network_input(z, t), t)
+        latent, eps = (convert(output, z, t, form.process, form.output, kind) for kind in ("x0", "eps"))
+        z = diffuse(latent, eps, *form.process.scales(t_next))
+    torch.testing.assert_close(form.sample(model, noise, form.process.on_line(times)), z, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("output", ["velocity", "v", "eps", "x0", "F"])
 @pytest.mark.parametrize("process", [Straight(), Cosine(), Linear(), EDM()], ids=str)
 def test_what_the_network_predicts_does_not_change_the_sample(process, output):
