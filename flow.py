@@ -4,7 +4,7 @@ Read with   Eq. 2 to 12, then 13 to 17 for the paths, 18 to 22 for the densities
 Not here    the network (mmdit.py), prompts and files (sample.py); a network is any callable, velocity(z, t) say
 Time        t in [0, 1], t = 0 is data and t = 1 is noise; several libraries run the other way
 Shapes      B batch   C latent channels   H W latent height, width; a schedule is a tensor of N + 1 falling times, 1 to 0
-Run         python flow.py     Fig. 11, the log-SNR of every path, a flow from noise to data, solver errors: out/flow.png
+Run         python flow.py     Fig. 11, the log-SNR of every path, flows from noise to data, solver errors: out/flow.png
 
 The paper's letters: x_0 is `latent`, epsilon is `noise`, lambda_t is `log_snr`, m and s of Eq. 19 are `logit_mean` and
 `logit_std`, s of Eq. 20 is `mode_scale`, P_m and P_s of Eq. 14 are `log_mean` and `log_std`, alpha of Eq. 23 is
@@ -33,20 +33,19 @@ def exact(t):
     return t.cpu().double() if t.device.type == "mps" else t.double()
 
 
+def require_positive(name: str, value: float):
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; it must be greater than 0")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Paths (Sec. 2 and 3): z_t = a_t x_0 + b_t eps
 # ------------------------------------------------------------------------------------------------------------
 
 class Process:
     """A forward process (Eq. 2): scales(t) are a_t, b_t, slopes(t) their derivatives a'_t, b'_t, log_snr(t) falls with t and
-    time_at(log_snr) is its inverse. All map (B,) to (B,) or to pairs of it.
-
-    Each path lies on one of three curves in the (a, b) plane, which differ by a factor of z only: the line a + b = 1, the
-    circle a^2 + b^2 = 1, or a = 1. Along its curve a path has a natural clock (t itself, the angle, b) whose derivative of
-    z is finite at both ends; it is the network output that `clock_output` names. Solvers run on that clock.
-    """
-    first, last = 0.0, 1.0              # where the path is finite: times are clamped to this
-    clock_output = "velocity"           # dz / d clock
+    time_at(log_snr) is its inverse. All map (B,) to (B,) or to pairs of it. The path is finite for first <= t <= last."""
+    first, last = 0.0, 1.0
     pure_noise = True                   # a = 0 at t = 1
 
     def log_snr(self, t):
@@ -59,16 +58,14 @@ class Process:
         (a, b), (a_slope, b_slope) = self.scales(t), self.slopes(t)
         return 2 * (a_slope / a - b_slope / b)
 
+    def on_line(self, t):
+        """b / (a + b): the time at which the straight path has the log-SNR of this one at t. There z_t / (a + b) lies on it,
+        so the paths differ in the pace of time and in a factor of z only."""
+        a, b = self.scales(t)
+        return b / (a + b)
+
     def clamp(self, t):
         return t.clamp(self.first, self.last)
-
-    def clock(self, t):
-        """The natural clock: t on the straight path."""
-        return t
-
-    def time_on(self, clock):
-        """The inverse of `clock`."""
-        return clock
 
 
 @dataclass(frozen=True)
@@ -85,21 +82,9 @@ class Straight(Process):
         return torch.sigmoid(-log_snr / 2)
 
 
-class VariancePreserving(Process):
-    """a^2 + b^2 = 1; the clock is the angle phi with a = cos phi, b = sin phi, and dz / d phi is v = a eps - b x_0."""
-    clock_output = "v"
-
-    def clock(self, t):
-        a, b = self.scales(t)
-        return torch.atan2(b, a)
-
-    def time_on(self, clock):
-        return self.time_at(-2 * torch.log(torch.tan(clock)))
-
-
 @dataclass(frozen=True)
-class Cosine(VariancePreserving):
-    """Eq. 17: z_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps."""
+class Cosine(Process):
+    """Eq. 17: z_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps. Variance-preserving: a^2 + b^2 = 1."""
 
     def scales(self, t):
         return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)       # cos as a sine: exactly 0 at t = 1
@@ -113,8 +98,9 @@ class Cosine(VariancePreserving):
 
 
 @dataclass(frozen=True)
-class Linear(VariancePreserving):
-    """(LDM-)Linear of Sec. 3: a_t = (prod over s <= t of (1 - beta_s))^(1/2), with sqrt(beta) rising evenly in 1000 steps.
+class Linear(Process):
+    """(LDM-)Linear of Sec. 3: a_t = (prod over s <= t of (1 - beta_s))^(1/2), with sqrt(beta) rising evenly in 1000 steps, and
+    a^2 + b^2 = 1.
 
     Step i of the discrete schedule (i = 0 ... 999) lies at t = (i + 1) / 1000 and t = 0 is the data; between them log a_t is
     linear in t, so beta is constant over a step. Ends at a = .068, not at 0. Times below the first step count as it.
@@ -156,22 +142,14 @@ class Linear(VariancePreserving):
 
 
 class UnitData(Process):
-    """a = 1; the clock is b, and dz / db is eps. Infinite at t = 1: times are clamped a little inside."""
-    first, last, clock_output, pure_noise = 1e-5, 1 - 1e-5, "eps", False
-
-    def clock(self, t):
-        return self.scales(t)[1]
-
-    def time_on(self, clock):
-        return self.time_at(-2 * torch.log(clock))
+    """a = 1, and b without bound: infinite at t = 1, so times are clamped a little inside."""
+    first, last, pure_noise = 1e-5, 1 - 1e-5, False
 
 
 @dataclass(frozen=True)
 class EDM(UnitData):
     """Eq. 14: z_t = x_0 + b_t eps with b_t = exp(F^-1(t)), F the normal distribution function of mean P_m, deviation P_s.
-
-    So log_snr of uniform t is normal, with mean -2 P_m and deviation 2 P_s (Eq. 15): b_t is infinite at t = 1.
-    """
+    So log_snr of uniform t is normal, with mean -2 P_m and deviation 2 P_s (Eq. 15)."""
     log_mean: float = -1.2
     log_std: float = 1.2
 
@@ -223,6 +201,29 @@ def conditional_velocity_snr(z, noise, t, process):
     return diffuse(z, noise, a_slope / a, -b * slope / 2)
 
 
+def interpolate(latent, noise, t):
+    """Eq. 13, the straight path: z_t = (1 - t) x_0 + t eps. latent, noise (B, C, H, W), t (B,) -> (B, C, H, W)."""
+    t = per_sample(t, latent.dim())
+    return (1 - t) * latent + t * noise
+
+
+def velocity_target(latent, noise):
+    """dz_t / dt of Eq. 13: eps - x_0, which points from data to noise and does not depend on t."""
+    return noise - latent
+
+
+def rectified_flow_loss(model, latent, context, pooled, t, noise):
+    """Conditional flow matching on the straight path: Eq. 8 with the path of Eq. 13. `Formulation.loss` is this for any path.
+
+    model(z_t, t, context, pooled) -> velocity. latent, noise (B, C, H, W); t (B,) in [0, 1].
+    Returns (B,) in fp32, so the caller can average it or bin it by t.
+    """
+    z_t = interpolate(latent, noise, t)                                           # (B, C, H, W)  Eq. 13
+    velocity_pred = model(z_t, t, context, pooled)                                # (B, C, H, W)
+    error = velocity_pred.float() - velocity_target(latent, noise)                # (B, C, H, W)
+    return error.square().flatten(1).mean(dim=1)                                  # (B,)          Eq. 8
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What a network can predict, and how one follows from the other (Eq. 10 to 12, and EDM's F)
 # ------------------------------------------------------------------------------------------------------------
@@ -231,6 +232,7 @@ def output_scales(output: str, process, t):
     """p, q (B,) of a prediction's target p x_0 + q eps, at times t (B,) where the path is finite:
 
         velocity  a' x_0 + b' eps     dz / dt (Eq. 5)
+        straight  eps - x_0           rectified flow's velocity, whatever the path
         v         a eps - b x_0       velocity per angle of a variance-preserving path (v-prediction)
         eps, x0   the noise, the latent
         F         (x_0 - c_skip z/a) / c_out, with sigma = b/a, c_skip = s^2 / (sigma^2 + s^2),
@@ -238,14 +240,14 @@ def output_scales(output: str, process, t):
     """
     a, b = process.scales(t)
     one, zero = torch.ones_like(t), torch.zeros_like(t)
+    if output == "velocity":
+        return process.slopes(t)
     if output == "F":
         size = input_size(process, t)
         return b / (SIGMA_DATA * size), -SIGMA_DATA * a / size                    # the above, simplified
-    if output == "velocity":
-        return process.slopes(t)
-    choices = {"v": (-b, a), "eps": (zero, one), "x0": (one, zero)}
+    choices = {"straight": (-one, one), "v": (-b, a), "eps": (zero, one), "x0": (one, zero)}
     if output not in choices:
-        raise ValueError(f"no output called {output!r}; choose velocity, v, eps, x0 or F")
+        raise ValueError(f"no output called {output!r}; choose velocity, {', '.join(choices)} or F")
     return choices[output]
 
 
@@ -271,42 +273,14 @@ def convert(prediction, z, t, process, source: str, target: str):
         return prediction
     t = process.clamp(exact(t))
     (a, b), (p, q), (p_new, q_new) = process.scales(t), output_scales(source, process, t), output_scales(target, process, t)
-    det = a * q - b * p
+    det = determinant(source, process, t)
     det = torch.where(det.abs() < 1e-6, torch.full_like(det, 1e-6).copysign(det), det)
     return diffuse(z, prediction, (p_new * q - q_new * p) / det, (a * q_new - b * p_new) / det)
-
-
-def interpolate(latent, noise, t):
-    """Eq. 13, the straight path: z_t = (1 - t) x_0 + t eps. latent, noise (B, C, H, W), t (B,) -> (B, C, H, W)."""
-    t = per_sample(t, latent.dim())
-    return (1 - t) * latent + t * noise
-
-
-def velocity_target(latent, noise):
-    """dz_t / dt of Eq. 13: eps - x_0, which points from data to noise and does not depend on t."""
-    return noise - latent
-
-
-def rectified_flow_loss(model, latent, context, pooled, t, noise):
-    """Conditional flow matching on the straight path: Eq. 8 with the path of Eq. 13. `Formulation.loss` is this for any path.
-
-    model(z_t, t, context, pooled) -> velocity. latent, noise (B, C, H, W); t (B,) in [0, 1].
-    Returns (B,) in fp32, so the caller can average it or bin it by t.
-    """
-    z_t = interpolate(latent, noise, t)                                           # (B, C, H, W)  Eq. 13
-    velocity_pred = model(z_t, t, context, pooled)                                # (B, C, H, W)
-    error = velocity_pred.float() - velocity_target(latent, noise)                # (B, C, H, W)
-    return error.square().flatten(1).mean(dim=1)                                  # (B,)          Eq. 8
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Densities of t (Sec. 3.1) and the resolution shift (Sec. 5.3.2)
 # ------------------------------------------------------------------------------------------------------------
-
-def require_positive(name: str, value: float):
-    if not value > 0:
-        raise ValueError(f"{name} is {value}; it must be greater than 0")
-
 
 def uniform_draws(count: int, rng: torch.Generator, stratified: bool = False):
     """u (count,) in [0, 1), float64. stratified: one in each of `count` equal parts, in random order, so that the times of
@@ -337,23 +311,9 @@ class Uniform(Density):
         return u
 
 
-def logit_normal_pdf(t, logit_mean: float = 0.0, logit_std: float = 1.0):
-    """Eq. 19: pi_ln(t; m, s) = 1 / (s sqrt(2 pi)) * 1 / (t (1 - t)) * exp(-(logit(t) - m)^2 / (2 s^2)), t in (0, 1)."""
-    z = (torch.logit(t) - logit_mean) / logit_std
-    return torch.exp(-0.5 * z.square()) / (logit_std * math.sqrt(2 * math.pi) * t * (1 - t))
-
-
-def logit_normal_quantile(u, logit_mean: float = 0.0, logit_std: float = 1.0):
-    """Inverse distribution function of Eq. 19: with u ~ U(0, 1), t = sigmoid(m + s * Phi^-1(u)) has that density.
-
-    m > 0 means more noise (mean t of (1, 0.6) is 0.716). u (B,) in (0, 1) -> t (B,).
-    """
-    return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
-
-
 @dataclass(frozen=True)
 class LogitNormal(Density):
-    """rf/lognorm(m, s) of Sec. 5.1; (0, 1) ranked first in Table 1."""
+    """Eq. 19, rf/lognorm(m, s) of Sec. 5.1: the logit of t is normal. m > 0 means more noise: (1, 0.6) has the mean t .716."""
     logit_mean: float = 0.0
     logit_std: float = 1.0
 
@@ -361,13 +321,15 @@ class LogitNormal(Density):
         require_positive("s of the logit-normal density", self.logit_std)
 
     def pdf(self, t):
-        return logit_normal_pdf(t, self.logit_mean, self.logit_std)
+        """pi_ln(t; m, s) = 1 / (s sqrt(2 pi)) * 1 / (t (1 - t)) * exp(-(logit(t) - m)^2 / (2 s^2)), t in (0, 1)."""
+        z = (torch.logit(t) - self.logit_mean) / self.logit_std
+        return torch.exp(-0.5 * z.square()) / (self.logit_std * math.sqrt(2 * math.pi) * t * (1 - t))
 
     def cdf(self, t):
         return torch.special.ndtr((torch.logit(t) - self.logit_mean) / self.logit_std)
 
     def quantile(self, u):
-        return logit_normal_quantile(u, self.logit_mean, self.logit_std)
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
 
 
 def mode_map(u, mode_scale: float):
@@ -506,27 +468,33 @@ class Formulation:
         return -2 * self.density.pdf(t) * square / self.process.log_snr_slope(t)
 
     def field(self, predict):
-        """dz / d clock of a network: a velocity(z, clock (B,)) for the solvers. predict(z_t, t (B,)) -> output."""
-        def velocity(z, clock):
-            t = self.clamp(self.process.time_on(exact(clock))).to(z)
-            return convert(predict(self.network_input(z, t), t), z, t, self.process, self.output, self.process.clock_output)
+        """The velocity eps - x_0 on the straight path that a network stands for, so that solvers need to know one path only:
+        velocity(z, s (B,)). predict(z_t, t (B,)) -> output is asked where its own path has the log-SNR of s. Euler's step
+        here holds x_0 and eps fixed: the same sample as EDM's Euler step in b, and as DDIM's on a variance-preserving path."""
+        def velocity(z, s):
+            t = self.clamp(self.process.time_at(Straight().log_snr(exact(s)))).to(z)
+            a, b = self.process.scales(exact(t))
+            z_t = per_sample(a + b, z.dim()).to(z) * z
+            return convert(predict(self.network_input(z_t, t), t), z_t, t, self.process, self.output, "straight")
         return velocity
 
     def schedule(self, num_steps: int):
-        """The times of Sec. 5.1's samplers: even in t, and for EDM the levels of noise of its authors. (num_steps + 1,)"""
+        """The times of Sec. 5.1's samplers, on the straight path: even in this path's t, and for EDM its authors' levels of
+        noise. (num_steps + 1,) fp32"""
         if isinstance(self.process, UnitData):
             return edm_schedule(num_steps, process=self.process)
-        return shifted_schedule(num_steps)
+        times = self.process.on_line(self.clamp(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)))
+        return torch.cat([times[:-1], times.new_zeros(1)]).float()
 
     def sample_steps(self, predict, noise, times, solver: str = "euler"):
-        """Eq. 1 from noise to data with any formulation and solver: yields as `euler_steps`. times (N + 1,) from ~1 to 0.
+        """Eq. 1 from noise to data, along the straight path, with any formulation and solver: yields as `euler_steps`.
 
-        Begins at the first time, clamped, from the marginal of unit-variance data there: sqrt(a^2 + b^2) noise.
+        times (N + 1,) falling to 0; what this path does not reach is cut off. Begins at the first that is left, from the
+        marginal of unit-variance data there: sqrt((1 - t)^2 + t^2) noise.
         """
-        times = torch.cat([self.clamp(exact(times[:-1])), exact(times[-1:])])
-        a, b = self.process.scales(times[0])
-        start = noise * math.sqrt(a**2 + b**2)
-        return solver_steps(solver, self.field(predict), start, self.process.clock(times), self.process)
+        start, end = self.process.on_line(self.clamp(torch.tensor([1.0, 0.0], dtype=torch.float64))).tolist()
+        times = torch.cat([torch.unique_consecutive(exact(times[:-1]).clamp(end, start)), exact(times[-1:])])
+        return solver_steps(solver, self.field(predict), torch.hypot(1 - times[0], times[0]).item() * noise, times)
 
     def sample(self, predict, noise, times, solver: str = "euler"):
         """The end of `sample_steps`: (B, C, H, W)."""
@@ -538,21 +506,21 @@ def RectifiedFlow(density: Density = LogitNormal()) -> Formulation:
     return Formulation(Straight(), "velocity", density)
 
 
-BUILDERS = {                            # name -> (numbers in its brackets, what they make)
-    "rf": (0, lambda: (Straight(), "velocity", Uniform())),
-    "rf/mode": (1, lambda s: (Straight(), "velocity", Mode(s))),
-    "rf/lognorm": (2, lambda m, s: (Straight(), "velocity", LogitNormal(m, s))),
-    "rf/cosmap": (0, lambda: (Straight(), "velocity", CosMap())),
-    "eps/linear": (0, lambda: (Linear(), "eps", Uniform())),
-    "v/linear": (0, lambda: (Linear(), "v", Uniform())),
-    "eps/cos": (0, lambda: (Cosine(), "eps", Uniform())),
-    "v/cos": (0, lambda: (Cosine(), "v", Uniform())),
-    "edm": (2, lambda mean, std: (EDM(mean, std), "F", Uniform())),
+BUILDERS = {                            # name -> what the numbers in its brackets make
+    "rf": lambda: (Straight(), "velocity", Uniform()),
+    "rf/mode": lambda s: (Straight(), "velocity", Mode(s)),
+    "rf/lognorm": lambda m, s: (Straight(), "velocity", LogitNormal(m, s)),
+    "rf/cosmap": lambda: (Straight(), "velocity", CosMap()),
+    "eps/linear": lambda: (Linear(), "eps", Uniform()),
+    "v/linear": lambda: (Linear(), "v", Uniform()),
+    "eps/cos": lambda: (Cosine(), "eps", Uniform()),
+    "v/cos": lambda: (Cosine(), "v", Uniform()),
+    "edm": lambda mean, std: (EDM(mean, std), "F", Uniform()),
     # "EDM with a schedule such that it matches the log-SNR weighting of rf" and "of v/cos": read as the log-SNR at every t,
     # so its density under uniform t; F and its plain loss stay. Not as w_t: as functions of log-SNR those of rf and v/cos
     # are equal (e^(-lambda/2)), so the two would be one formulation, but Table 1 ranks them apart.
-    "edm/rf": (0, lambda: (MatchedEDM(Straight()), "F", Uniform())),
-    "edm/cos": (0, lambda: (MatchedEDM(Cosine()), "F", Uniform())),
+    "edm/rf": lambda: (MatchedEDM(Straight()), "F", Uniform()),
+    "edm/cos": lambda: (MatchedEDM(Cosine()), "F", Uniform()),
 }
 
 
@@ -561,7 +529,8 @@ def formulation(name: str) -> Formulation:
     match = re.fullmatch(r"([a-z/]+)(?:\(([^()]*)\))?", name.strip())
     if not match or match[1] not in BUILDERS:
         raise ValueError(f"no formulation called {name!r}; choose one of {', '.join(BUILDERS)}, some with numbers in brackets")
-    count, build = BUILDERS[match[1]]
+    build = BUILDERS[match[1]]
+    count = build.__code__.co_argcount
     try:
         numbers = [float(text) for text in match[2].split(",")] if match[2] else []
     except ValueError:
@@ -600,14 +569,14 @@ def released_schedule(num_steps: int, timestep_shift: float = 3.0):
 
 
 def edm_schedule(num_steps: int, timestep_shift: float = 1.0, process: Process = Straight()):
-    """EDM's levels of noise b/a, even in their seventh root from 80 to .002 as far as the path goes, then 0, as times of a
-    path: (num_steps + 1,) fp32. A path that begins at pure noise (t = 1) has that in place of 80."""
-    ends = torch.exp(-process.log_snr(torch.tensor([process.last, process.first], dtype=torch.float64)) / 2)
-    top, bottom = min(80.0, ends[0].item()), max(0.002, ends[1].item())
+    """EDM's levels of noise t / (1 - t), even in their seventh root from 80 to .002 as far as a path goes, then 0:
+    (num_steps + 1,) fp32 times of the straight path. A path that begins at pure noise (t = 1) has that in place of 80."""
+    end, start = process.on_line(torch.tensor([process.first, process.last], dtype=torch.float64)).tolist()
+    top, bottom = min(80.0, start / (1 - start) if start < 1 else math.inf), max(0.002, end / (1 - end))
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     levels = (top ** (1 / 7) + ramp * (bottom ** (1 / 7) - top ** (1 / 7))) ** 7
-    times = process.time_at(shift_log_snr(-2 * torch.log(levels), timestep_shift))
-    if process.last == 1:
+    times = shift_time(levels / (1 + levels), timestep_shift)
+    if start == 1:
         times[0] = 1
     return torch.cat([times, times.new_zeros(1)]).float()
 
@@ -648,39 +617,41 @@ def guide_skip_layers(guided, cond, skipped, skip_scale: float):
 
 
 def stepwise(step):
-    """A solver of Eq. 1 from noise to data, from its step(velocity, z, t, t_next) -> (z_next, velocity at t).
+    """A solver of Eq. 1 from noise to data, from its step(velocity, z, t, t_next, before) -> (z_next, velocity at t), where
+    before is the last step's (z, t, velocity), None at first.
 
     solver(velocity, noise, times) yields (z at times[i + 1], velocity at times[i]) after each step i. velocity(z, t (B,)) ->
     (B, C, H, W); noise (B, C, H, W) is z at times[0]; times (N + 1,) falling. z is fp32, or fp64 if the noise is.
     """
     @wraps(step)
     def steps(velocity, noise, times):
-        z = noise if noise.dtype == torch.float64 else noise.float()
+        z, before = noise if noise.dtype == torch.float64 else noise.float(), None
         at = lambda z, t: velocity(z, torch.full((len(z),), t, dtype=z.dtype, device=z.device)).to(z)
         for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
-            z, v = step(at, z, t, t_next)
-            yield z, v
+            z_next, v = step(at, z, t, t_next, before)
+            yield z_next, v
+            z, before = z_next, (z, t, v)
     return steps
 
 
 @stepwise
-def euler_steps(velocity, z, t, t_next):
+def euler_steps(velocity, z, t, t_next, _):
     """Euler's method, first order, as in the paper; t_next - t is negative."""
     v = velocity(z, t)
     return z + (t_next - t) * v, v
 
 
 @stepwise
-def heun_steps(velocity, z, t, t_next):
-    """Heun's method, second order: the mean of the velocities at both ends. The step to 0, where some paths are singular,
-    is Euler's; one such step leaves the order as it is."""
+def heun_steps(velocity, z, t, t_next, _):
+    """Heun's method, second order: the mean of the velocities at both ends. The step to 0, where a predicted latent
+    says nothing about the noise, is Euler's; one such step leaves the order as it is."""
     v = velocity(z, t)
     z_euler = z + (t_next - t) * v
     return (z + (t_next - t) * (v + velocity(z_euler, t_next)) / 2 if t_next > 0 else z_euler), v
 
 
 @stepwise
-def rk4_steps(velocity, z, t, t_next):
+def rk4_steps(velocity, z, t, t_next, _):
     """The classical Runge-Kutta method, fourth order: the reference, at four evaluations a step."""
     h, middle = t_next - t, (t + t_next) / 2
     k1 = velocity(z, t)
@@ -690,37 +661,26 @@ def rk4_steps(velocity, z, t, t_next):
     return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), k1
 
 
-def dpm_solver_steps(velocity, noise, times, process: Process = Straight()):
-    """DPM-Solver++(2M), second order at one evaluation a step; yields as `euler_steps`. times are on the process's clock.
-
-    z_next = b_next/b z + (a_next - a b_next/b) D: exact if D, the predicted latent, stays constant. It is extrapolated half a
-    step in log clock from its last two values; the first step and the step to 0 take it as it is.
-    """
-    z = noise if noise.dtype == torch.float64 else noise.float()
-    previous = previous_width = None
-    for clock, clock_next in zip(times[:-1].tolist(), times[1:].tolist()):
-        now, then = (torch.full((len(z),), x, dtype=z.dtype, device=z.device) for x in (clock, clock_next))
-        v = velocity(z, now).to(z)
-        t, t_next = process.time_on(exact(now)), process.time_on(exact(then))
-        latent = denoised = convert(v, z, t, process, process.clock_output, "x0")
-        width = math.log(clock / clock_next) if clock_next > 0 else math.inf
-        if previous is not None and clock_next > 0:
-            denoised = latent + width / (2 * previous_width) * (latent - previous)
-        (a, b), (a_next, b_next) = process.scales(t), process.scales(t_next)
-        z = diffuse(z, denoised, b_next / b, a_next - a * b_next / b)
-        previous, previous_width = latent, width
-        yield z, v
+@stepwise
+def dpm_solver_steps(velocity, z, t, t_next, before):
+    """DPM-Solver++(2M), second order at one evaluation a step: z_next = t_next/t z + (1 - t_next/t) D is exact if D, the
+    predicted latent, stays constant. D is extrapolated half a step in log t; not in the first step, nor in the step to 0."""
+    v = velocity(z, t)
+    latent = denoised = z - t * v
+    if before and t_next > 0:
+        z_before, t_before, v_before = before
+        denoised = latent + math.log(t / t_next) / math.log(t_before / t) / 2 * (latent - (z_before - t_before * v_before))
+    return t_next / t * z + (1 - t_next / t) * denoised, v
 
 
 SOLVERS = {"euler": euler_steps, "heun": heun_steps, "rk4": rk4_steps, "dpm++2m": dpm_solver_steps}
 
 
-def solver_steps(solver: str, velocity, noise, times, process: Process = Straight()):
-    """The generator of a solver by its name; times and velocity are those of the process's clock."""
+def solver_steps(solver: str, velocity, noise, times):
+    """The generator of a solver by its name."""
     if solver not in SOLVERS:
         raise ValueError(f"no solver called {solver!r}; choose {', '.join(SOLVERS)}")
-    arguments = (velocity, noise, times)
-    return SOLVERS[solver](*arguments, process) if solver == "dpm++2m" else SOLVERS[solver](*arguments)
+    return SOLVERS[solver](velocity, noise, times)
 
 
 def last_of(steps):
@@ -801,70 +761,45 @@ RING = Mixture(torch.tensor([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]], dtype=torch
 SHOWN_DENSITIES = [*(Mode(s) for s in (-1.0, 0.0, 1.29, 1.75)), CosMap(),
                    *(LogitNormal(m, s) for m, s in ((0, 1), (0.5, 0.6), (1, 0.6), (-0.5, 1)))]                 # Fig. 11
 SHOWN_PROCESSES = {"rf": Straight(), "cos": Cosine(), "linear": Linear(), "edm(-1.20, 1.20)": EDM()}
-SHOWN_STEPS = (4, 8, 16, 32, 64)
 
 
-def solver_errors(form: Formulation, mixture: Mixture, noise):
-    """Median distance from the end of 512 RK4 steps, for every solver and number of steps: {solver: [errors]}."""
-    predict = mixture.predict(form)
-    ends = lambda solver, n: form.sample(predict, noise, shifted_schedule(n), solver)
+def demonstrate(noise, counts=(4, 8, 16, 32, 64)) -> dict:
+    """What there is to see: {title: {label: (x, y)}}. noise (B, 2) is where the flows to `RING` begin; a solver's error is
+    the median distance from the end of 512 RK4 steps."""
+    t, rf = torch.linspace(0.02, 0.98, 193, dtype=torch.float64), formulation("rf")
+    plots = {"density of t (Fig. 11)": {str(density): (t, density.pdf(t).clamp(max=4)) for density in SHOWN_DENSITIES},
+             "log-SNR by t": {name: (t, process.log_snr(t)) for name, process in SHOWN_PROCESSES.items()}}
+    for form in (rf, formulation("edm(-1.20, 1.20)")):
+        ways = torch.stack([z for z, _ in form.sample_steps(RING.predict(form), noise, form.schedule(40))])       # (40, B, 2)
+        plots[f"from noise to data, {form.name}"] = {"": ways.unbind(2)}
+    ends = lambda solver, steps: rf.sample(RING.predict(rf), noise, rf.schedule(steps), solver)
     truth = ends("rk4", 512)
-    return {solver: [(ends(solver, n) - truth).norm(dim=1).median().item() for n in SHOWN_STEPS] for solver in SOLVERS}
-
-
-def print_demo(errors):
-    """The densities of Fig. 11, the log-SNR of every path and the solvers' errors as text."""
-    times = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
-    row = lambda name, values, form="6.2f": print(f"{name:42}" + " ".join(f"{v:{form}}" for v in values))
-    row("density at t =", times.tolist())
-    for density in SHOWN_DENSITIES:
-        row(str(density), density.pdf(times).tolist())
-    row("\nlog-SNR at t =", times.tolist())
-    for name, process in SHOWN_PROCESSES.items():
-        row(name, process.log_snr(times).tolist())
-    row("\nmedian error on a mixture, steps =", SHOWN_STEPS, "9d")
-    for solver, values in errors.items():
-        row(solver, values, "9.6f")
-
-
-def draw_demo(errors, noise, file: Path):
-    """Fig. 11, log-SNRs, two flows from noise to data and the solvers' errors in one PNG."""
-    from matplotlib.figure import Figure
-
-    times, figure = torch.linspace(0.002, 0.998, 400, dtype=torch.float64), Figure((15, 9), layout="constrained")
-    modes, lognorms, snrs, rf, edm, solvers = figure.subplots(2, 3).flat
-    for density in SHOWN_DENSITIES:
-        axis = lognorms if isinstance(density, LogitNormal) else modes
-        axis.plot(times, density.pdf(times), label=str(density))
-    for name, process in SHOWN_PROCESSES.items():
-        snrs.plot(times, process.log_snr(times), label=name)
-    for axis, name in ((rf, "rf"), (edm, "edm(-1.20, 1.20)")):
-        form = formulation(name)
-        ways = torch.stack([z for z, _ in form.sample_steps(RING.predict(form), noise, form.schedule(40))])      # (40, B, 2)
-        axis.plot(ways[:, :100, 0], ways[:, :100, 1], color="lightgray", linewidth=0.5)
-        axis.plot(*ways[-1].T, ".", markersize=2)
-        axis.set(title=f"{name}: noise to data, Euler", xlim=(-4, 4), ylim=(-4, 4))
-    for solver, values in errors.items():
-        solvers.loglog(SHOWN_STEPS, values, "o-", label=solver)
-    modes.set(title="Eq. 20 and 22 (Fig. 11, left)", xlabel="t", ylim=(0, 5))
-    lognorms.set(title="Eq. 19 (Fig. 11, right)", xlabel="t")
-    snrs.set(title="log-SNR of the paths", xlabel="t")
-    solvers.set(title="median error of the solvers, rf", xlabel="steps")
-    for axis in (modes, lognorms, snrs, solvers):
-        axis.legend(fontsize=7)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
-    print(file)
+    errors = lambda solver: torch.stack([(ends(solver, n) - truth).norm(dim=1).median() for n in counts])
+    return plots | {"log10 of the error, by steps": {name: (torch.tensor(counts), errors(name).log10()) for name in SOLVERS}}
 
 
 def main(file: str = "out/flow.png"):
-    """One PNG with matplotlib, else the same numbers as text."""
-    noise = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    errors = solver_errors(RectifiedFlow(), RING, noise)
+    """One PNG with matplotlib, else the same numbers as text: at six places of each curve, of one flow for each path."""
+    plots = demonstrate(torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     try:
-        draw_demo(errors, noise, Path(file))
+        from matplotlib.figure import Figure
     except ImportError:
-        print_demo(errors)
+        for title, curves in plots.items():
+            print(title)
+            for label, (x, y) in curves.items():
+                at = torch.linspace(0, len(x) - 1, 6).long()
+                x, y = (values[at, 0] if values.dim() == 2 else values[at] for values in (x, y))
+                print(f"  {label:42}", *(f"{a:8.3g}: {b:7.3f}" for a, b in zip(x.tolist(), y.tolist())))
+        return
+    figure = Figure((25, 5), layout="constrained")
+    for axis, (title, curves) in zip(figure.subplots(1, len(plots)), plots.items()):
+        for label, (x, y) in curves.items():
+            axis.plot(x, y, **({"label": label} if label else {"linewidth": 0.2}))
+        axis.set_title(title)
+        axis.legend(fontsize=7) if label else axis.set(xlim=(-4, 4), ylim=(-4, 4))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=80)
+    print(file)
 
 
 if __name__ == "__main__":

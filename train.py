@@ -54,7 +54,7 @@ from checkpoints import (
 from data import HELD_OUT_SEED, ImageFiles, Scenes, captioned_grid
 from encode import Batch, Batches, EncodedFolder, EncodedImages, is_encoded, read_index
 from evaluate import draw_losses, format_scores, geneval
-from flow import LogitNormal, RectifiedFlow, Shifted
+from flow import Formulation, RectifiedFlow, Shifted, Straight, formulation
 from mmdit import MMDiT, MMDiTConfig, count_parameters, sincos_2d, stretched_positions, training_flops
 from sample import Pipeline, generate, pick_device, pick_precision
 
@@ -92,6 +92,7 @@ class TrainConfig:
     ema: float = 0.03                  # memory of the averaged weights, as a share of the run
     encoder_dropout: float = 0.464     # each text encoder's chance to be zeroed (App. B.3)
     full_captions: float = 0.5         # share of full ("synthetic") captions where there are two kinds (Sec. 5.2.2)
+    formulation: str = ""              # a straight one of Table 1, rf/mode(1.29) say; empty: rf/lognorm(m, s) with the next two
     logit_mean: float = 0.0            # m and s of Eq. 19
     logit_std: float = 1.0
     timestep_shift: float = 1.0        # alpha of Eq. 23, in training and in the sampling defaults
@@ -504,6 +505,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"--resolution {resolution}: {config.data} was encoded at {encoded_at} px")
     if resolution % 16:
         raise ValueError(f"--resolution {resolution} is not a multiple of 16 px (VAE factor 8 x patch 2)")
+    training_formulation(config)                                                  # refuses what it cannot be
     if config.depth < 1 or config.weight_sets not in (2, 3):
         raise ValueError(f"--depth {config.depth} --weight-sets {config.weight_sets}: depth is at least 1, "
                          f"weight sets are 2 or 3")
@@ -521,6 +523,17 @@ def complete(config: TrainConfig) -> TrainConfig:
     optimizer = config.optimizer or ("muon" if small and not sharded else "adamw")
     lr = config.lr or ((6e-4 if optimizer == "muon" else 1e-3) if small else 1e-4)
     return dataclasses.replace(config, resolution=resolution, out=out, optimizer=optimizer, lr=lr)
+
+
+def training_formulation(config: TrainConfig) -> Formulation:
+    """What the loss is and how t is drawn: the straight path, and the density that --formulation names, after Eq. 23."""
+    if config.formulation and (config.logit_mean, config.logit_std) != (TrainConfig.logit_mean, TrainConfig.logit_std):
+        raise ValueError(f"--formulation {config.formulation} says how t is drawn; leave out --logit-mean and --logit-std")
+    form = formulation(config.formulation or f"rf/lognorm({config.logit_mean}, {config.logit_std})")
+    if form.process != Straight():
+        raise ValueError(f"--formulation {form.name} is not on the straight path, along which sample.py draws; choose rf, "
+                         f"rf/lognorm(m, s), rf/mode(s) or rf/cosmap, or train it in experiments/table1_flows.py")
+    return RectifiedFlow(Shifted(form.density, config.timestep_shift) if config.timestep_shift != 1 else form.density)
 
 
 def open_data(config: TrainConfig, encoders_file: Path):
@@ -556,7 +569,7 @@ class Setup:
     model: MMDiT
     average: MMDiT                # EMA of the weights: what is validated, sampled and kept
     optimizers: list[torch.optim.Optimizer]
-    formulation: RectifiedFlow
+    formulation: Formulation
     batches: Batches
     held_out: Batches
     pipeline: Pipeline            # samples from the average
@@ -610,8 +623,6 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
         for block in model.joint_blocks:
             block.compile()
     optimizers = make_optimizers(model, config)
-    density = LogitNormal(config.logit_mean, config.logit_std)
-    formulation = RectifiedFlow(Shifted(density, config.timestep_shift) if config.timestep_shift != 1 else density)
     encode = lambda part: part if isinstance(part, EncodedFolder) else EncodedImages(
         part, vae, text, config.resolution, world.device, autocast, world.rank > 0)
     batches, held_out_batches = (Batches(encode(part), vae, text.config, config, world) for part in (source, held_out))
@@ -621,7 +632,8 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
     shown = [int(index) for group in held_out_batches.images.groups for index in group][:8]
     prompts = [held_out_batches.images.captions(index)[0] for index in shown] if config.data else list(FIXED_PROMPTS)
-    return Setup(model, average, optimizers, formulation, batches, held_out_batches, pipeline, prompts, autocast, encoders_file)
+    return Setup(model, average, optimizers, training_formulation(config), batches, held_out_batches, pipeline, prompts,
+                 autocast, encoders_file)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ the paper or a caller could see; the others ask for a test.
 
 Run         python experiments/mutation_check.py                   every change; hours on one core
             python experiments/mutation_check.py --sample 60       60 of them, drawn by --seed
-            python experiments/mutation_check.py --lines 150-220   those in some lines
+            python experiments/mutation_check.py --lines 150-220 --tests "eq19 or eq20"     in some lines, by some tests
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-NOT_CHECKED = {"print_demo", "draw_demo", "main"}                                 # the demonstration's looks
+NOT_CHECKED = {"demonstrate", "main"}                                 # the demonstration's looks
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Add,
              ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.Lt, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 
@@ -75,8 +75,9 @@ def mutate(tree, mutant):
     return changed, f"{ast.unparse(old)}  ->  {ast.unparse(new)}"
 
 
-def noticed(tree, limit_seconds: int) -> bool:
-    """Whether the tests fail with this flow.py, in a process of its own, so that torch is loaded only once."""
+def noticed(tree, limit_seconds: int, tests: str) -> bool:
+    """Whether the tests (all, or those that `pytest -k tests` chooses) fail with this flow.py, in a process of its own, so that
+    torch is loaded only once."""
     child = os.fork()
     if child == 0:
         for stream in (1, 2):
@@ -87,7 +88,7 @@ def noticed(tree, limit_seconds: int) -> bool:
             module.__file__ = str(ROOT / "flow.py")
             sys.modules["flow"] = module
             exec(compile(tree, "flow.py", "exec"), module.__dict__)
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_flow.py")]
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-k", tests, str(ROOT / "tests" / "test_flow.py")]
             status = int(pytest.main(arguments) != 0)
         finally:
             os._exit(status)
@@ -107,6 +108,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sample", type=int, default=0, help="how many changes to try; 0: all")
     parser.add_argument("--lines", default="", help="FIRST-LAST: only changes in these lines of flow.py")
+    parser.add_argument("--tests", default="", help="only these tests, as for pytest -k; a survivor may fall to others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-seconds", type=int, default=180, help="for one run of the tests")
     options = parser.parse_args()
@@ -114,7 +116,7 @@ def main():
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     tree = ast.parse((ROOT / "flow.py").read_text())
-    if noticed(tree, options.limit_seconds):
+    if noticed(tree, options.limit_seconds, options.tests):
         sys.exit("mutation_check.py: tests/test_flow.py fails as it is; mend that first")
     found = mutants(tree)
     if options.lines:
@@ -126,7 +128,7 @@ def main():
     survivors = 0
     for mutant in found:
         changed, what = mutate(tree, mutant)
-        if not noticed(changed, options.limit_seconds):
+        if not noticed(changed, options.limit_seconds, options.tests):
             survivors += 1
             print(f"survived  flow.py:{mutant[-1].lineno}  {what}", flush=True)
     print(f"{len(found) - survivors} of {len(found)} changes noticed ({total} are possible)")

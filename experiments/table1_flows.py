@@ -15,8 +15,11 @@ Run         python experiments/table1_flows.py --quick                4 formulat
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
+import math
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -59,8 +62,10 @@ PAPER_METRICS = {                                                               
 def non_dominated_ranks(points) -> list[int]:
     """points: (CLIP score, FID) of each variant. Those that no other beats are rank 1; without them, the next are rank 2, ...
 
-    One beats another if it is at least as good in both (higher score, lower FID) and better in one.
+    One beats another if it is at least as good in both (higher score, lower FID) and better in one. Samples that were not
+    finite are beaten by all others.
     """
+    points = [tuple(p) if all(map(math.isfinite, p)) else (-math.inf, math.inf) for p in points]
     beats = lambda p, q: p[0] >= q[0] and p[1] <= q[1] and p != q
     ranks, rank = [0] * len(points), 0
     while 0 in ranks:
@@ -85,6 +90,15 @@ def rank_table(scores: dict) -> dict:
         return sum(chosen) / len(chosen)
     means = {name: (mean(entries), mean(entries, 5), mean(entries, 50)) for name, entries in collected.items()}
     return dict(sorted(means.items(), key=lambda item: item[1][0]))
+
+
+def agreement(ranks: dict) -> str:
+    """One sentence: where the paper's best is here, and how many pairs of variants come in the paper's order (half by chance)."""
+    shared = [(ours[0], PAPER_RANKS[name][0]) for name, ours in ranks.items() if name in PAPER_RANKS]
+    pairs = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in itertools.combinations(shared, 2) if a[0] != b[0]]
+    best = "rf/lognorm(0.00, 1.00)"
+    place = f"{best} is number {list(ranks).index(best) + 1} of {len(ranks)}" if best in ranks else f"{best} is not among them"
+    return f"{place}; {sum(pair > 0 for pair in pairs)} of {len(pairs)} pairs of variants come in the paper's order."
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,10 +255,14 @@ def write_tables(record: dict, file: Path):
     ranks = rank_table(scores)
     count, datasets = len(ranks), sorted({setting[0] for setting in scores})
     seeds = len({setting[4] for setting in scores})
+    runs = record["runs"].values()
+    training, sampling = (statistics.mean(run[f"{what}_seconds"] for run in runs) for what in ("training", "sampling"))
     lines += [f"# Table 1: {count} formulations, {len(scores)} control settings ({', '.join(datasets)}; {seeds} seed(s))", "",
               f"{record['settings']['steps']} steps of {record['settings']['batch_size']} pictures each, depth "
               f"{record['settings']['depth']}, {record['settings']['samples']} samples a setting. `{record['command']}`", "",
-              f"Our ranks are among {count}, the paper's among 61: compare the order.", "",
+              f"{len(runs) * (training + sampling) / 60:.0f} minutes on {record.get('device', '?')}: {training:.0f} s of "
+              f"training and {sampling:.0f} s of sampling for each variant, dataset and seed.", "",
+              f"Our ranks are among {count}, the paper's among 61: compare the order. {agreement(ranks)}", "",
               "| variant | all | 5 steps | 50 steps | paper: all | 5 steps | 50 steps |", "|---|---|---|---|---|---|---|"]
     dashes = ("", "", "")
     for name, ours in ranks.items():

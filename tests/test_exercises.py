@@ -63,7 +63,7 @@ RIGHT = {
     "01_path_and_target": {
         "interpolate": flow.interpolate, "velocity_target": flow.velocity_target,
         "recover_latent": lambda z_t, v, t: z_t - flow.per_sample(t) * v,
-        "logit_normal": lambda u, m, s: flow.logit_normal_quantile(torch.special.ndtr(u), m, s)},
+        "logit_normal": lambda u, m, s: flow.LogitNormal(m, s).quantile(torch.special.ndtr(u))},
     "02_patches_and_positions": {
         "patchify": patchify, "unpatchify": mmdit.unpatchify,
         "embed_positions": lambda p, size: mmdit.sincos_2d(torch.zeros(1, dtype=torch.float64), p, 2 * size)[:, :size],

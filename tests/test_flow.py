@@ -37,8 +37,6 @@ from flow import (
     guide_skip_layers,
     interpolate,
     last_of,
-    logit_normal_pdf,
-    logit_normal_quantile,
     make_schedule,
     mode_map,
     mode_map_inverse,
@@ -74,11 +72,6 @@ def integral(f, start=0.0, end=1.0, steps=20000):
     """Midpoint rule: never evaluates the ends, where a density may be 0/0."""
     edges = grid(start, end, steps + 1)
     return float((f((edges[1:] + edges[:-1]) / 2) * (edges[1:] - edges[:-1])).sum())
-
-
-def log_snr(t):
-    """log(a_t^2 / b_t^2) of Sec. 2 on the straight path: a_t = 1 - t, b_t = t."""
-    return 2 * torch.log((1 - t) / t)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,15 +140,6 @@ def test_loss_is_fp32_also_for_bf16_latents_and_model():
     assert loss.dtype == torch.float32
 
 
-def test_eq18_sampling_from_the_density_is_not_also_weighting_by_it():
-    latent, noise, t = normal(0, 4, 2, 4, 4), normal(1, 4, 2, 4, 4), double(0.1, 0.4, 0.6, 0.95)
-    model = lambda z_t, *_: 0.3 * z_t
-    plain = rectified_flow_loss(model, latent, None, None, t, noise)
-    for density in DENSITIES:
-        assert torch.equal(RectifiedFlow(density).loss(model, latent, None, None, t, noise), plain)
-    assert RectifiedFlow().density == LogitNormal(0, 1)                          # first in Table 1
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Densities of t
 # ------------------------------------------------------------------------------------------------------------
@@ -164,42 +148,22 @@ def test_eq19_in_the_middle_is_its_closed_form():
     """At t = 1/2, m = 0 the exponential is 1: 1 / (s sqrt(2 pi) / 4)."""
     half = double(0.5)
     for std in (0.6, 1.0, 2.2):
-        assert logit_normal_pdf(half, 0, std).item() == pytest.approx(4 / (std * math.sqrt(2 * math.pi)), rel=1e-12)
+        assert LogitNormal(0, std).pdf(half).item() == pytest.approx(4 / (std * math.sqrt(2 * math.pi)), rel=1e-12)
     t = double(0.8)                                             # logit(.8) = log 4
     by_hand = math.exp(-((math.log(4) - 1) ** 2) / (2 * 0.6**2)) / (0.6 * math.sqrt(2 * math.pi) * 0.8 * 0.2)
-    assert logit_normal_pdf(t, 1, 0.6).item() == pytest.approx(by_hand, rel=1e-12)
-
-
-@pytest.mark.parametrize("density", DENSITIES, ids=str)
-def test_density_integrates_to_one(density):
-    assert integral(density.pdf) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("density", DENSITIES, ids=str)
-def test_quantile_inverts_the_distribution_function(density):
-    for u in (0.01, 0.2, 0.5, 0.9, 0.999):
-        t = density.quantile(double(u)).item()
-        assert integral(density.pdf, 0, t) == pytest.approx(u, abs=1e-6)
-
-
-@pytest.mark.parametrize("density", DENSITIES, ids=str)
-def test_density_is_the_change_of_variables_of_its_quantile(density):
-    """t = Q(u) with u uniform has the density 1 / Q'(u)."""
-    u, h = grid(0.02, 0.98, 49), 1e-5
-    slope = (density.quantile(u + h) - density.quantile(u - h)) / (2 * h)
-    torch.testing.assert_close(density.pdf(density.quantile(u)), 1 / slope, rtol=1e-6, atol=0)
+    assert LogitNormal(1, 0.6).pdf(t).item() == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_a_larger_mean_gives_more_noise():
     """The mean t of lognorm(1, .6) is .716; a schedule read backwards gives .284."""
-    assert integral(lambda t: t * logit_normal_pdf(t, 1, 0.6)) == pytest.approx(0.716, abs=5e-4)
-    assert integral(lambda u: logit_normal_quantile(u, 1, 0.6)) == pytest.approx(0.716, abs=5e-4)
-    assert integral(lambda u: logit_normal_quantile(u, 0, 1)) == pytest.approx(0.5, abs=1e-6)
+    assert integral(lambda t: t * LogitNormal(1, 0.6).pdf(t)) == pytest.approx(0.716, abs=5e-4)
+    assert integral(LogitNormal(1, 0.6).quantile) == pytest.approx(0.716, abs=5e-4)
+    assert integral(LogitNormal().quantile) == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("mean, std, outside", [(0.0, 1.0, 0.0001), (0.5, 3.0, 0.201)])
 def test_share_of_t_outside_the_middle(mean, std, outside):
-    inside = integral(lambda t: logit_normal_pdf(t, mean, std), 0.02, 0.98)
+    inside = integral(LogitNormal(mean, std).pdf, 0.02, 0.98)
     assert 1 - inside == pytest.approx(outside, rel=0.05)
 
 
@@ -225,15 +189,16 @@ def test_eq23_keeps_the_uncertainty_about_a_constant_image():
 def test_eq24_and_25_shift_lowers_the_log_snr_by_twice_log_alpha(alpha):
     t_n = grid(0.05, 0.95, 19)
     t_m = shift_time(t_n, alpha)
-    torch.testing.assert_close(log_snr(t_m), 2 * torch.log((1 - t_n) / (alpha * t_n)), rtol=1e-9, atol=1e-9)     # Eq. 24
-    torch.testing.assert_close(log_snr(t_m), log_snr(t_n) - 2 * math.log(alpha), rtol=1e-9, atol=1e-9)           # Eq. 25
+    torch.testing.assert_close(Straight().log_snr(t_m), 2 * torch.log((1 - t_n) / (alpha * t_n)), rtol=1e-9, atol=1e-9)   # Eq. 24
+    torch.testing.assert_close(Straight().log_snr(t_m), shift_log_snr(Straight().log_snr(t_n), alpha), rtol=1e-9, atol=1e-9)
+    assert shift_log_snr(double(0.7), alpha).item() == pytest.approx(0.7 - 2 * math.log(alpha))                  # Eq. 25
 
 
 def test_log_snr_of_logit_normal_times_is_normal():
     """logit(t) ~ N(m, s^2), so log_snr = -2 logit(t) has the quantiles of N(-2m, 4 s^2)."""
     u = grid(0.05, 0.95, 19)
     expected = -2 * (0.5 + 0.6 * torch.special.ndtri(u))
-    torch.testing.assert_close(log_snr(logit_normal_quantile(u, 0.5, 0.6)), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(Straight().log_snr(LogitNormal(0.5, 0.6).quantile(u)), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_shifts_compose_and_invert():
@@ -339,17 +304,6 @@ def test_euler_computes_in_fp32_whatever_the_model_does():
     assert sample.flatten()[0].item() == pytest.approx((1 - 1 / 50) ** 50, rel=1e-2)
 
 
-def test_euler_converges_at_first_order_to_the_exact_flow():
-    """Data N(2, .5^2): noise n flows to 2 + .5 n. Twice the steps, half the error."""
-    noise = normal(0, 256, 1, 1, 1, dtype=torch.float32)
-    error = lambda n: (euler(lambda z, t: gaussian_velocity(z, t, 2, 0.5), noise, shifted_schedule(n))
-                       - (2 + 0.5 * noise)).abs().max().item()
-    errors = [error(n) for n in (20, 40, 80, 160)]
-    assert errors[-1] < 0.02
-    for coarse, fine in zip(errors, errors[1:]):
-        assert coarse / fine == pytest.approx(2, abs=0.15)
-
-
 def test_path_length_of_a_straight_path_is_the_distance():
     latent, noise = normal(0, 2, 3, 4, 6, 5, dtype=torch.float32)
     times = shifted_schedule(7, 3.0)
@@ -404,10 +358,9 @@ def slope(f, t, h=1e-6):
 @each_process
 def test_eq1_velocity_carries_noise_to_the_mixture(process):
     """The ODE with the exact field ends at data: with the flow run finely, the samples have the mixture's weights."""
-    form = Formulation(process, process.clock_output, Uniform())
-    noise = normal(3, 2000, 2)
-    times = flow.edm_schedule(60, process=process)
-    sample = form.sample(RING.predict(form), noise, times, "heun")
+    form = Formulation(process, "v", Uniform())
+    noise, times = normal(3, 1500, 2), flow.edm_schedule(100, process=process)
+    sample = form.sample(RING.predict(form), noise, times)
     nearest = (sample[:, None] - RING.means).norm(dim=2).argmin(1)
     share = torch.bincount(nearest, minlength=3) / len(sample)
     assert (share - RING.weights).abs().max() < 0.04
@@ -416,8 +369,7 @@ def test_eq1_velocity_carries_noise_to_the_mixture(process):
 
 def test_defaults_are_those_of_karras_et_al_and_times_are_for_images():
     assert EDM() == EDM(-1.2, 1.2) and flow.SIGMA_DATA == 0.5
-    assert torch.equal(logit_normal_pdf(TIMES), logit_normal_pdf(TIMES, 0.0, 1.0)) and LogitNormal() == LogitNormal(0.0, 1.0)
-    assert torch.equal(logit_normal_quantile(TIMES), logit_normal_quantile(TIMES, 0.0, 1.0))
+    assert LogitNormal() == LogitNormal(0.0, 1.0)
     assert torch.equal(released_schedule(5), released_schedule(5, 3.0))
     assert torch.equal(shifted_schedule(5), shifted_schedule(5, 1.0))
     assert flow.per_sample(double(0.1, 0.2)).shape == (2, 1, 1, 1) and flow.per_sample(double(0.1, 0.2), 2).shape == (2, 1)
@@ -487,21 +439,31 @@ def test_slopes_and_log_snr_slope_are_derivatives(process):
 
 
 @each_process
-def test_times_log_snrs_and_clocks_invert(process):
+def test_every_path_is_the_straight_one_at_another_pace_and_scale(process):
+    """At the time of the straight path with the same log-SNR, z_t / (a + b) lies on that path."""
     torch.testing.assert_close(process.time_at(process.log_snr(TIMES)), TIMES, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(process.time_on(process.clock(TIMES)), TIMES, rtol=1e-8, atol=1e-8)
-    assert process.clock(double(0.0)).item() == 0 and process.time_on(double(0.0)).item() == 0
-    clocks = process.clock(TIMES)
-    assert (clocks[1:] > clocks[:-1]).all()
+    s = process.on_line(TIMES)
+    torch.testing.assert_close(Straight().log_snr(s), process.log_snr(TIMES), rtol=1e-8, atol=1e-8)
+    latent, noise = normal(0, 2, 48, 2)
+    a, b = process.scales(TIMES)
+    torch.testing.assert_close(diffuse(latent, noise, a, b) / (a + b)[:, None], interpolate(latent, noise, s))
+    assert process.on_line(double(0.0)).item() == 0 and (s[1:] > s[:-1]).all()
 
 
 @each_process
-def test_clock_output_is_the_slope_by_the_clock(process):
-    """dz / d clock is finite and is what `clock_output` names: velocity (t), v (the angle), eps (b)."""
-    latent, noise = normal(0, 2, 48, 1, 2, 3)
-    along = lambda clock: diffuse(latent, noise, *process.scales(process.time_on(clock)))
-    expected = diffuse(latent, noise, *output_scales(process.clock_output, process, TIMES))
-    torch.testing.assert_close(slope(along, process.clock(TIMES), 1e-7), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("output", ["velocity", "v", "eps", "x0", "F"])
+def test_a_network_of_any_formulation_is_a_velocity_on_the_straight_path(process, output):
+    """Fed with exact outputs, `field` is eps - x_0 at the point, and asks the network at its own time and scale."""
+    form, (latent, noise) = Formulation(process, output, Uniform()), normal(0, 2, 48, 2)
+
+    def exact_network(z, t):
+        z_t = diffuse(latent, noise, *process.scales(t))
+        torch.testing.assert_close(t, TIMES, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(z, form.network_input(z_t, t), rtol=1e-6, atol=1e-6)
+        return diffuse(latent, noise, *output_scales(output, process, t))
+    s = process.on_line(TIMES)
+    velocity = form.field(exact_network)(interpolate(latent, noise, s), s)
+    torch.testing.assert_close(velocity, velocity_target(latent, noise), rtol=1e-5, atol=1e-5)
 
 
 def test_eq6_marginal_field_is_the_average_of_conditional_ones():
@@ -625,7 +587,7 @@ def test_f_prediction_targets_have_unit_size_for_data_of_its_deviation():
 
 
 def test_an_unknown_output_is_refused():
-    with pytest.raises(ValueError, match="'score'.*velocity, v, eps, x0 or F"):
+    with pytest.raises(ValueError, match="'score'.*velocity, straight, v, eps, x0 or F"):
         output_scales("score", Straight(), TIMES)
 
 
@@ -806,12 +768,6 @@ def test_stratified_draws_have_one_in_each_part_in_random_order():
     assert (uniform_draws(64, torch.Generator().manual_seed(0)) * 64).long().unique().numel() < 64
 
 
-def test_eq19_density_formula():
-    t, m, s = 0.3, 0.5, 0.6
-    expected = 1 / (s * math.sqrt(2 * math.pi)) / (t * (1 - t)) * math.exp(-(math.log(t / (1 - t)) - m) ** 2 / (2 * s**2))
-    assert logit_normal_pdf(double(t), m, s).item() == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize("s", [-1.0, -0.5, 0.0, 1.29, 1.75])
 def test_eq20_map_falls_from_1_to_0_and_inverts(s):
     u = grid(0, 1, 501)
@@ -847,11 +803,6 @@ def test_bad_densities_and_paths_are_refused():
     for bad in (lambda: LogitNormal(0, 0), lambda: LogitNormal(0, -1.0), lambda: Shifted(Uniform(), 0.0), lambda: EDM(0, 0)):
         with pytest.raises(ValueError, match="must be greater than 0"):
             bad()
-
-
-def test_eq24_shift_of_log_snr_is_the_shift_of_t():
-    moved = Straight().log_snr(shift_time(TIMES, 3.0))
-    torch.testing.assert_close(shift_log_snr(Straight().log_snr(TIMES), 3.0), moved, rtol=1e-9, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -928,9 +879,9 @@ REPRESENTATIVES = ["rf/lognorm(0.00, 1.00)", "eps/linear", "v/linear", "eps/cos"
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_exact_posterior_recovers_the_mixture_through_every_solver(name, solver):
-    """Weights, centres and spread of the data, from noise, the exact E[output | z] and 60 steps."""
-    form, noise = formulation(name), normal(5, 1500, 2)
-    sample = form.sample(RING.predict(form), noise, form.schedule(60), solver)
+    """Weights, centres and spread of the data, from noise, the exact E[output | z] and 60 steps, or 16 of RK4."""
+    form, noise = formulation(name), normal(5, 1000, 2)
+    sample = form.sample(RING.predict(form), noise, form.schedule(16 if solver == "rk4" else 60), solver)
     nearest = (sample[:, None] - RING.means).norm(dim=2).argmin(1)
     share = torch.bincount(nearest, minlength=3) / len(sample)
     assert (share - RING.weights).abs().max() < 0.05
@@ -940,29 +891,57 @@ def test_exact_posterior_recovers_the_mixture_through_every_solver(name, solver)
         assert part.std(0).mean().item() == pytest.approx(0.3, abs=0.04)
 
 
+@pytest.mark.parametrize("name", ["rf", "eps/linear", "v/cos", "edm(-1.20, 1.20)"])
+def test_eulers_step_keeps_latent_and_noise_as_ddim_and_edm_do(name):
+    """Step by step on the formulation's own path: z_next = a_next x_0 + b_next eps, both as the network has them at t."""
+    form, noise = formulation(name), normal(0, 5, 2)
+    model, times = RING.predict(form), torch.cat([form.clamp(grid(1, 0, 7)[:-1]), double(0.0)])
+    z = noise * torch.hypot(*form.process.scales(times[0]))
+    for t, t_next in zip(times[:-1].expand(5, -1).T, times[1:].expand(5, -1).T):
+        output = model(form.network_input(z, t), t)
+        latent, eps = (convert(output, z, t, form.process, form.output, kind) for kind in ("x0", "eps"))
+        z = diffuse(latent, eps, *form.process.scales(t_next))
+    torch.testing.assert_close(form.sample(model, noise, form.process.on_line(times)), z, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("output", ["velocity", "v", "eps", "x0", "F"])
 @pytest.mark.parametrize("process", [Straight(), Cosine(), Linear(), EDM()], ids=str)
 def test_what_the_network_predicts_does_not_change_the_sample(process, output):
-    noise, times = normal(5, 50, 2), flow.edm_schedule(12, process=process)
-    forms = [Formulation(process, name, Uniform()) for name in (output, process.clock_output)]
-    times = forms[0].clamp(times.double())
+    noise, forms = normal(5, 50, 2), [Formulation(process, name, Uniform()) for name in (output, "v")]
+    times = flow.edm_schedule(12, process=process).clamp(max=Cosine().on_line(double(0.999)).item())
     a, b = (form.sample(RING.predict(form), noise, times) for form in forms)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_sampling_begins_at_the_true_marginal_and_in_fp32_too():
-    """EDM begins at b times noise, Linear at unit variance, rectified flow at the noise; network times are as trained."""
-    noise = normal(0, 4, 2, dtype=torch.float32)
-    for name, size in (("rf", 1.0), ("eps/linear", 1.0), ("edm(-1.20, 1.20)", None), ("edm(0.00, 0.60)", None)):
-        form, seen = formulation(name), []
-        times = form.schedule(8)
-        for z, _ in form.sample_steps(lambda z, t: seen.append((z, t)) or 0 * z, noise, times):
-            assert z.dtype == torch.float32
-        b = form.process.scales(times[:1].double())[1].item()
-        expected = noise if size else noise * math.sqrt(1 + b**2) / math.sqrt(b**2 + 0.25)        # the network's input is scaled
-        torch.testing.assert_close(seen[0][0], expected, rtol=1e-4, atol=1e-5)
-        assert len(seen) == 8 and seen[0][1].dtype == torch.float32
-        torch.testing.assert_close(torch.stack([t[0] for _, t in seen]), times[:-1], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_sampling_begins_at_the_true_marginal_and_keeps_to_the_path(name):
+    """The network first sees sqrt(a^2 + b^2) noise (divided by its size for F), in fp32, and times that it was trained at."""
+    noise, form, seen = normal(0, 4, 2, dtype=torch.float32), formulation(name), []
+    network = lambda z, t: seen.append((z, t)) or 0 * z
+    steps = list(form.sample_steps(network, noise, form.schedule(8)))
+    first, last = form.clamp(double(0.0, 1.0)).tolist()
+    assert len(seen) == len(steps) == 8 and all(z.dtype == t.dtype == torch.float32 for z, t in seen)
+    times = torch.stack([t[0] for _, t in seen]).double()
+    assert times.min() > first - 1e-6 and times.max() < last + 1e-6 and (times[1:] < times[:-1]).all()
+    t = form.process.time_at(Straight().log_snr(form.schedule(8)[:1].double()))
+    a, b = form.process.scales(form.clamp(t))
+    torch.testing.assert_close(seen[0][0].double(), form.network_input((a**2 + b**2).sqrt() * noise.double(), t.expand(4)),
+                               rtol=1e-3, atol=1e-3)
+    for z, _ in steps:
+        assert z.dtype == torch.float32 and z.isfinite().all()
+
+
+def test_times_that_a_path_does_not_reach_are_cut_off():
+    """From 1, LDM-linear begins at its own end, a = .068: so many steps fewer; a shorter schedule begins where it says."""
+    noise, form, seen = normal(0, 4, 2), formulation("v/linear"), []
+    network = lambda z, t: seen.append((z, t)) or 0 * z
+    list(form.sample_steps(network, noise, double(1.0, 0.97, 0.95, 0.5, 0.0)))
+    assert [t[0].item() for _, t in seen] == pytest.approx([1.0, form.process.time_at(double(0.0)).item()], rel=1e-6)
+    torch.testing.assert_close(seen[0][0], noise, rtol=1e-6, atol=0)
+    seen.clear()
+    list(RectifiedFlow().sample_steps(network, noise, double(0.6, 0.0)))
+    assert len(seen) == 1 and seen[0][1][0].item() == pytest.approx(0.6)
+    torch.testing.assert_close(seen[0][0], (0.4**2 + 0.6**2) ** 0.5 * noise)
 
 
 def test_noise_prediction_never_starts_where_it_says_nothing():
@@ -991,37 +970,11 @@ def test_solvers_converge_at_their_order_to_the_exact_flow(solver, order, counts
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
 
 
-@pytest.mark.parametrize("process", [Cosine(), EDM(-1.2, 1.2)], ids=str)
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("rk4", 4), ("dpm++2m", 2)])
-def test_solvers_converge_at_their_order_on_other_clocks(process, solver, order):
-    """From one noise level to another on a one-dimensional Gaussian: z = a mean + sqrt(a^2 std^2 + b^2) n."""
-    data = Mixture(double([1.0]), double(0.5), double(1.0))
-    form, n = Formulation(process, process.clock_output), normal(0, 64, 1)
-    at = lambda t: process.scales(double(t))
-    exact = lambda t: at(t)[0] * 1.0 + ((0.5 * at(t)[0]) ** 2 + at(t)[1] ** 2).sqrt() * n
-    start, end = 0.9, 0.5
-    clocks = lambda count: grid(*(process.clock(double(t)).item() for t in (start, end)), count + 1)
-    velocity = form.field(data.predict(form))
-    error = lambda count: (last_of(flow.solver_steps(solver, velocity, exact(start), clocks(count), process))
-                           - exact(end)).abs().max().item()
-    counts = (8, 16) if solver == "rk4" else (40, 80)
-    assert math.log2(error(counts[0]) / error(counts[1])) == pytest.approx(order, abs=0.35)
-
-
-def test_dpm_solver_is_exact_for_constant_latents_and_equals_euler_in_its_first_step():
-    """If the predicted latent is constant, any number of steps lands on it; one step is Euler's on the straight path."""
-    latent, noise = normal(0, 2, 2, 3)
-    for process in PROCESSES:
-        def velocity(z, clock, process=process):
-            t = process.time_on(clock)
-            return convert(latent, z, t, process, "x0", process.clock_output)
-        times = process.clock(process.clamp(double(0.9, 0.6, 0.2)))
-        z = diffuse(latent, noise, *(x.expand(2) for x in process.scales(process.time_on(times[:1]))))
-        expected = diffuse(latent, noise, *(x.expand(2) for x in process.scales(process.time_on(times[-1:]))))
-        torch.testing.assert_close(last_of(flow.dpm_solver_steps(velocity, z, times, process)), expected, rtol=1e-7, atol=1e-7)
-    field = lambda z, t: gaussian_velocity(z, t, 2, 0.5)
-    first = [next(iter(steps(field, noise, double(1.0, 0.7, 0.0))))[0] for steps in (flow.dpm_solver_steps, euler_steps)]
-    torch.testing.assert_close(*first)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_step_is_exact_if_the_velocity_is_constant(solver):
+    latent, noise = normal(0, 2, 3, 2)
+    steps = flow.solver_steps(solver, lambda z, t: velocity_target(latent, noise), noise, double(1.0, 0.0))
+    torch.testing.assert_close(last_of(steps), latent)
 
 
 def test_dpm_solver_extrapolates_half_a_step_in_log_time():
@@ -1051,29 +1004,36 @@ def test_heun_ends_with_a_step_of_euler():
 
 
 def test_edm_schedule_is_even_in_the_seventh_root_of_the_noise_level():
-    times = flow.edm_schedule(18, process=EDM(-1.2, 1.2)).double()
-    sigma = EDM(-1.2, 1.2).scales(times[:-1])[1]
-    low, high = EDM(-1.2, 1.2).scales(double(1e-5, 1 - 1e-5))[1].tolist()
-    root = sigma ** (1 / 7)
-    torch.testing.assert_close(root[1:] - root[:-1], (root[-1] - root[0]).expand(17) / 17, rtol=2e-2, atol=0)
-    assert sigma[0].item() == pytest.approx(min(80, high), rel=2e-2)
-    assert sigma[-1].item() == pytest.approx(max(0.002, low), rel=1e-3)
+    """sigma = t / (1 - t) on the straight path, from 80 or pure noise to .002, as far as the path goes."""
+    for process, steps in ((EDM(-1.2, 1.2), 18), (EDM(1.2, 0.6), 5), (Linear(), 5)):
+        times = flow.edm_schedule(steps, process=process).double()
+        assert times[-1] == 0 and len(times) == steps + 1
+        sigma = times[:-1] / (1 - times[:-1])
+        a, b = process.scales(double(process.first, process.last))
+        low, high = (b / a).tolist()
+        assert sigma[0].item() == pytest.approx(min(80, high), rel=1e-4)
+        assert sigma[-1].item() == pytest.approx(max(0.002, low), rel=1e-4)
+        root = sigma ** (1 / 7)
+        torch.testing.assert_close(root[1:] - root[:-1], (root[-1] - root[0]).expand(steps - 1) / (steps - 1), rtol=1e-3, atol=0)
     straight = flow.edm_schedule(5).double()
     assert straight[0] == 1 and straight[-1] == 0 and straight[-2].item() == pytest.approx(0.002 / 1.002, rel=1e-4)
     second = (80 ** (1 / 7) + 0.25 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert straight[1].item() == pytest.approx(second / (1 + second), rel=1e-5)
-    shifted = flow.edm_schedule(5, 3.0).double()
-    torch.testing.assert_close(shifted, shift_time(straight, 3.0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(flow.edm_schedule(5, 3.0).double(), shift_time(straight, 3.0), rtol=1e-5, atol=1e-7)
 
 
-def test_schedules_of_formulations():
+def test_schedules_of_formulations_are_even_in_their_own_time_or_edms():
     assert torch.equal(formulation("rf").schedule(5), shifted_schedule(5))
-    assert torch.equal(formulation("eps/linear").schedule(5), shifted_schedule(5))
+    for name in ("eps/linear", "v/cos", "eps/cos"):
+        form = formulation(name)
+        times = form.schedule(5).double()
+        assert times[-1] == 0 and form.schedule(5).dtype == torch.float32
+        own = form.process.time_at(Straight().log_snr(times[:-1]))
+        torch.testing.assert_close(own, form.clamp(grid(1, 0, 6)[:-1]), rtol=1e-5, atol=1e-5)
     process = formulation("edm/cos").process
     assert torch.equal(formulation("edm/cos").schedule(5), flow.edm_schedule(5, process=process))
     assert torch.equal(make_schedule("uniform", 5, 3.0), shifted_schedule(5))
-    sigma = process.scales(flow.edm_schedule(5, process=process)[:1].double())[1]
-    assert sigma.item() == pytest.approx(80, rel=1e-2)                            # the path itself would go to 6e4
+    assert formulation("edm/cos").schedule(5)[0].item() == pytest.approx(80 / 81, rel=1e-6)      # the path would go to 6e4
 
 
 def test_guidance_in_an_interval():
@@ -1206,15 +1166,12 @@ def test_loss_floor_of_every_output_on_gaussian_data(process, output):
 
 def test_running_flow_draws_one_png_or_prints_the_same_numbers(tmp_path, capsys):
     """Errors of the solvers fall with the number of steps; a PNG with matplotlib, text without."""
-    noise = normal(0, 50, 2)
-    errors = flow.solver_errors(flow.RectifiedFlow(), flow.RING, noise)
-    for values in errors.values():
-        assert values == sorted(values, reverse=True) and values[-1] < 0.05
-    flow.print_demo(errors)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("LogitNormal") for line in lines) == 4 and len(lines) == 1 + 9 + 2 + 4 + 2 + 4
+    plots = flow.demonstrate(normal(0, 50, 2))
+    for steps, errors in plots["log10 of the error, by steps"].values():
+        assert errors.tolist() == sorted(errors.tolist(), reverse=True) and errors[-1] < -1.3 and len(steps) == 5
     flow.main(tmp_path / "a.png")
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
     else:
-        assert "log-SNR" in capsys.readouterr().out
+        lines = capsys.readouterr().out.splitlines()
+        assert sum("LogitNormal" in line for line in lines) == 4 and len(lines) == 5 + 9 + 4 + 2 + 4

@@ -27,6 +27,15 @@ def test_fronts_are_peeled_off_one_by_one(table1):
     assert table1.non_dominated_ranks([(1, 2), (1, 1), (2, 2)]) == [2, 1, 1]
     assert table1.non_dominated_ranks([(1, 1), (1, 1)]) == [1, 1]
     assert table1.non_dominated_ranks([]) == []
+    assert table1.non_dominated_ranks([(float("nan"), 1), (1, 2), (0.5, float("inf"))]) == [2, 1, 2]
+
+
+def test_the_order_is_compared_with_the_papers_pair_by_pair(table1):
+    """Paper: rf/lognorm(0.00, 1.00), eps/linear, rf. Here rf is first: two of three pairs are the other way."""
+    ranks = {"rf": (1,), "rf/lognorm(0.00, 1.00)": (2,), "eps/linear": (3,), "eps/cos": (4,)}
+    assert table1.agreement(ranks).startswith("rf/lognorm(0.00, 1.00) is number 2 of 4; 1 of 3 pairs")
+    assert table1.agreement({"rf": (1,), "eps/linear": (1,)}) == \
+        "rf/lognorm(0.00, 1.00) is not among them; 0 of 0 pairs of variants come in the paper's order."
 
 
 def test_ranks_are_means_over_settings_and_over_those_with_5_and_50_steps(table1):
@@ -46,14 +55,16 @@ def test_the_paper_prints_16_rows_and_we_know_their_names(table1):
 
 
 def test_tables_leave_out_settings_that_some_formulation_lacks(table1, tmp_path):
+    seconds = {"training_seconds": 30, "sampling_seconds": 10}
     metrics = {f"{kind} {steps} {scale:g}": [0.3, 40.0] for kind in table1.WEIGHTS for steps, scale in table1.SAMPLERS}
     better = {name: [0.4, 30.0] for name in metrics}
-    runs = {"scenes | rf | 0": {"metrics": metrics}, "scenes | eps/cos | 0": {"metrics": better},
-            "x | rf | 0": {"metrics": metrics}}
+    runs = {"scenes | rf | 0": {"metrics": metrics, **seconds}, "scenes | eps/cos | 0": {"metrics": better, **seconds},
+            "x | rf | 0": {"metrics": metrics, **seconds}}
     record = {"runs": runs, "command": "c", "settings": {"steps": 1, "batch_size": 2, "depth": 1, "samples": 4}}
     table1.write_tables(record, tmp_path / "t.md")
     text = (tmp_path / "t.md").read_text()
     assert "2 formulations, 12 control settings (scenes; 1 seed(s))" in text
+    assert "2 minutes on ?: 30 s of training and 10 s of sampling" in text
     assert "| eps/cos | 1.00 | 1.00 | 1.00 |  |  |  |" in text
     assert "| rf | 2.00 | 2.00 | 2.00 | 5.67 | 6.50 | 5.75 |" in text
     assert "| rf | 0.300 | 40 | 0.247, 49.7, 0.217, 94.9 |" in text

@@ -22,10 +22,19 @@ import train
 from checkpoints import ENCODERS, SHIPPED, fingerprint
 from data import Scenes
 from encode import Batches, EncodedImages, pick_caption
-from flow import RectifiedFlow
+from flow import RectifiedFlow, Shifted, Uniform, formulation
 from mmdit import MMDiT, MMDiTConfig
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig, TextEncoders
-from train import TrainConfig, complete, draw_losses, learning_rate, summarize, train_step, update_average
+from train import (
+    TrainConfig,
+    complete,
+    draw_losses,
+    learning_rate,
+    summarize,
+    train_step,
+    training_formulation,
+    update_average,
+)
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
@@ -234,10 +243,19 @@ def test_the_loss_curve_is_drawn_also_from_one_entry():
     ({"resolution": 100}, "multiple of 16"), ({"batch_size": 10, "accumulate": 4}, "multiple of"),
     ({"data": "/no/such/path"}, "no such file or folder"), ({"weight_sets": 4}, "weight sets are 2 or 3"),
     ({"batch_size": 0}, "greater than 0"), ({"steps": -1}, "0 or greater"), ({"precision": "fp8"}, "auto, bf16, fp32"),
-    ({"out": "tests"}, "exists already"), ({"parallel": "fsdp"}, "torchrun")])
+    ({"out": "tests"}, "exists already"), ({"parallel": "fsdp"}, "torchrun"),
+    ({"formulation": "eps/linear"}, "not on the straight path"), ({"formulation": "rf/moed(1.29)"}, "choose one of rf"),
+    ({"formulation": "rf", "logit_mean": 0.5}, "leave out --logit-mean")])
 def test_settings_that_cannot_work_are_refused_in_one_sentence(settings, words):
     with pytest.raises(ValueError, match=words):
         complete(TrainConfig(**settings))
+
+
+def test_the_density_of_t_is_the_named_one_or_the_logit_normal_of_the_settings_shifted():
+    drawn = lambda **settings: training_formulation(TrainConfig(**settings))
+    assert drawn() == RectifiedFlow() and drawn(formulation="rf/mode(1.29)") == formulation("rf/mode(1.29)")
+    assert drawn(logit_mean=0.5, logit_std=0.6) == formulation("rf/lognorm(0.50, 0.60)")
+    assert drawn(formulation="rf", timestep_shift=3.0) == RectifiedFlow(Shifted(Uniform(), 3.0))
 
 
 def test_small_models_train_on_64_px_and_large_ones_on_256():
