@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,20 @@ def diagnose(context, pooled, seen):
     return next((bug for bug, is_it in found.items() if is_it), "none")
 
 
+def block_parameters(depth):
+    D = 64 * depth
+    return 2 * (18 * D**2 + (3 + 1 + 4 + 1 + 6) * D + 2 * 64)
+
+
+def my_indices(rank, world_size, batch_size):
+    share = batch_size // world_size
+    return list(range(rank * share, (rank + 1) * share))
+
+
+def draw(seed, step, index):
+    return np.random.default_rng((seed, step, index)).standard_normal(4)
+
+
 def drop(clip_l, clip_g, t5, pooled_l, pooled_g, keep):
     """Through the core's own function, taken apart again."""
     l, g, L = clip_l.shape[2], clip_g.shape[2], clip_l.shape[1]
@@ -86,6 +101,13 @@ RIGHT = {
     "07_wrong_context": {"clip_context": clip_context, "pooled_vector": pooled_vector, "diagnose": diagnose},
     "08_two_schedules": {"shift": flow.shift_time, "shifted_once": flow.shifted_schedule, "released": flow.released_schedule,
                          "effective_shift": lambda num_steps, alpha: alpha},
+    "09_sharded_memory": {
+        "block_parameters": block_parameters, "state_bytes": lambda parameters, shards: 16 * -(-parameters // shards),
+        "gathered_bytes": lambda block, outside: 2 * (2 * block + outside),
+        "sent_bytes": lambda parameters, shards: (2 * 2 + 4) * parameters * (shards - 1) / shards},
+    "10_seeds_and_ranks": {
+        "my_indices": my_indices, "draw": draw, "global_batch": lambda seed, step, world_size, batch_size: np.stack(
+            [draw(seed, step, i) for rank in range(world_size) for i in my_indices(rank, world_size, batch_size)])},
 }
 WRONG = [
     ("01_path_and_target", "interpolate", lambda x, n, t: flow.interpolate(n, x, t), "ends are swapped"),
@@ -121,6 +143,14 @@ WRONG = [
     ("08_two_schedules", "released", lambda n, alpha: torch.cat(
         [flow.shift_time(torch.linspace(1, 0.001, n), alpha), torch.zeros(1)]), "3/1002"),
     ("08_two_schedules", "effective_shift", lambda n, alpha: alpha**2, "spread evenly"),
+    ("09_sharded_memory", "block_parameters", lambda depth: block_parameters(depth) / 2, "one stream"),
+    ("09_sharded_memory", "state_bytes", lambda parameters, shards: 20 * -(-parameters // shards), "between steps"),
+    ("09_sharded_memory", "gathered_bytes", lambda block, outside: 4 * (2 * block + outside), "2 bytes"),
+    ("09_sharded_memory", "sent_bytes", lambda parameters, shards: 8 * parameters, "has itself"),
+    ("10_seeds_and_ranks", "my_indices", lambda rank, size, batch: list(range(rank, batch, size)), "stay together"),
+    ("10_seeds_and_ranks", "draw", lambda seed, step, i: np.random.default_rng(seed + step + i).standard_normal(4), "a sum"),
+    ("10_seeds_and_ranks", "global_batch", lambda seed, step, size, batch: np.concatenate(
+        [np.random.default_rng(seed + rank).standard_normal((batch // size, 4)) for rank in range(size)]), "could not go on"),
 ]
 
 
