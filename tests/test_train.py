@@ -322,7 +322,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
 @pytest.mark.slow
 def test_ranks_that_are_killed_again_and_again_do_not_change_the_result(tmp_path, kills=20):
     """kill -9 of a random rank at a random moment; torchrun starts all of them again from the last checkpoint."""
-    settings = ("--steps", 600, "--save-every", 0.01, "--sample-every", 0)
+    settings = ("--steps", 1200, "--save-every", 0.005, "--sample-every", 0)
     assert run_main("--out", tmp_path / "whole", *settings, processes=2).returncode == 0
     process, random = start_main("--out", tmp_path / "run", *settings, processes=2, restarts=kills), Random(0)
     for _ in range(kills):
