@@ -90,9 +90,9 @@ class Settings:
 
 
 def released_settings(config: MMDiTConfig, name: str) -> dict:
-    """What the publisher recommends where a released model differs from SD3. SD3.5-medium has a second attention; SD3.5-large
-    QK-norm and 38 blocks. Its few-step "turbo" has the same tensors: only the name of its file or folder tells."""
-    if config.dual_attention_layers:
+    """What the publisher recommends where a released model differs from SD3. SD3.5-medium (24 blocks) has a second attention;
+    SD3.5-large QK-norm and 38 blocks. Its few-step "turbo" has the same tensors: only the name of its file or folder tells."""
+    if config.dual_attention_layers and config.depth == 24:
         return {"num_steps": 40, "guidance_scale": 4.5, "skip_layers": (7, 8, 9)}
     if config.qk_norm and config.depth == 38:
         return {"num_steps": 4, "guidance_scale": 1.0} if "turbo" in name.lower() else {"guidance_scale": 3.5}
@@ -190,6 +190,8 @@ def sample_latents(mmdit, given, negative, noise, settings: Settings, latent=Non
     to the picture on its own straight path (Eq. 13), whose velocity is known.
     """
     s, B = settings, len(noise)
+    if s.skip_layers and not set(s.skip_layers) <= set(range(mmdit.config.depth)):
+        raise ValueError(f"skip_layers={s.skip_layers}: this model's blocks are 0 to {mmdit.config.depth - 1}")
     times = flow.make_schedule(s.schedule, s.num_steps, s.timestep_shift)
     skipping = [t for i, t in enumerate(times.tolist()) if s.skip_start * s.num_steps < i < s.skip_end * s.num_steps]
     skips = lambda t: bool(s.skip_layers and skipping) and skipping[-1] <= t <= skipping[0]
@@ -270,8 +272,9 @@ def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, 
     latents = pipeline.use("mmdit", lambda mmdit: [
         sample_latents(mmdit, given, negative, noise(part).to(pipeline.device), settings, latent, repaint, progress)[0]
         for part, (given, negative) in zip(parts, texts)])
+    few = max(1, 2**19 // (settings.height * settings.width))                     # pictures at a time: 8 of 256 x 256
     images = pipeline.use("vae", lambda vae: [
-        image for part in latents for few in part.split(8) for image in vae.decode(few, settings.tile).float().cpu()])
+        image for part in latents for z in part.split(few) for image in vae.decode(z, settings.tile).float().cpu()])
     if changes is not None:
         images = [torch.where(changes, image, original) for image in images]
     return [from_tensor(image) for image in images]
