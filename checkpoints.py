@@ -5,7 +5,7 @@ Not here    the networks (mmdit.py, vae.py, text_encoders.py); this file knows a
 Format      one model.safetensors, the prefixes of the released single file, sizes inferred from the tensors. What tensors
             cannot tell (the VAE's normalisation, token counts) is in the file's metadata; without it SD3's values hold.
             Tokenizers lie beside it: tokenizers/clip/{vocab.json,merges.txt}, tokenizers/t5/spiece.model
-Safety      safetensors only, mapped and cast while copying, one strict load; nothing is unpickled; what is written gets a
+Safety      safetensors only, read and cast tensor by tensor, one strict load; nothing is unpickled; what is written gets a
             temporary name first and is renamed
 Layouts     the single file, with or without clip_l, clip_g, t5xxl files beside it; a diffusers folder; our run and model folders
 Run         python checkpoints.py info PATH                     what it holds: sizes, parameters, types, what is missing
@@ -123,6 +123,10 @@ VAE_DIFFUSERS = {
 SINGLE_TABLES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
 DIFFUSERS_TABLES = SINGLE_TABLES | {"mmdit": MMDIT_DIFFUSERS, "vae": VAE_DIFFUSERS}
 
+# What weights may be stored as, by the names of safetensors.
+STORED_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
 # Keys that give away what a file is, if it is not ours.
 FAMILIES = {
     "double_blocks.0.": "a Flux model",
@@ -182,15 +186,34 @@ def open_safetensors(file):
                               f"format. Fetch it again.") from None
 
 
+def read_header(file) -> tuple[dict, dict, int]:
+    """({key: {"dtype", "shape", "data_offsets"}}, metadata, where the data begin) of a safetensors file that is whole."""
+    open_safetensors(file)                                                        # checks every offset, shape and type
+    with open(file, "rb") as raw:
+        size, = struct.unpack("<Q", raw.read(8))
+        header = json.loads(raw.read(size))
+    metadata = header.pop("__metadata__", None) or {}
+    return header, metadata, 8 + size
+
+
+def read_tensor(raw, start: int, entry: dict):
+    """A tensor as it is stored: `entry` of a header, in an open file whose data begin at `start`. Read and not mapped, because
+    a page fault for every 4 kB that are copied costs more than the copy."""
+    tensor = torch.empty(entry["shape"], dtype=STORED_TYPES[entry["dtype"]])
+    raw.seek(start + entry["data_offsets"][0])
+    raw.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor
+
+
 def file_config(file) -> dict:
     """What the tensors of a file cannot tell, as `save_networks` wrote it; empty for released files."""
-    with open_safetensors(file) as opened:
-        stored = (opened.metadata() or {}).get("config", "{}")
     try:
-        config = json.loads(stored)
+        config = json.loads(read_header(file)[1].get("config", "{}"))
         if not all(isinstance(part, dict) for part in (config, *config.values())):
             raise ValueError("not an object of objects")
         return config
+    except CheckpointError:
+        raise
     except (ValueError, AttributeError) as problem:
         raise CheckpointError(f"{file}: its metadata is damaged ({problem}); fetch or save it again") from None
 
@@ -281,40 +304,37 @@ class Stored:
 
 
 def cast(name: str, tensor, dtype):
-    """A copy of a mapped tensor. dtype None: as it is stored (float8 becomes fp16). In half precision only the matrices of
-    the blocks are stored so; embeddings, norms, biases and convolutions stay fp32, and so do the residual streams."""
+    """dtype None: as it is stored (float8 becomes fp16). In half precision only the matrices of the blocks are stored so;
+    embeddings, norms, biases and convolutions stay fp32, and so do the residual streams."""
     if dtype is None:
         dtype = torch.float16 if tensor.dtype.itemsize == 1 else tensor.dtype
     elif tensor.dim() != 2 or "embed" in name:
         dtype = torch.float32
-    return tensor.to(dtype, copy=True)
+    return tensor.to(dtype)
 
 
 def read_tensors(name: str, place: Stored, dtype=torch.float32, shapes_only: bool = False) -> dict:
     """{our name: tensor} of one network, from all its files; empty if they hold none. dtype: see `cast`.
 
-    shapes_only: tensors on the meta device, for `info`. Refuses integers, and a name that comes twice with other numbers.
+    shapes_only: tensors on the meta device, nothing is read. Refuses integers, and a name that comes twice with other numbers.
     """
     table, tensors = (DIFFUSERS_TABLES if place.diffusers else SINGLE_TABLES)[name], {}
     for file in place.files:
-        with open_safetensors(file) as opened:
-            for key in opened.keys():
+        header, _, start = read_header(file)
+        with open(file, "rb") as raw:
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 ours = rename(key[len(place.prefix):], table) if key.startswith(place.prefix) else None
                 if ours is None:
                     continue
-                try:
-                    if shapes_only:
-                        tensor = torch.empty(opened.get_slice(key).get_shape(), device="meta")
-                    else:
-                        tensor = opened.get_tensor(key)
-                except (SafetensorError, RuntimeError, TypeError, ValueError) as problem:
-                    raise CheckpointError(f"{file}: {key} cannot be read ({problem}); fetch the file again") from None
-                if not tensor.is_floating_point():
-                    raise CheckpointError(f"{file}: {key} is {tensor.dtype}, but weights are floating point; fetch it again")
-                if ours not in tensors:
-                    tensors[ours] = tensor if shapes_only else cast(ours, tensor, dtype)
-                elif not shapes_only and not torch.equal(tensors[ours], cast(ours, tensor, dtype)):
+                if entry["dtype"] not in STORED_TYPES:
+                    raise CheckpointError(f"{file}: {key} is {entry['dtype']}, but weights are floating point; fetch it again")
+                if shapes_only:
+                    tensors[ours] = torch.empty(entry["shape"], device="meta")
+                    continue
+                tensor = cast(ours, read_tensor(raw, start, entry), dtype)
+                if ours in tensors and not torch.equal(tensors[ours], tensor):
                     raise CheckpointError(f"{file}: {key} differs from its second copy; fetch the file again")
+                tensors[ours] = tensor
     return from_diffusers(name, tensors) if place.diffusers else tensors
 
 
@@ -445,8 +465,7 @@ def open_diffusers(folder: Path) -> Model:
 
 def open_single_file(file: Path) -> Model:
     """A single file, and of the text encoders it lacks the separate files beside it or in text_encoders/."""
-    with open_safetensors(file) as opened:
-        keys = list(opened.keys())
+    keys = list(read_header(file)[0])
     places = {name: Stored((file,), PREFIXES[name]) for name in PREFIXES if any(key.startswith(PREFIXES[name]) for key in keys)}
     if not places and any(key.startswith("joint_blocks.0.") for key in keys):     # the MM-DiT alone, without its prefix
         places["mmdit"] = Stored((file,))
@@ -543,17 +562,14 @@ def fingerprint(file, components=None) -> str:
         described = json.dumps([parts, model.config.get("vae"), model.config.get("text")], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:16]
     prefixes = tuple(PREFIXES[name] for name in components) if components else ("",)
-    config = file_config(file)                                                    # refuses what is broken
+    config, (header, _, start) = file_config(file), read_header(file)
     digest = hashlib.sha256(json.dumps([config.get("vae"), config.get("text")], sort_keys=True).encode())
-    with open(file, "rb") as opened:
-        header_size, = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(header_size))
-        for name in sorted(header):
-            if name != "__metadata__" and name.startswith(prefixes):
-                begin, end = header[name]["data_offsets"]
-                opened.seek(8 + header_size + begin)
-                digest.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
-                digest.update(opened.read(min(4096, end - begin)))
+    with open(file, "rb") as raw:
+        for name in sorted(name for name in header if name.startswith(prefixes)):
+            begin, end = header[name]["data_offsets"]
+            raw.seek(start + begin)
+            digest.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
+            digest.update(raw.read(min(4096, end - begin)))
     return digest.hexdigest()[:16]
 
 
@@ -807,13 +823,10 @@ def info(path):
             print(f"  {name:7} missing")
             continue
         place, types, count, size = model.places[name], Counter(), 0, 0
-        for file in place.files:
-            with open_safetensors(file) as opened:
-                for key in opened.keys():
-                    if key.startswith(place.prefix):
-                        part = opened.get_slice(key)
-                        count, size = count + 1, size + torch.Size(part.get_shape()).numel()
-                        types[part.get_dtype()] += 1
+        for key, entry in (item for file in place.files for item in read_header(file)[0].items()):
+            if key.startswith(place.prefix):
+                count, size = count + 1, size + torch.Size(entry["shape"]).numel()
+                types[entry["dtype"]] += 1
         kinds = ", ".join(f"{kind} {n}" for kind, n in types.items())
         network = read_network(name, place, metadata=model.config, shapes_only=True)
         sizes = ", ".join(f"{key} {value}" for key, value in asdict(network.config).items())

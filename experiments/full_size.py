@@ -1,11 +1,12 @@
 """full_size.py: the memory that SD3-medium with T5-XXL needs, and how fast 2 B parameters are loaded.
 
-Writes one random fp16 file of the released sizes and names (16 GB: MM-DiT 2.0 B, CLIP-L, CLIP-G, T5-XXL, VAE), samples one step
-at 64 px with networks that take turns (load(..., memory="one")), and measures in that process
-  peak         RssAnon of /proc/self/status every 5 ms: resident memory without mapped file pages, which the kernel may drop
-               at any time, since the file still holds them
-  load speed   read_network("mmdit") as stored, the file in the page cache: bytes of the network over seconds
-The numbers in the file mean nothing, and no picture is kept; time per step is not measured here.
+Random fp16 files of the released sizes and names are written, measured and deleted:
+  memory   all of it (16 GB: MM-DiT 2.0 B, CLIP-L, CLIP-G, T5-XXL, VAE), one step at 64 px with networks that take turns
+           (load(..., memory="one")). The peak is that of RssAnon in /proc/self/status, looked at every 5 ms: resident memory
+           without mapped file pages, which the kernel may drop at any time, since the file still holds them
+  speed    the MM-DiT alone (4 GB), read_network as stored, from the page cache: bytes over seconds, and over seconds of
+           processor time, which is what other programs on the machine do not change much
+The numbers in the files mean nothing and no picture is kept; time per step is not measured here.
 
 Run         python experiments/full_size.py --tokenizers DIR     DIR holds clip_l/ and t5/; writes results/full-size-cpu.json
 """
@@ -13,7 +14,6 @@ Run         python experiments/full_size.py --tokenizers DIR     DIR holds clip_
 import argparse
 import json
 import shlex
-import shutil
 import statistics
 import struct
 import sys
@@ -91,7 +91,7 @@ def load_speed(file: Path, size: int, trials: int) -> dict:
         rates.append(size / 1e9 / (time.perf_counter() - start))
         cpu_rates.append(size / 1e9 / (time.process_time() - cpu_start))
         del network
-    return {"gigabytes": round(size / 1e9, 2), "gigabytes_per_second": [round(rate, 2) for rate in rates[1:]],
+    return {"gigabytes_per_second": [round(rate, 2) for rate in rates[1:]],
             "median": round(statistics.median(rates[1:]), 2),
             "median_per_cpu_second": round(statistics.median(cpu_rates[1:]), 2)}
 
@@ -117,29 +117,28 @@ def peak_memory(file: Path, tokenizers: str, precision: str) -> dict:
 
 
 def main():
-    """Write the file, measure, delete it, write the results."""
+    """Write the files, measure, delete them, write the results; a part that is not measured keeps what stood there."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--tokenizers", required=True, help="a folder with clip_l/{vocab.json,merges.txt} and t5/spiece.model")
+    parser.add_argument("--tokenizers", help="for memory: a folder with clip_l/{vocab.json,merges.txt} and t5/spiece.model")
+    parser.add_argument("--parts", nargs="+", choices=("speed", "memory"), default=("speed", "memory"))
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument("--folder", help="where 16 GB may lie for a while; default: the system's temporary folder")
     parser.add_argument("--trials", type=int, default=5)
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=options.folder))
-    try:
-        shapes = released_sizes()
-        size = lambda prefix: sum(2 * torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith(prefix))
-        write_random(folder / "model.safetensors", shapes)
-        print(f"{size('') / 1e9:.2f} GB written", flush=True)
-        speed = load_speed(folder / "model.safetensors", size(PREFIXES["mmdit"]), options.trials)
-        print(speed, flush=True)
-        memory = peak_memory(folder / "model.safetensors", options.tokenizers, options.precision)
-    finally:
-        shutil.rmtree(folder)
-    result = {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__, "threads": torch.get_num_threads(),
-              "file_gigabytes": round(size("") / 1e9, 2), "load_mmdit": speed, "memory": memory}
     out = Path(__file__).parents[1] / "results" / "full-size-cpu.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    result = json.loads(out.read_text()) if out.is_file() else {}
+    for part in options.parts:
+        chosen = {name: shape for name, shape in released_sizes().items()
+                  if part == "memory" or name.startswith(PREFIXES["mmdit"])}
+        size = sum(2 * torch.Size(shape).numel() for shape in chosen.values())
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.safetensors"
+            write_random(file, chosen)
+            measured = load_speed(file, size, options.trials) if part == "speed" else peak_memory(
+                file, options.tokenizers, options.precision)
+        result[part] = {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__,
+                        "threads": torch.get_num_threads(), "file_gigabytes": round(size / 1e9, 2), **measured}
+        print(part, json.dumps(result[part]), flush=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
