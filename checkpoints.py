@@ -229,20 +229,20 @@ def read_json(file) -> dict:
     return value
 
 
-def build(make, tensors: dict, file) -> torch.nn.Module:
+def build(kind: type, config, tensors: dict, file) -> torch.nn.Module:
     """Construct a network without memory, then give it exactly these tensors: one strict load."""
     with torch.device("meta"):
-        network = make()
+        network = kind(config)
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name] != tuple(tensors[name].shape))
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
-            raise CheckpointError(f"{file} {what} {len(names)} tensor(s) of {type(network).__name__}: "
+            raise CheckpointError(f"{file} {what} {len(names)} tensor(s) of {kind.__name__}: "
                                   f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
     if wrong:
         raise CheckpointError(f"{file}: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, "
-                              f"{type(network).__name__} of these sizes needs {expected[wrong[0]]}")
+                              f"{kind.__name__} of these sizes needs {expected[wrong[0]]}")
     network.load_state_dict(tensors, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -252,47 +252,28 @@ def count_layers(tensors: dict, pattern: str) -> int:
     return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
 
 
-def build_mmdit(tensors: dict, metadata: dict, file) -> MMDiT:
-    """MM-DiT of the sizes that the tensors have."""
-    p = tensors["x_embedder.proj.weight"]
-    config = MMDiTConfig(
-        depth=p.shape[0] // 64, latent_channels=p.shape[1], patch_size=p.shape[2],
-        context_dim=tensors["context_embedder.weight"].shape[1], pooled_dim=tensors["y_embedder.mlp.0.weight"].shape[1],
-        qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in tensors,
-        pos_embed_max_size=round(tensors["pos_embed"].shape[1] ** 0.5),
-        dual_attention_layers=count_layers(tensors, r"joint_blocks\.(\d+)\.x_block\.attn2\."),
-        clip_tokens=metadata.get("clip_tokens", 0))
-    return build(lambda: MMDiT(config), tensors, file)
-
-
-def build_vae(tensors: dict, metadata: dict, file) -> VAE:
-    """Autoencoder of the sizes that the tensors have; normalisation from the metadata, SD3's without."""
-    levels = count_layers(tensors, r"encoder\.down\.(\d+)\.")
-    config = VAEConfig(
-        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
-        channels=tuple(tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),
-        **metadata)
-    return build(lambda: VAE(config), tensors, file)
-
-
-def build_clip(tensors: dict, activation: str, file) -> CLIPTextEncoder:
-    """CLIP text encoder of the sizes that the tensors have. CLIP-L's projection, if a file has one, is dropped: SD3 does
-    not project it, and the public files that carry one carry an identity."""
-    tensors = dict(tensors)
-    if activation == "quick_gelu":
-        tensors.pop("projection.weight", None)
-    tokens, positions = tensors["token_embedding.weight"], tensors["position_embedding.weight"]
-    config = CLIPConfig(tokens.shape[0], tokens.shape[1], count_layers(tensors, r"layers\.(\d+)\."), positions.shape[0],
-                        activation, len(tensors["projection.weight"]) if "projection.weight" in tensors else None)
-    return build(lambda: CLIPTextEncoder(config), tensors, file)
-
-
-def build_t5(tensors: dict, file) -> T5Encoder:
-    """T5 encoder of the sizes that the tensors have."""
-    tokens, bias = tensors["token_embedding.weight"], tensors["position_bias.weight"]
-    config = T5Config(tokens.shape[0], tokens.shape[1], tensors["layers.0.feed_forward.gate.weight"].shape[0],
-                      count_layers(tensors, r"layers\.(\d+)\."), bias.shape[1], bias.shape[0])
-    return build(lambda: T5Encoder(config), tensors, file)
+def infer_config(name: str, tensors: dict, metadata: dict):
+    """(class, config) of a network from the shapes of its tensors; from the metadata what shapes cannot tell (SD3's without)."""
+    size = lambda key, axis=0: tensors[key].shape[axis]
+    if name == "mmdit":
+        return MMDiT, MMDiTConfig(
+            depth=size("x_embedder.proj.weight") // 64, latent_channels=size("x_embedder.proj.weight", 1),
+            patch_size=size("x_embedder.proj.weight", 2), context_dim=size("context_embedder.weight", 1),
+            pooled_dim=size("y_embedder.mlp.0.weight", 1), qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in tensors,
+            pos_embed_max_size=round(size("pos_embed", 1) ** 0.5),
+            dual_attention_layers=count_layers(tensors, r"joint_blocks\.(\d+)\.x_block\.attn2\."),
+            clip_tokens=metadata.get("clip_tokens", 0))
+    if name == "vae":
+        levels = range(count_layers(tensors, r"encoder\.down\.(\d+)\."))
+        return VAE, VAEConfig(latent_channels=size("decoder.conv_in.weight", 1), **metadata,
+                              channels=tuple(size(f"encoder.down.{i}.block.0.conv1.weight") for i in levels))
+    layers, (vocabulary, width) = count_layers(tensors, r"layers\.(\d+)\."), tensors["token_embedding.weight"].shape
+    if name == "t5":
+        buckets, heads = tensors["position_bias.weight"].shape
+        return T5Encoder, T5Config(vocabulary, width, size("layers.0.feed_forward.gate.weight"), layers, heads, buckets)
+    projection = size("projection.weight") if "projection.weight" in tensors else None
+    return CLIPTextEncoder, CLIPConfig(vocabulary, width, layers, size("position_embedding.weight"),
+                                       "quick_gelu" if name == "clip_l" else "gelu", projection)
 
 
 @dataclass(frozen=True)
@@ -392,13 +373,9 @@ def read_network(name: str, file, dtype=torch.float32, prefix: str | None = None
         tensors = read_tensors(name, place, dtype, shapes_only)
         if not tensors:
             return None
-        if name == "mmdit":
-            return build_mmdit(tensors, metadata.get("mmdit", {}), file)
-        if name == "vae":
-            return build_vae(tensors, metadata.get("vae", {}), file)
-        if name == "t5":
-            return build_t5(tensors, file)
-        return build_clip(tensors, "quick_gelu" if name == "clip_l" else "gelu", file)
+        if name == "clip_l":                     # SD3 does not project it, and files that carry a projection carry an identity
+            tensors.pop("projection.weight", None)
+        return build(*infer_config(name, tensors, metadata.get(name, {})), tensors, file)
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {place.prefix}{missing.args[0]}, which every {name} has") from None
     except CheckpointError:

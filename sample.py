@@ -130,10 +130,12 @@ class Pipeline:
         """compute(network) with "mmdit", "vae" or "text" on the device; afterwards the network goes where `memory` says. Text is
         never computed in fp16: T5-XXL's activations go beyond its 65504, so bf16 takes its place."""
         network = self.read(name) if self.memory == "one" else getattr(self, name)
+        if self.memory != "all":
+            network.to(self.device)
         precision = torch.bfloat16 if name == "text" and self.precision == torch.float16 else self.precision
         try:
             with torch.no_grad(), self.autocast(precision):
-                return compute(network.to(self.device))
+                return compute(network)
         finally:
             if self.memory == "offload":
                 network.to("cpu")
