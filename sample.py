@@ -127,8 +127,8 @@ class Pipeline:
         return torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
 
     def use(self, name: str, compute):
-        """compute(network) with "mmdit", "vae" or "text" on the device; afterwards the network goes where `memory` says. Text is
-        never computed in fp16: T5-XXL's activations go beyond its 65504, so bf16 takes its place."""
+        """compute(network) with "mmdit", "vae" or "text" on the device; afterwards the network goes where `memory` says. Text
+        is never computed in fp16: T5-XXL's activations go beyond its 65504, so bf16 takes its place."""
         network = self.read(name) if self.memory == "one" else getattr(self, name)
         if self.memory != "all":
             network.to(self.device)
@@ -242,7 +242,7 @@ def picture_size(pipeline, settings: Settings) -> tuple[int, int, int]:
 
 def read_to_edit(pipeline, settings: Settings, image, mask):
     """image, mask: files -> (the image (3, height, width), its latent (1, C, H, W), changes (height, width) bool, repaint
-    (1, 1, H, W) bool), of the picture's size. White in the mask may change; a latent position does if one of its pixels does."""
+    (1, 1, H, W) bool), of the picture's size. White in the mask may change: one white pixel frees its latent position."""
     fit = lambda file: resize_and_crop(read_image(file), settings.height, settings.width)
     original, changes, repaint = to_tensor(fit(image)), None, None
     latent = pipeline.use("vae", lambda vae: vae.encode(original[None].to(pipeline.device)).float())
@@ -366,10 +366,10 @@ def make_record(options) -> dict:
     drawn = {"prompts": options.prompts, "index": None} if options.prompts else {key: old[key] for key in ("prompts", "index")}
     files = {name: checked_file(getattr(options, name), None if getattr(options, name) else old.get(name))
              for name in ("image", "mask")}
-    given = {name: value for name in ("seed", "batch_size", "checkpoint", "precision")
+    given = {name: value for name in ("seed", "batch_size", "checkpoint", "tokenizers", "precision")
              if (value := getattr(options, name)) is not None}
     given |= {"grid": True} if options.grid else {}
-    default = {"seed": 0, "batch_size": 8, "checkpoint": str(SHIPPED), "precision": "auto", "grid": False}
+    default = {"seed": 0, "batch_size": 8, "checkpoint": str(SHIPPED), "tokenizers": None, "precision": "auto", "grid": False}
     kept = {name: old[name] for name in default if name in old}
     return {**drawn, **default, **kept, **given, **files, "settings": old.get("settings", {}) | settings}
 
@@ -378,7 +378,7 @@ def main():
     """Prompts from the command line to PNG files."""
     options = parse_options()
     record = make_record(options)
-    pipeline = load(record["checkpoint"], options.device, record["precision"], options.tokenizers,
+    pipeline = load(record["checkpoint"], options.device, record["precision"], record["tokenizers"],
                     "offload" if options.offload else "one")
     if options.from_png and not options.checkpoint and read_record(options.from_png)["fingerprint"] != pipeline.fingerprint:
         raise CheckpointError(f"{pipeline.checkpoint} is not the file that --from-png {options.from_png} was made with (its "
@@ -392,7 +392,8 @@ def main():
     single = options.out.suffix == ".png"
     folder = options.out.with_suffix("") if single else options.out
     if record["grid"]:
-        save_png(captioned_grid(pictures, prompts, min(4, len(pictures))), options.out if single else folder / "grid.png", record)
+        grid = captioned_grid(pictures, prompts, min(4, len(pictures)))
+        save_png(grid, options.out if single else folder / "grid.png", record)
         return
     wanted = range(len(prompts)) if record["index"] is None else [record["index"]]
     for i in wanted:                                       # a picture is repeated to the bit among the others of its batch

@@ -5,7 +5,8 @@ Random fp16 files of the released sizes and names are written, measured and dele
            (load(..., memory="one")). The peak is that of RssAnon in /proc/self/status, looked at every 5 ms: resident memory
            without mapped file pages, which the kernel may drop at any time, since the file still holds them
   speed    the MM-DiT alone (4 GB), read_network as stored, from the page cache: bytes over seconds, and over seconds of
-           processor time, which is what other programs on the machine do not change much
+           processor time, which other programs on the machine change less. Beside it what new memory alone costs here: on
+           virtual machines that get their memory as they touch it, that is most of a load
 The numbers in the files mean nothing and no picture is kept; time per step is not measured here.
 
 Run         python experiments/full_size.py --tokenizers DIR     DIR holds clip_l/ and t5/; writes results/full-size-cpu.json
@@ -82,18 +83,21 @@ class Peak:
         self.thread.join()
 
 
-def load_speed(file: Path, size: int, trials: int) -> dict:
-    """GB/s of reading the MM-DiT as it is stored, once to warm the page cache, then `trials` times."""
-    rates, cpu_rates = [], []
+def load_speed(file: Path, shapes: dict, trials: int) -> dict:
+    """GB/s of reading the MM-DiT as it is stored, and of writing as many bytes into new memory without any file, in turns; the
+    first turn warms the page cache."""
+    size = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    works = {"load": lambda: read_network("mmdit", file, dtype=torch.float16),
+             "new_memory": lambda: [torch.empty(shape, dtype=torch.float16).fill_(1) for shape in shapes.values()]}
+    rates = {name: [] for name in works}
     for _ in range(trials + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        network = read_network("mmdit", file, dtype=torch.float16)
-        rates.append(size / 1e9 / (time.perf_counter() - start))
-        cpu_rates.append(size / 1e9 / (time.process_time() - cpu_start))
-        del network
-    return {"gigabytes_per_second": [round(rate, 2) for rate in rates[1:]],
-            "median": round(statistics.median(rates[1:]), 2),
-            "median_per_cpu_second": round(statistics.median(cpu_rates[1:]), 2)}
+        for name, work in works.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            made = work()
+            rates[name].append((size / 1e9 / (time.perf_counter() - start), size / 1e9 / (time.process_time() - cpu_start)))
+            del made
+    middle = lambda name, which: round(statistics.median(rate[which] for rate in rates[name][1:]), 2)
+    return {name: {"gigabytes_per_second": middle(name, 0), "gigabytes_per_cpu_second": middle(name, 1)} for name in works}
 
 
 def peak_memory(file: Path, tokenizers: str, precision: str) -> dict:
@@ -133,7 +137,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.safetensors"
             write_random(file, chosen)
-            measured = load_speed(file, size, options.trials) if part == "speed" else peak_memory(
+            measured = load_speed(file, chosen, options.trials) if part == "speed" else peak_memory(
                 file, options.tokenizers, options.precision)
         result[part] = {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__,
                         "threads": torch.get_num_threads(), "file_gigabytes": round(size / 1e9, 2), **measured}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import flow
 from checkpoints import open_model, read_network, to_diffusers, verify
 from mmdit import crop_center, paper_positions, released_positions, sincos_2d, timestep_embedding
+from sample import Settings, sample_latents
 from text_encoders import TextConfig, TextEncoders, relative_position_bucket
 from vae import sample_code
 
@@ -253,6 +254,8 @@ def test_bundle_samples_the_references_latent_and_picture(case, reference, sched
     if reference == "sd35":
         case.check("sd35.trajectory", torch.cat(steps))
     case.check(f"{reference}.latent", steps[-1])
+    ours = Settings(settings["steps"], settings["cfg_scale"], settings["shift"], schedule)
+    case.check(f"{reference}.latent", sample_latents(mmdit, cond, uncond, case.io["noise"], ours)[0])
     if reference != "linear":
         levels = (vae.decode(steps[-1])[0].clamp(-1, 1) + 1) * 127.5              # sd3.5 truncates, diffusers rounds, as we do
         ours = levels.trunc() if reference == "sd35" else levels.round()
