@@ -5,7 +5,7 @@ Not here    the networks (mmdit.py, vae.py, text_encoders.py); this file knows a
 Format      one model.safetensors, the prefixes of the released single file, sizes inferred from the tensors. What tensors
             cannot tell (the VAE's normalisation, token counts) is in the file's metadata; without it SD3's values hold.
             Tokenizers lie beside it: tokenizers/clip/{vocab.json,merges.txt}, tokenizers/t5/spiece.model
-Safety      safetensors only, mapped and cast while copying, one strict load; nothing is unpickled; what is written gets a
+Safety      safetensors only, read and cast tensor by tensor, one strict load; nothing is unpickled; what is written gets a
             temporary name first and is renamed
 Layouts     the single file, with or without clip_l, clip_g, t5xxl files beside it; a diffusers folder; our run and model folders
 Run         python checkpoints.py info PATH                     what it holds: sizes, parameters, types, what is missing
@@ -123,6 +123,10 @@ VAE_DIFFUSERS = {
 SINGLE_TABLES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
 DIFFUSERS_TABLES = SINGLE_TABLES | {"mmdit": MMDIT_DIFFUSERS, "vae": VAE_DIFFUSERS}
 
+# What weights may be stored as, by the names of safetensors.
+STORED_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
 # Keys that give away what a file is, if it is not ours.
 FAMILIES = {
     "double_blocks.0.": "a Flux model",
@@ -182,15 +186,34 @@ def open_safetensors(file):
                               f"format. Fetch it again.") from None
 
 
+def read_header(file) -> tuple[dict, dict, int]:
+    """({key: {"dtype", "shape", "data_offsets"}}, metadata, where the data begin) of a safetensors file that is whole."""
+    open_safetensors(file)                                                        # checks every offset, shape and type
+    with open(file, "rb") as raw:
+        size, = struct.unpack("<Q", raw.read(8))
+        header = json.loads(raw.read(size))
+    metadata = header.pop("__metadata__", None) or {}
+    return header, metadata, 8 + size
+
+
+def read_tensor(raw, start: int, entry: dict):
+    """A tensor as it is stored: `entry` of a header, in an open file whose data begin at `start`. Read and not mapped, because
+    a page fault for every 4 kB that are copied costs more than the copy."""
+    tensor = torch.empty(entry["shape"], dtype=STORED_TYPES[entry["dtype"]])
+    raw.seek(start + entry["data_offsets"][0])
+    raw.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor
+
+
 def file_config(file) -> dict:
     """What the tensors of a file cannot tell, as `save_networks` wrote it; empty for released files."""
-    with open_safetensors(file) as opened:
-        stored = (opened.metadata() or {}).get("config", "{}")
     try:
-        config = json.loads(stored)
+        config = json.loads(read_header(file)[1].get("config", "{}"))
         if not all(isinstance(part, dict) for part in (config, *config.values())):
             raise ValueError("not an object of objects")
         return config
+    except CheckpointError:
+        raise
     except (ValueError, AttributeError) as problem:
         raise CheckpointError(f"{file}: its metadata is damaged ({problem}); fetch or save it again") from None
 
@@ -206,20 +229,20 @@ def read_json(file) -> dict:
     return value
 
 
-def build(make, tensors: dict, file) -> torch.nn.Module:
+def build(kind: type, config, tensors: dict, file) -> torch.nn.Module:
     """Construct a network without memory, then give it exactly these tensors: one strict load."""
     with torch.device("meta"):
-        network = make()
+        network = kind(config)
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name] != tuple(tensors[name].shape))
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
-            raise CheckpointError(f"{file} {what} {len(names)} tensor(s) of {type(network).__name__}: "
+            raise CheckpointError(f"{file} {what} {len(names)} tensor(s) of {kind.__name__}: "
                                   f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
     if wrong:
         raise CheckpointError(f"{file}: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, "
-                              f"{type(network).__name__} of these sizes needs {expected[wrong[0]]}")
+                              f"{kind.__name__} of these sizes needs {expected[wrong[0]]}")
     network.load_state_dict(tensors, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -229,47 +252,28 @@ def count_layers(tensors: dict, pattern: str) -> int:
     return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
 
 
-def build_mmdit(tensors: dict, metadata: dict, file) -> MMDiT:
-    """MM-DiT of the sizes that the tensors have."""
-    p = tensors["x_embedder.proj.weight"]
-    config = MMDiTConfig(
-        depth=p.shape[0] // 64, latent_channels=p.shape[1], patch_size=p.shape[2],
-        context_dim=tensors["context_embedder.weight"].shape[1], pooled_dim=tensors["y_embedder.mlp.0.weight"].shape[1],
-        qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in tensors,
-        pos_embed_max_size=round(tensors["pos_embed"].shape[1] ** 0.5),
-        dual_attention_layers=count_layers(tensors, r"joint_blocks\.(\d+)\.x_block\.attn2\."),
-        clip_tokens=metadata.get("clip_tokens", 0))
-    return build(lambda: MMDiT(config), tensors, file)
-
-
-def build_vae(tensors: dict, metadata: dict, file) -> VAE:
-    """Autoencoder of the sizes that the tensors have; normalisation from the metadata, SD3's without."""
-    levels = count_layers(tensors, r"encoder\.down\.(\d+)\.")
-    config = VAEConfig(
-        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
-        channels=tuple(tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),
-        **metadata)
-    return build(lambda: VAE(config), tensors, file)
-
-
-def build_clip(tensors: dict, activation: str, file) -> CLIPTextEncoder:
-    """CLIP text encoder of the sizes that the tensors have. CLIP-L's projection, if a file has one, is dropped: SD3 does
-    not project it, and the public files that carry one carry an identity."""
-    tensors = dict(tensors)
-    if activation == "quick_gelu":
-        tensors.pop("projection.weight", None)
-    tokens, positions = tensors["token_embedding.weight"], tensors["position_embedding.weight"]
-    config = CLIPConfig(tokens.shape[0], tokens.shape[1], count_layers(tensors, r"layers\.(\d+)\."), positions.shape[0],
-                        activation, len(tensors["projection.weight"]) if "projection.weight" in tensors else None)
-    return build(lambda: CLIPTextEncoder(config), tensors, file)
-
-
-def build_t5(tensors: dict, file) -> T5Encoder:
-    """T5 encoder of the sizes that the tensors have."""
-    tokens, bias = tensors["token_embedding.weight"], tensors["position_bias.weight"]
-    config = T5Config(tokens.shape[0], tokens.shape[1], tensors["layers.0.feed_forward.gate.weight"].shape[0],
-                      count_layers(tensors, r"layers\.(\d+)\."), bias.shape[1], bias.shape[0])
-    return build(lambda: T5Encoder(config), tensors, file)
+def infer_config(name: str, tensors: dict, metadata: dict):
+    """(class, config) of a network from the shapes of its tensors; from the metadata what shapes cannot tell (SD3's without)."""
+    size = lambda key, axis=0: tensors[key].shape[axis]
+    if name == "mmdit":
+        return MMDiT, MMDiTConfig(
+            depth=size("x_embedder.proj.weight") // 64, latent_channels=size("x_embedder.proj.weight", 1),
+            patch_size=size("x_embedder.proj.weight", 2), context_dim=size("context_embedder.weight", 1),
+            pooled_dim=size("y_embedder.mlp.0.weight", 1), qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in tensors,
+            pos_embed_max_size=round(size("pos_embed", 1) ** 0.5),
+            dual_attention_layers=count_layers(tensors, r"joint_blocks\.(\d+)\.x_block\.attn2\."),
+            clip_tokens=metadata.get("clip_tokens", 0))
+    if name == "vae":
+        levels = range(count_layers(tensors, r"encoder\.down\.(\d+)\."))
+        return VAE, VAEConfig(latent_channels=size("decoder.conv_in.weight", 1), **metadata,
+                              channels=tuple(size(f"encoder.down.{i}.block.0.conv1.weight") for i in levels))
+    layers, (vocabulary, width) = count_layers(tensors, r"layers\.(\d+)\."), tensors["token_embedding.weight"].shape
+    if name == "t5":
+        buckets, heads = tensors["position_bias.weight"].shape
+        return T5Encoder, T5Config(vocabulary, width, size("layers.0.feed_forward.gate.weight"), layers, heads, buckets)
+    projection = size("projection.weight") if "projection.weight" in tensors else None
+    return CLIPTextEncoder, CLIPConfig(vocabulary, width, layers, size("position_embedding.weight"),
+                                       "quick_gelu" if name == "clip_l" else "gelu", projection)
 
 
 @dataclass(frozen=True)
@@ -281,40 +285,37 @@ class Stored:
 
 
 def cast(name: str, tensor, dtype):
-    """A copy of a mapped tensor. dtype None: as it is stored (float8 becomes fp16). In half precision only the matrices of
-    the blocks are stored so; embeddings, norms, biases and convolutions stay fp32, and so do the residual streams."""
+    """dtype None: as it is stored (float8 becomes fp16). In half precision only the matrices of the blocks are stored so;
+    embeddings, norms, biases and convolutions stay fp32, and so do the residual streams."""
     if dtype is None:
         dtype = torch.float16 if tensor.dtype.itemsize == 1 else tensor.dtype
     elif tensor.dim() != 2 or "embed" in name:
         dtype = torch.float32
-    return tensor.to(dtype, copy=True)
+    return tensor.to(dtype)
 
 
 def read_tensors(name: str, place: Stored, dtype=torch.float32, shapes_only: bool = False) -> dict:
     """{our name: tensor} of one network, from all its files; empty if they hold none. dtype: see `cast`.
 
-    shapes_only: tensors on the meta device, for `info`. Refuses integers, and a name that comes twice with other numbers.
+    shapes_only: tensors on the meta device, nothing is read. Refuses integers, and a name that comes twice with other numbers.
     """
     table, tensors = (DIFFUSERS_TABLES if place.diffusers else SINGLE_TABLES)[name], {}
     for file in place.files:
-        with open_safetensors(file) as opened:
-            for key in opened.keys():
+        header, _, start = read_header(file)
+        with open(file, "rb") as raw:
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 ours = rename(key[len(place.prefix):], table) if key.startswith(place.prefix) else None
                 if ours is None:
                     continue
-                try:
-                    if shapes_only:
-                        tensor = torch.empty(opened.get_slice(key).get_shape(), device="meta")
-                    else:
-                        tensor = opened.get_tensor(key)
-                except (SafetensorError, RuntimeError, TypeError, ValueError) as problem:
-                    raise CheckpointError(f"{file}: {key} cannot be read ({problem}); fetch the file again") from None
-                if not tensor.is_floating_point():
-                    raise CheckpointError(f"{file}: {key} is {tensor.dtype}, but weights are floating point; fetch it again")
-                if ours not in tensors:
-                    tensors[ours] = tensor if shapes_only else cast(ours, tensor, dtype)
-                elif not shapes_only and not torch.equal(tensors[ours], cast(ours, tensor, dtype)):
+                if entry["dtype"] not in STORED_TYPES:
+                    raise CheckpointError(f"{file}: {key} is {entry['dtype']}, but weights are floating point; fetch it again")
+                if shapes_only:
+                    tensors[ours] = torch.empty(entry["shape"], device="meta")
+                    continue
+                tensor = cast(ours, read_tensor(raw, start, entry), dtype)
+                if ours in tensors and not torch.equal(tensors[ours], tensor):
                     raise CheckpointError(f"{file}: {key} differs from its second copy; fetch the file again")
+                tensors[ours] = tensor
     return from_diffusers(name, tensors) if place.diffusers else tensors
 
 
@@ -372,13 +373,9 @@ def read_network(name: str, file, dtype=torch.float32, prefix: str | None = None
         tensors = read_tensors(name, place, dtype, shapes_only)
         if not tensors:
             return None
-        if name == "mmdit":
-            return build_mmdit(tensors, metadata.get("mmdit", {}), file)
-        if name == "vae":
-            return build_vae(tensors, metadata.get("vae", {}), file)
-        if name == "t5":
-            return build_t5(tensors, file)
-        return build_clip(tensors, "quick_gelu" if name == "clip_l" else "gelu", file)
+        if name == "clip_l":                     # SD3 does not project it, and files that carry a projection carry an identity
+            tensors.pop("projection.weight", None)
+        return build(*infer_config(name, tensors, metadata.get(name, {})), tensors, file)
     except KeyError as missing:
         raise CheckpointError(f"{file} lacks {place.prefix}{missing.args[0]}, which every {name} has") from None
     except CheckpointError:
@@ -445,8 +442,7 @@ def open_diffusers(folder: Path) -> Model:
 
 def open_single_file(file: Path) -> Model:
     """A single file, and of the text encoders it lacks the separate files beside it or in text_encoders/."""
-    with open_safetensors(file) as opened:
-        keys = list(opened.keys())
+    keys = list(read_header(file)[0])
     places = {name: Stored((file,), PREFIXES[name]) for name in PREFIXES if any(key.startswith(PREFIXES[name]) for key in keys)}
     if not places and any(key.startswith("joint_blocks.0.") for key in keys):     # the MM-DiT alone, without its prefix
         places["mmdit"] = Stored((file,))
@@ -543,17 +539,14 @@ def fingerprint(file, components=None) -> str:
         described = json.dumps([parts, model.config.get("vae"), model.config.get("text")], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:16]
     prefixes = tuple(PREFIXES[name] for name in components) if components else ("",)
-    config = file_config(file)                                                    # refuses what is broken
+    config, (header, _, start) = file_config(file), read_header(file)
     digest = hashlib.sha256(json.dumps([config.get("vae"), config.get("text")], sort_keys=True).encode())
-    with open(file, "rb") as opened:
-        header_size, = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(header_size))
-        for name in sorted(header):
-            if name != "__metadata__" and name.startswith(prefixes):
-                begin, end = header[name]["data_offsets"]
-                opened.seek(8 + header_size + begin)
-                digest.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
-                digest.update(opened.read(min(4096, end - begin)))
+    with open(file, "rb") as raw:
+        for name in sorted(name for name in header if name.startswith(prefixes)):
+            begin, end = header[name]["data_offsets"]
+            raw.seek(start + begin)
+            digest.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
+            digest.update(raw.read(min(4096, end - begin)))
     return digest.hexdigest()[:16]
 
 
@@ -807,13 +800,10 @@ def info(path):
             print(f"  {name:7} missing")
             continue
         place, types, count, size = model.places[name], Counter(), 0, 0
-        for file in place.files:
-            with open_safetensors(file) as opened:
-                for key in opened.keys():
-                    if key.startswith(place.prefix):
-                        part = opened.get_slice(key)
-                        count, size = count + 1, size + torch.Size(part.get_shape()).numel()
-                        types[part.get_dtype()] += 1
+        for key, entry in (item for file in place.files for item in read_header(file)[0].items()):
+            if key.startswith(place.prefix):
+                count, size = count + 1, size + torch.Size(entry["shape"]).numel()
+                types[entry["dtype"]] += 1
         kinds = ", ".join(f"{kind} {n}" for kind, n in types.items())
         network = read_network(name, place, metadata=model.config, shapes_only=True)
         sizes = ", ".join(f"{key} {value}" for key, value in asdict(network.config).items())

@@ -90,9 +90,9 @@ class Settings:
 
 
 def released_settings(config: MMDiTConfig, name: str) -> dict:
-    """What the publisher recommends where a released model differs from SD3. SD3.5-medium has a second attention; SD3.5-large
-    QK-norm and 38 blocks. Its few-step "turbo" has the same tensors: only the name of its file or folder tells."""
-    if config.dual_attention_layers:
+    """What the publisher recommends where a released model differs from SD3. SD3.5-medium (24 blocks) has a second attention;
+    SD3.5-large QK-norm and 38 blocks. Its few-step "turbo" has the same tensors: only the name of its file or folder tells."""
+    if config.dual_attention_layers and config.depth == 24:
         return {"num_steps": 40, "guidance_scale": 4.5, "skip_layers": (7, 8, 9)}
     if config.qk_norm and config.depth == 38:
         return {"num_steps": 4, "guidance_scale": 1.0} if "turbo" in name.lower() else {"guidance_scale": 3.5}
@@ -127,13 +127,15 @@ class Pipeline:
         return torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
 
     def use(self, name: str, compute):
-        """compute(network) with "mmdit", "vae" or "text" on the device; afterwards the network goes where `memory` says. Text is
-        never computed in fp16: T5-XXL's activations go beyond its 65504, so bf16 takes its place."""
+        """compute(network) with "mmdit", "vae" or "text" on the device; afterwards the network goes where `memory` says. Text
+        is never computed in fp16: T5-XXL's activations go beyond its 65504, so bf16 takes its place."""
         network = self.read(name) if self.memory == "one" else getattr(self, name)
+        if self.memory != "all":
+            network.to(self.device)
         precision = torch.bfloat16 if name == "text" and self.precision == torch.float16 else self.precision
         try:
             with torch.no_grad(), self.autocast(precision):
-                return compute(network.to(self.device))
+                return compute(network)
         finally:
             if self.memory == "offload":
                 network.to("cpu")
@@ -190,6 +192,8 @@ def sample_latents(mmdit, given, negative, noise, settings: Settings, latent=Non
     to the picture on its own straight path (Eq. 13), whose velocity is known.
     """
     s, B = settings, len(noise)
+    if s.skip_layers and not set(s.skip_layers) <= set(range(mmdit.config.depth)):
+        raise ValueError(f"skip_layers={s.skip_layers}: this model's blocks are 0 to {mmdit.config.depth - 1}")
     times = flow.make_schedule(s.schedule, s.num_steps, s.timestep_shift)
     skipping = [t for i, t in enumerate(times.tolist()) if s.skip_start * s.num_steps < i < s.skip_end * s.num_steps]
     skips = lambda t: bool(s.skip_layers and skipping) and skipping[-1] <= t <= skipping[0]
@@ -238,7 +242,7 @@ def picture_size(pipeline, settings: Settings) -> tuple[int, int, int]:
 
 def read_to_edit(pipeline, settings: Settings, image, mask):
     """image, mask: files -> (the image (3, height, width), its latent (1, C, H, W), changes (height, width) bool, repaint
-    (1, 1, H, W) bool), of the picture's size. White in the mask may change; a latent position does if one of its pixels does."""
+    (1, 1, H, W) bool), of the picture's size. White in the mask may change: one white pixel frees its latent position."""
     fit = lambda file: resize_and_crop(read_image(file), settings.height, settings.width)
     original, changes, repaint = to_tensor(fit(image)), None, None
     latent = pipeline.use("vae", lambda vae: vae.encode(original[None].to(pipeline.device)).float())
@@ -270,8 +274,9 @@ def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, 
     latents = pipeline.use("mmdit", lambda mmdit: [
         sample_latents(mmdit, given, negative, noise(part).to(pipeline.device), settings, latent, repaint, progress)[0]
         for part, (given, negative) in zip(parts, texts)])
+    few = max(1, 2**19 // (settings.height * settings.width))                     # pictures at a time: 8 of 256 x 256
     images = pipeline.use("vae", lambda vae: [
-        image for part in latents for few in part.split(8) for image in vae.decode(few, settings.tile).float().cpu()])
+        image for part in latents for z in part.split(few) for image in vae.decode(z, settings.tile).float().cpu()])
     if changes is not None:
         images = [torch.where(changes, image, original) for image in images]
     return [from_tensor(image) for image in images]
@@ -361,10 +366,10 @@ def make_record(options) -> dict:
     drawn = {"prompts": options.prompts, "index": None} if options.prompts else {key: old[key] for key in ("prompts", "index")}
     files = {name: checked_file(getattr(options, name), None if getattr(options, name) else old.get(name))
              for name in ("image", "mask")}
-    given = {name: value for name in ("seed", "batch_size", "checkpoint", "precision")
+    given = {name: value for name in ("seed", "batch_size", "checkpoint", "tokenizers", "precision")
              if (value := getattr(options, name)) is not None}
     given |= {"grid": True} if options.grid else {}
-    default = {"seed": 0, "batch_size": 8, "checkpoint": str(SHIPPED), "precision": "auto", "grid": False}
+    default = {"seed": 0, "batch_size": 8, "checkpoint": str(SHIPPED), "tokenizers": None, "precision": "auto", "grid": False}
     kept = {name: old[name] for name in default if name in old}
     return {**drawn, **default, **kept, **given, **files, "settings": old.get("settings", {}) | settings}
 
@@ -373,7 +378,7 @@ def main():
     """Prompts from the command line to PNG files."""
     options = parse_options()
     record = make_record(options)
-    pipeline = load(record["checkpoint"], options.device, record["precision"], options.tokenizers,
+    pipeline = load(record["checkpoint"], options.device, record["precision"], record["tokenizers"],
                     "offload" if options.offload else "one")
     if options.from_png and not options.checkpoint and read_record(options.from_png)["fingerprint"] != pipeline.fingerprint:
         raise CheckpointError(f"{pipeline.checkpoint} is not the file that --from-png {options.from_png} was made with (its "
@@ -387,7 +392,8 @@ def main():
     single = options.out.suffix == ".png"
     folder = options.out.with_suffix("") if single else options.out
     if record["grid"]:
-        save_png(captioned_grid(pictures, prompts, min(4, len(pictures))), options.out if single else folder / "grid.png", record)
+        grid = captioned_grid(pictures, prompts, min(4, len(pictures)))
+        save_png(grid, options.out if single else folder / "grid.png", record)
         return
     wanted = range(len(prompts)) if record["index"] is None else [record["index"]]
     for i in wanted:                                       # a picture is repeated to the bit among the others of its batch

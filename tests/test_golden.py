@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import flow
 from checkpoints import open_model, read_network, to_diffusers, verify
 from mmdit import crop_center, paper_positions, released_positions, sincos_2d, timestep_embedding
+from sample import Settings, sample_latents
 from text_encoders import TextConfig, TextEncoders, relative_position_bucket
 from vae import sample_code
 
@@ -253,6 +254,15 @@ def test_bundle_samples_the_references_latent_and_picture(case, reference, sched
     if reference == "sd35":
         case.check("sd35.trajectory", torch.cat(steps))
     case.check(f"{reference}.latent", steps[-1])
+    ours = Settings(settings["steps"], settings["cfg_scale"], settings["shift"], schedule)
+    case.check(f"{reference}.latent", sample_latents(mmdit, cond, uncond, case.io["noise"], ours)[0])
+    if reference != "linear":
+        levels = (vae.decode(steps[-1])[0].clamp(-1, 1) + 1) * 127.5              # sd3.5 truncates, diffusers rounds, as we do
+        ours = levels.trunc() if reference == "sd35" else levels.round()
+        difference = (ours.permute(1, 2, 0) - case.io[f"{reference}.image_u8"].float()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() <= 0.01
+    if reference == "diffusers":
+        case.check("diffusers.timesteps", 1000 * times[:-1])
     if reference == "sd35":
         case.check("sd35.vae_input", vae.denormalize(steps[-1]))
         case.check("sd35.image", vae.decode(steps[-1]))                          # not clamped
@@ -274,6 +284,7 @@ def numbered(case, stem, ends_with):
 def test_eq19_density_and_quantile_equal_the_reference(case):
     rows, t, q = case.io["logit_normal.params"].tolist(), case.io["t"], case.io["logit_normal.q"]
     densities = [flow.LogitNormal(mean, std) for mean, std in rows]
+    case.check("logit_normal.cdf", torch.stack([density.cdf(t) for density in densities]), atol=1e-12, rtol=1e-7)
     case.check("logit_normal.pdf", torch.stack([density.pdf(t) for density in densities]), atol=1e-12, rtol=1e-7)
     case.check("logit_normal.quantile", torch.stack([density.quantile(q) for density in densities]), atol=1e-12, rtol=1e-7)
 
@@ -305,6 +316,9 @@ def test_euler_on_gaussian_data_equals_the_reference(case):
         times = flow.shifted_schedule(int(case.io[f"{name}.steps"]), float(case.io[f"{name}.shift"]))
         ours = flow.euler(lambda z, t: flow.gaussian_velocity(z, t, mean, std), noise, times)
         case.check(f"{name}.x0", ours.flatten(), atol=5e-6, rtol=1e-5)           # ours is fp32, the reference fp64
+    velocity = lambda z, t: flow.gaussian_velocity(z, t, mean, std)
+    exact = flow.last_of(flow.solver_steps("rk4", velocity, noise.double(), flow.shifted_schedule(200)))
+    case.check("gauss.x0_exact", exact.flatten(), atol=1e-6, rtol=1e-6)
 
 
 @cases("flow")

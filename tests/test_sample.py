@@ -282,6 +282,8 @@ def test_unknown_and_impossible_settings_are_named(pipeline):
         generate(pipeline, [PROMPT], num_step=4)
     with pytest.raises(ValueError, match="strength=1.5; give a number from 0 to 1"):
         generate(pipeline, [PROMPT], strength=1.5)
+    with pytest.raises(ValueError, match="this model's blocks are 0 to"):
+        generate(pipeline, [PROMPT], skip_layers=[7, 99], num_steps=1)
     with pytest.raises(ValueError, match="choose 'zeros' or 'empty'"):
         generate(pipeline, [PROMPT], unconditional="none")
 
