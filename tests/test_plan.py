@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 import plan as planner
 from plan import Plan, forward_flops, memory, parameter_counts
+
+from train import World
 
 # no product of these is a width: saved tensors cannot be taken for weights
 SMALL = Plan(depth=2, resolution=240, text_tokens=60, batch_size=2, world=1, strategy="ddp", device="cpu")
@@ -155,3 +158,27 @@ def test_peak_of_a_step_is_the_plans(accumulate, recompute, precision):
             del loss
         optimizer.step()
     assert peak.highest == pytest.approx(memory(plan)["peak"], rel=0.1)
+
+
+def test_depth_38_under_fsdp_is_sharded_as_planned():
+    """64 pretended processes and no memory: the same names, every block a unit of its own, every weight in shards, and as much
+    on a GPU as the plan says."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    plan, world = Plan(depth=38, world=64, strategy="fsdp"), object.__new__(World)
+    world.rank, world.size, world.local_size, world.device, world.parallel = 0, 64, 8, torch.device("cpu"), "fsdp"
+    with torch.device("meta"):
+        model = MMDiT(plan.sizes)
+    names = list(model.state_dict())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    try:
+        world.shard(model, torch.bfloat16)
+        assert list(model.state_dict()) == names
+        assert all(isinstance(module, FSDPModule) for module in [model, *model.joint_blocks])
+        assert all(isinstance(p, DTensor) and p.device.type == "meta" for p in model.parameters())
+        local = sum(4 * p.to_local().numel() for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+    table = 4 * plan.sizes.pos_embed_max_size**2 * plan.sizes.hidden_size
+    assert local == pytest.approx(memory(plan)["weights"] - table, rel=0.002)     # each weight is split by rows: rounded up
