@@ -158,6 +158,7 @@ def main():
     parser.add_argument("--what", nargs="+", default=["forward", "training", "sampling"],
                         choices=["forward", "training", "sampling"])
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs of each row; sampling takes 3 at most")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for both")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="", help="file; empty: results/bench-diffusers-<device>.json")
     options = parser.parse_args()
@@ -171,7 +172,7 @@ def main():
     rows = []
     result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "threads": torch.get_num_threads(),
               "torch": torch.__version__, "diffusers": diffusers.__version__, "depth": options.depth,
-              "image_tokens": (side // 2) ** 2, "text_tokens": options.text_tokens, "pairs": options.pairs, "rows": rows}
+              "compile": options.compile, "image_tokens": (side // 2) ** 2, "text_tokens": options.text_tokens, "pairs": options.pairs, "rows": rows}
     file = Path(options.out) if options.out else Path(__file__).parents[1] / f"results/bench-diffusers-{device.type}.json"
 
     def measure(what, precision, batch, calls, flops, peak):
@@ -190,6 +191,8 @@ def main():
         ours, theirs = make_models(options.depth, device)
         dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
         ours, theirs = ours.to(dtype), theirs.to(dtype)
+        for model in (ours, theirs) if options.compile else ():
+            model.compile()
         peak = matmul_peak(device, torch.float32 if precision == "fp32" else torch.bfloat16)
         flops = forward_flops(ours.config, options.text_tokens, (side // 2) ** 2)
         for batch in options.batch_sizes:
