@@ -457,8 +457,8 @@ def parse_config() -> TrainConfig:
     """TrainConfig from the command line; with --resume, what is not given comes from the run's config.json."""
     parser = argparse.ArgumentParser(description="Train MM-DiT with rectified flow.", allow_abbrev=False)
     for field in dataclasses.fields(TrainConfig):
-        kind = true_or_false if field.type is bool else field.type
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None, help=f"default {field.default!r}")
+        kind = {"type": true_or_false, "nargs": "?", "const": True} if field.type is bool else {"type": field.type}
+        parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"default {field.default!r}")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0          # by torchrun --max-restarts
     if restarted and "out" in given and (Path(given["out"]) / "config.json").is_file():
@@ -478,7 +478,7 @@ def parse_config() -> TrainConfig:
 
 
 def true_or_false(text: str) -> bool:
-    """The value of an option such as --compile."""
+    """The value of an option such as --compile, which alone means true."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"

@@ -172,7 +172,8 @@ def main():
     rows = []
     result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "threads": torch.get_num_threads(),
               "torch": torch.__version__, "diffusers": diffusers.__version__, "depth": options.depth,
-              "compile": options.compile, "image_tokens": (side // 2) ** 2, "text_tokens": options.text_tokens, "pairs": options.pairs, "rows": rows}
+              "compile": options.compile, "image_tokens": (side // 2) ** 2, "text_tokens": options.text_tokens,
+              "pairs": options.pairs, "rows": rows}
     file = Path(options.out) if options.out else Path(__file__).parents[1] / f"results/bench-diffusers-{device.type}.json"
 
     def measure(what, precision, batch, calls, flops, peak):

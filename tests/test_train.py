@@ -320,6 +320,20 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_nodes_of_two_processes_have_the_losses_of_one(tmp_path):
+    """HSDP: shards within a node, copies between nodes."""
+    settings = ("--steps", 4, "--log-every", 1, "--sample-every", 0, "--save-every", 0, "--optimizer", "adamw")
+    assert run_main("--out", tmp_path / "one", *settings).returncode == 0
+    port, train_py = free_port(), ("train.py", *SMALL, "--depth", 1, "--parallel", "hsdp", "--out", tmp_path / "four", *settings)
+    nodes = [subprocess.Popen([str(word) for word in (
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 2,
+        "--master_addr", "127.0.0.1", "--master_port", port, *train_py)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for rank in range(2)]
+    assert [node.wait(timeout=600) for node in nodes] == [0, 0]
+    assert losses_of(tmp_path / "four") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
 def test_ranks_that_are_killed_again_and_again_do_not_change_the_result(tmp_path, kills=20):
     """kill -9 of a random rank at a random moment; torchrun starts all of them again from the last checkpoint."""
     settings = ("--steps", 1200, "--save-every", 0.005, "--sample-every", 0)
