@@ -13,7 +13,9 @@ Run         python sample.py --prompt "a red circle left of a blue square"
 
 import argparse
 import hashlib
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -61,8 +63,8 @@ class Settings:
     num_steps: int = 28                # solver steps
     guidance_scale: float = 5.0        # 1 = off
     timestep_shift: float = 3.0        # alpha of Eq. 23
-    schedule: str = "released"         # a name of flow.SCHEDULES
-    solver: str = "euler"              # a name of flow.SOLVERS
+    schedule: str = "released"         # shifted, released, edm or uniform: flow.SCHEDULES
+    solver: str = "euler"              # euler, heun, rk4 or dpm++2m: flow.SOLVERS
     unconditional: str = "empty"       # "zeros": all encoders' outputs 0 (App. B.3); "empty": the empty prompt is encoded
     height: int = 1024                 # px
     width: int = 1024                  # px
@@ -70,12 +72,12 @@ class Settings:
     without: tuple[str, ...] = ()      # text encoders to leave out (Sec. 5.3.3)
     t5_length: int = 0                 # T5's tokens, 77 or 256 say; 0: as the checkpoint says
     guidance_start: float = 1.0        # guidance is on for start >= t >= end
-    guidance_end: float = 0.0
+    guidance_end: float = 0.0          # see guidance_start
     guidance_rescale: float = 0.0      # share, 0 to 1, of the added spread that is taken away again
     skip_layers: tuple[int, ...] = ()  # skip-layer guidance: the blocks that are left out; none = off
-    skip_scale: float = 2.5
+    skip_scale: float = 2.5            # how far it pushes away from the result without them
     skip_start: float = 0.01           # skip-layer guidance is on between these shares of the steps
-    skip_end: float = 0.2
+    skip_end: float = 0.2              # see skip_start
     strength: float = 0.6              # image to image: 1 keeps nothing of the image, 0 all
     tile: int = 0                      # px; decode in tiles of this size (less memory), 0: all at once
 
@@ -322,6 +324,17 @@ def checked_file(file: str | Path | None, known: dict | None = None) -> dict | N
     return found
 
 
+def field_comments(kind: type) -> dict[str, str]:
+    """{field: the comment beside it} of a dataclass, which is also the help of its option."""
+    comments = {}
+    for line in inspect.getsource(kind).splitlines():
+        if beside := re.match(r"    (\w+): .*?  # (.*)", line):
+            name, comments[beside[1]] = beside[1], beside[2]
+        elif comments and (further := re.match(r" {30,}# (.*)", line)):
+            comments[name] += " " + further[1]
+    return {name: comment.replace("%", "%%") for name, comment in comments.items()}
+
+
 def parse_options():
     """The command line: the fields of Settings, and what is not about the picture."""
     parser = argparse.ArgumentParser(description="prompt -> image", allow_abbrev=False)
@@ -331,15 +344,16 @@ def parse_options():
     parser.add_argument("--image", help="a picture to begin from")
     parser.add_argument("--mask", help="a picture, white where --image is painted anew")
     parser.add_argument("--seed", type=int, help="of the first picture; default 0")
+    comments = field_comments(Settings)
     for field in fields(Settings):
         kind, several = {tuple[str, ...]: (str, "*"), tuple[int, ...]: (int, "*")}.get(field.type, (field.type, None))
         flag = "--shift" if field.name == "timestep_shift" else "--" + field.name.replace("_", "-")
         parser.add_argument(flag, dest=field.name, type=kind, nargs=several,
-                            help=f"default: what the checkpoint says, else {field.default!r}")
+                            help=f"{comments[field.name]}; default: the checkpoint's, else {field.default!r}")
     parser.add_argument("--checkpoint", help="run folder, model or diffusers folder, .safetensors file, or hub name")
     parser.add_argument("--tokenizers", help="folder with clip/ and t5/ tokenizers, if not beside the checkpoint")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of matrix products; auto: bf16 where fast")
     parser.add_argument("--offload", action="store_true", help="networks wait in main memory, not on the disk")
     parser.add_argument("--batch-size", type=int, help="pictures at a time; default 8")
     parser.add_argument("--grid", action="store_true", help="one PNG with all pictures and their prompts")

@@ -56,7 +56,7 @@ from encode import Batch, Batches, EncodedFolder, EncodedImages, is_encoded, rea
 from evaluate import draw_losses, format_scores, geneval
 from flow import Formulation, RectifiedFlow, Shifted, Straight, formulation
 from mmdit import MMDiT, MMDiTConfig, count_parameters, sincos_2d, stretched_positions, training_flops
-from sample import Pipeline, generate, pick_device, pick_precision
+from sample import Pipeline, field_comments, generate, pick_device, pick_precision
 
 FIXED_PROMPTS = ("a red circle", "a blue square and a yellow star", "three green hearts", "a purple ring above a pink cross",
                  "a large orange triangle on a navy background", "two cyan diamonds on a gray background",
@@ -84,21 +84,21 @@ class TrainConfig:
     optimizer: str = ""                # adamw, or muon: Muon for the blocks' matrices, AdamW for the rest; empty: muon for
                                        # small models, adamw where weights are shards and from depth 15 up
     lr: float = 0.0                    # of AdamW; 0: 1e-4 from depth 15 up (App. B.3), below 1e-3, or 6e-4 beside Muon
-    muon_lr: float = 0.01
+    muon_lr: float = 0.01              # of Muon: every singular direction of a matrix moves so far
     warmup: float = 0.03               # share of the run with rising learning rate
     cooldown: float = 0.8              # share of the run, at its end, with falling learning rate
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01         # of AdamW; Muon keeps torch's 0.1
+    max_grad_norm: float = 1.0         # gradients are scaled down to it
     ema: float = 0.03                  # memory of the averaged weights, as a share of the run
     encoder_dropout: float = 0.464     # each text encoder's chance to be zeroed (App. B.3)
     full_captions: float = 0.5         # share of full ("synthetic") captions where there are two kinds (Sec. 5.2.2)
     formulation: str = ""              # a straight one of Table 1, rf/mode(1.29) say; empty: rf/lognorm(m, s) with the next two
     logit_mean: float = 0.0            # m and s of Eq. 19
-    logit_std: float = 1.0
+    logit_std: float = 1.0             # see logit_mean
     timestep_shift: float = 1.0        # alpha of Eq. 23, in training and in the sampling defaults
     guidance_scale: float = 4.0        # of the sample grids and the sampling defaults
-    seed: int = 0
-    device: str = "auto"
+    seed: int = 0                      # of weights, scenes, order, t and noise
+    device: str = "auto"               # cuda, mps or cpu; auto: the first of them that is there
     precision: str = "auto"            # auto, bf16 (autocast) or fp32
     parallel: str = "auto"             # ddp, fsdp or hsdp; auto decides from the device's memory
     recompute: bool = False            # keep no activations inside blocks, compute them again in the backward pass
@@ -456,9 +456,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 def parse_config() -> TrainConfig:
     """TrainConfig from the command line; with --resume, what is not given comes from the run's config.json."""
     parser = argparse.ArgumentParser(description="Train MM-DiT with rectified flow.", allow_abbrev=False)
+    comments = field_comments(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         kind = {"type": true_or_false, "nargs": "?", "const": True} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"default {field.default!r}")
+        parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"{comments[field.name]} (default {field.default!r})")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0          # by torchrun --max-restarts
     if restarted and "out" in given and (Path(given["out"]) / "config.json").is_file():

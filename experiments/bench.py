@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--text-tokens", type=int, nargs="+", default=[12, 32, 48])
-    parser.add_argument("--compile", action="store_true", help="torch.compile, as train.py --compile true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, as train.py --compile")
     parser.add_argument("--trials", type=int, default=9)
     options = parser.parse_args()
     device = pick_device()

