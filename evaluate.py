@@ -99,7 +99,8 @@ class CLIPImageEncoder(nn.Module):
 
 
 def clip_score(image_features, text_features):
-    """Mean cosine of pictures and their captions (Hessel et al. 2021, without the factor 2.5). Both (B, d)."""
+    """Mean cosine of pictures and their captions (Hessel et al. 2021, but without the factor 2.5 and not cut off at 0).
+    Both (B, d)."""
     return F.cosine_similarity(image_features.float(), text_features.float()).mean()
 
 
@@ -395,7 +396,7 @@ def draw_losses(log: list[dict], size=(720, 440)) -> Image.Image:
     left, top, right, bottom = 50, 16, size[0] - 120, size[1] - 30
     values = [v for entry in entries for v in [entry["loss"], *entry["loss_by_t"]] if v]
     low, high = math.log(max(min(values), 1e-3)), math.log(max(values) * 1.05)
-    last_step = max(entry["step"] for entry in entries)
+    last_step = max(1, *(entry["step"] for entry in entries))
     place = lambda step, loss: (left + (right - left) * step / last_step,
                                 bottom - (bottom - top) * (math.log(max(loss, 1e-3)) - low) / (high - low))
     draw.rectangle((left, top, right, bottom), outline="gray")

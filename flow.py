@@ -203,8 +203,7 @@ def conditional_velocity_snr(z, noise, t, process):
 
 def interpolate(latent, noise, t):
     """Eq. 13, the straight path: z_t = (1 - t) x_0 + t eps. latent, noise (B, C, H, W), t (B,) -> (B, C, H, W)."""
-    t = per_sample(t, latent.dim())
-    return (1 - t) * latent + t * noise
+    return diffuse(latent, noise, 1 - t, t)
 
 
 def velocity_target(latent, noise):
@@ -602,13 +601,13 @@ def guide(velocity_cond, velocity_uncond, guidance_scale: float):
 
 def guidance_at(t: float, guidance_scale: float, start: float = 1.0, end: float = 0.0) -> float:
     """Guidance in an interval of t only: the scale for start >= t >= end, else 1, which is none."""
-    return guidance_scale if start >= t >= end else 1.0
+    return guidance_scale if start + 1e-6 >= t >= end - 1e-6 else 1.0             # times are fp32
 
 
 def rescale_guided(guided, cond, share: float):
     """Rescaled guidance: what guidance adds to the spread of a sample is taken away again, by share in [0, 1]. (B, ...)"""
     spread = lambda x: per_sample(x.flatten(1).std(dim=1), x.dim())               # (B, 1, 1, 1)
-    return guided * (share * spread(cond) / spread(guided) + 1 - share)
+    return guided * (share * spread(cond) / spread(guided).clamp_min(1e-8) + 1 - share)
 
 
 def guide_skip_layers(guided, cond, skipped, skip_scale: float):
@@ -664,7 +663,8 @@ def rk4_steps(velocity, z, t, t_next, _):
 @stepwise
 def dpm_solver_steps(velocity, z, t, t_next, before):
     """DPM-Solver++(2M), second order at one evaluation a step: z_next = t_next/t z + (1 - t_next/t) D is exact if D, the
-    predicted latent, stays constant. D is extrapolated half a step in log t; not in the first step, nor in the step to 0."""
+    predicted latent, stays constant. D is extrapolated half a step in log t; not in the first step, nor in the step to 0.
+    Differs from Lu et al. (2022), who extrapolate in log((1 - t) / t), which is infinite at t = 1: so does public SD3 code."""
     v = velocity(z, t)
     latent = denoised = z - t * v
     if before and t_next > 0:

@@ -28,7 +28,7 @@ class MMDiTConfig:
     pooled_dim: int = 2048             # CLIP-L 768 + CLIP-G 1280
     qk_norm: bool = True               # RMSNorm on queries and keys, Sec. 5.3.2
     pos_embed_max_size: int = 192      # side of the stored position grid, in tokens: 192 * 16 = 3072 px
-    pos_embed_base_size: int = 64      # the grid's positions run from 0 to this: spacing base / max
+    pos_embed_base_size: int = 64      # a new grid's positions run from 0 to this; a loaded one has its own
     dual_attention_layers: int = 0     # SD3.5-medium: 13, the first blocks attend a second time, image tokens only
     clip_tokens: int = 0               # > 0: a third weight set, for the tokens after the first clip_tokens (Sec. 5.2.3)
 
@@ -68,14 +68,11 @@ def paper_positions(resolution: int, longest: int):
     return (torch.arange(longest, dtype=torch.float64) - (longest - s) / 2) * 256 / resolution
 
 
-def stretched_positions(trained_grid: int, trained_tokens: int, grid: int, tokens: int):
+def stretched_positions(trained, trained_tokens: int, grid: int, tokens: int):
     """The same idea for fine-tuning any model at another resolution: along a side, `tokens` at the centre of the new grid lie
-    where `trained_tokens` at the centre of `trained_grid` did, interpolated, and the rest extends them. (grid,) float64.
-
-    Positions of a grid are p, or 64 / grid p in the released models, whose grids of 192 and 384 span 64.
-    """
-    spacing = min(1.0, 64 / trained_grid)
-    first = (trained_grid - trained_tokens) // 2 * spacing                        # of the trained picture, by crop_center
+    where `trained_tokens` at the centre of the old one, with positions `trained` (G,), did, interpolated, and the rest extends
+    them. (grid,) float64."""
+    first, spacing = trained[(len(trained) - trained_tokens) // 2], trained[1] - trained[0]         # as crop_center takes them
     steps = torch.arange(grid, dtype=torch.float64) - (grid - tokens) // 2
     return first + steps * spacing * trained_tokens / tokens
 
@@ -90,6 +87,18 @@ def sincos_2d(rows, columns, size: int):
     row, column = wave(rows)[:, None], wave(columns)[None]                        # (R, 1, size/2) and (1, K, size/2)
     shape = (len(rows), len(columns), size // 2)
     return torch.cat([column.expand(shape), row.expand(shape)], dim=2).flatten(0, 1)
+
+
+def positions_of(table):
+    """The positions along a side from which `sincos_2d` made a square table (1, G * G, D), from slow waves to fast: each slower
+    one tells which turn the next is in. (G,) float64."""
+    waves = table[0, : math.isqrt(table.shape[1]), : table.shape[2] // 2].double()                  # of the first row's columns
+    n = waves.shape[1] // 2
+    angle, frequency = torch.atan2(waves[:, :n], waves[:, n:]), 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    position = torch.zeros(len(waves), dtype=torch.float64)
+    for i in reversed(range(n)):
+        position += torch.remainder(angle[:, i] - position * frequency[i] + math.pi, 2 * math.pi).sub(math.pi) / frequency[i]
+    return position
 
 
 def crop_center(table, height: int, width: int):
@@ -122,17 +131,12 @@ def unpatchify(tokens, height: int, width: int, patch_size: int):
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                # (B, C, h * p, w * p)
 
 
-def embedding_mlp(input_size: int, hidden_size: int):
-    """The small MLPs of Fig. 2a that bring time and pooled text to the width of the model."""
-    return nn.Sequential(nn.Linear(input_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-
 class Embedder(nn.Module):
-    """An embedding MLP under its released name (t_embedder.mlp.0, ...)."""
+    """The small MLPs of Fig. 2a that bring time and pooled text to the width of the model."""
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
-        self.mlp = embedding_mlp(input_size, hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(input_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, x):
         return self.mlp(x)
@@ -253,7 +257,7 @@ class JointBlock(nn.Module):
         """tokens: one (B, n_i, D) for each stream; modulations: cond (B, D), or what `modulation` made of it. Returns new
         tokens."""
         if torch.is_tensor(modulations):
-            modulations = [stream.modulation(modulations) for stream in self.streams()]
+            modulations = self.modulation(modulations)
         before = [s.before_attention(x, m) for s, x, m in zip(self.streams(), tokens, modulations)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(qkv for qkv, _ in before)))       # (B, heads, L+N, 64)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)           # (B, L+N, D)
@@ -406,9 +410,11 @@ def forward_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> i
     blocks = 2 * 12 * D**2 * n * config.depth - 2 * 9 * D**2 * text_tokens            # the last text block only feeds q, k, v
     attention = 2 * 2 * n**2 * D * config.depth
     ends = 2 * text_tokens * config.context_dim * D + 2 * 2 * image_tokens * patch * D
-    modulation = 2 * D * (12 * D * config.depth - 4 * D + 2 * D)                      # 6 D a stream, 2 D the last text, 2 D out
+    texts = 2 if config.clip_tokens else 1                                            # streams of text
+    modulation = 2 * D * ((6 * D * config.depth - 4 * D) * texts + 6 * D * config.depth + 2 * D)      # 2 D the last text, 2 D out
+    dual = config.dual_attention_layers * (8 * D**2 * image_tokens + 4 * D * image_tokens**2 + 6 * D**2)
     cond = 2 * D * (256 + D + config.pooled_dim + D)
-    return blocks + attention + ends + modulation + cond
+    return blocks + attention + ends + modulation + dual + cond
 
 
 def training_flops(config: MMDiTConfig, text_tokens: int, image_tokens: int) -> int:

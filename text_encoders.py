@@ -331,14 +331,12 @@ def drop_encoders(context, pooled, keep, config: TextConfig):
     keep (B, 3) bool: CLIP-L, CLIP-G, T5. In training each is dropped independently with probability 0.464, so that about
     0.464^3 = 10 % of the samples are unconditional; at sampling any subset can be left out (Sec. 5.3.3).
     """
-    keep_l, keep_g, keep_t5 = (keep[:, i, None].to(context.dtype) for i in range(3))            # each (B, 1)
-    l, g = config.clip_l_width, config.clip_g_width
-    rest = config.t5_width - l - g                                                              # zeros already
-    ones = lambda n: torch.ones(1, n, dtype=context.dtype, device=context.device)
-    clip_mask = torch.cat([keep_l * ones(l), keep_g * ones(g), keep_l * ones(rest)], dim=1)     # (B, context_dim)
+    widths = torch.tensor([config.clip_l_width, config.clip_g_width], device=keep.device)
+    keep_clip, keep_t5 = keep[:, :2].repeat_interleave(widths, dim=1), keep[:, 2, None, None]   # (B, l + g), (B, 1, 1)
+    keep_wide = F.pad(keep_clip, (0, config.t5_width - keep_clip.shape[1]))[:, None]            # the rest is zeros already
     clip, t5 = context.split([config.clip_length, context.shape[1] - config.clip_length], dim=1)
-    context = torch.cat([clip * clip_mask[:, None], t5 * keep_t5[:, None]], dim=1)
-    return context, pooled * clip_mask[:, : l + g].to(pooled.dtype)
+    context = torch.cat([torch.where(keep_wide, clip, 0), torch.where(keep_t5, t5, 0)], dim=1)
+    return context, torch.where(keep_clip, pooled, 0)
 
 
 class TextEncoders(nn.Module):
@@ -354,10 +352,12 @@ class TextEncoders(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.tokenizers, self.config, self.truncation_said = tokenizers, config, False
 
-    def tokenize(self, prompts) -> dict:
+    def tokenize(self, prompts, without=()) -> dict:
         """prompts -> {"clip_l": ids (B, clip_length), "clip_g": ..., "t5": ids (B, t5_length)} of the encoders present."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
         ids = {}
-        for name in self.encoders:
+        for name in self.encoders.keys() - set(without):
             length = self.config.t5_length if name == "t5" else self.config.clip_length
             ids[name], needed = self.tokenizers[name](prompts, length)
             if max(needed) > length and not self.truncation_said:
@@ -368,30 +368,30 @@ class TextEncoders(nn.Module):
         return ids
 
     def encode_ids(self, ids: dict):
-        """{"clip_l": (B, L), ...} -> context (B, L_clip + L_t5, context_dim), pooled (B, pooled_dim), fp32 or autocast."""
+        """{"clip_l": (B, L), ...} -> context (B, L_clip + L_t5, context_dim), pooled (B, pooled_dim), fp32 or autocast. What
+        has no ids gives zeros."""
         config, some = self.config, next(iter(ids.values()))
         like = next(self.parameters())
         zeros = lambda *shape: torch.zeros(some.shape[0], *shape, dtype=like.dtype, device=some.device)
         sequence = {"clip_l": zeros(config.clip_length, config.clip_l_width),
                     "clip_g": zeros(config.clip_length, config.clip_g_width), "t5": zeros(config.t5_length, config.t5_width)}
         pooled = {"clip_l": zeros(config.clip_l_width), "clip_g": zeros(config.clip_g_width)}
-        for name, encoder in self.encoders.items():
+        for name in ids:
             if name == "t5":
-                sequence["t5"] = encoder(ids["t5"])
+                sequence["t5"] = self.encoders["t5"](ids["t5"])
             else:
-                sequence[name], pooled[name], _ = encoder(ids[name])
+                sequence[name], pooled[name], _ = self.encoders[name](ids[name])
         return combine(sequence["clip_l"], sequence["clip_g"], sequence["t5"], pooled["clip_l"], pooled["clip_g"])
 
     @torch.no_grad()
     def forward(self, prompts, without=()):
-        """prompts (list of B strings) -> context, pooled. `without`: encoders whose output is set to zero."""
+        """prompts (list of B strings) -> context, pooled. `without`: encoders that do not run; their outputs are zeros."""
         unknown = set(without) - set(ENCODERS)
         if unknown:
             raise ValueError(f"unknown encoder {sorted(unknown)[0]!r}; the encoders are {', '.join(ENCODERS)}")
         device = next(self.parameters()).device
-        context, pooled = self.encode_ids({name: ids.to(device) for name, ids in self.tokenize(prompts).items()})
-        keep = torch.tensor([name not in without for name in ENCODERS], device=device).expand(len(prompts), 3)
-        return drop_encoders(context, pooled, keep, self.config)
+        ids = {name: ids.to(device) for name, ids in self.tokenize(prompts, without).items()}
+        return self.encode_ids(ids) if ids else self.unconditional(len(prompts))
 
     def unconditional(self, batch_size: int):
         """The input without any text as the paper trains it: every encoder's output zero (App. B.3).

@@ -55,7 +55,7 @@ from data import HELD_OUT_SEED, ImageFiles, Scenes, captioned_grid
 from encode import Batch, Batches, EncodedFolder, EncodedImages, is_encoded, read_index
 from evaluate import draw_losses, format_scores, geneval
 from flow import Formulation, RectifiedFlow, Shifted, Straight, formulation
-from mmdit import MMDiT, MMDiTConfig, count_parameters, sincos_2d, stretched_positions, training_flops
+from mmdit import MMDiT, MMDiTConfig, count_parameters, positions_of, sincos_2d, stretched_positions, training_flops
 from sample import Pipeline, field_comments, generate, pick_device, pick_precision
 
 FIXED_PROMPTS = ("a red circle", "a blue square and a yellow star", "three green hearts", "a purple ring above a pink cross",
@@ -651,8 +651,7 @@ def load_weights(model: MMDiT, weights: MMDiT, name: str, trained: int, resoluti
     for key, parameter in model.named_parameters():
         if key in values:
             assign(parameter, values[key])
-    grids = (math.isqrt(m.pos_embed.shape[1]) for m in (weights, model))
-    side = stretched_positions(next(grids), trained // 16, next(grids), resolution // 16)
+    side = stretched_positions(positions_of(weights.pos_embed), trained // 16, model.config.pos_embed_max_size, resolution // 16)
     model.pos_embed.copy_(sincos_2d(side, side, model.config.hidden_size)[None])
 
 

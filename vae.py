@@ -273,7 +273,7 @@ def decode_in_tiles(decoder: Decoder, code, tile: int):
     while (norm := steps[0][0]) is not None:
         parts = [without_margin(part, *bound) for (_, part), bound in zip(steps, bounds)]
         numbers = sum(part[0].numel() for part in parts) / norm.num_groups        # in one group of one picture
-        moments = sum(group_sums(part.to(device), norm.num_groups) for part in parts) / numbers
+        moments = sum(group_sums(part, norm.num_groups) for part in parts) / numbers
         steps = [tile.send(moments) for tile in tiles]
     images = [without_margin(image, *bound) for (_, image), bound in zip(steps, bounds)]
     columns = math.ceil(W / side)

@@ -1041,12 +1041,15 @@ def test_guidance_in_an_interval():
     assert guidance_at(0.8, 5.0, 0.8, 0.2) == 5.0 and guidance_at(0.2, 5.0, 0.8, 0.2) == 5.0
     assert guidance_at(1.0, 5.0) == 5.0 and guidance_at(0.0, 5.0) == 5.0
     assert guidance_at(0.9, 5.0, 0.8, 0.2) == 1.0 and guidance_at(0.1, 5.0, 0.8, 0.2) == 1.0
+    scales = [guidance_at(t, 5.0, 0.8, 0.2) for t in shifted_schedule(10).tolist()]             # fp32: .8 is a little more
+    assert scales == [1.0] * 2 + [5.0] * 7 + [1.0] * 2
 
 
 def test_rescaled_guidance_gives_back_the_spread_by_its_share():
     cond, guided = normal(0, 2, 3, 4, 4), 3 * normal(1, 2, 3, 4, 4)
     spread = lambda x: x.flatten(1).std(1)
     assert torch.equal(rescale_guided(guided, cond, 0.0), guided)
+    assert rescale_guided(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), 0.7).eq(0).all()     # an untrained network
     torch.testing.assert_close(spread(rescale_guided(guided, cond, 1.0)), spread(cond))
     torch.testing.assert_close(spread(rescale_guided(guided, cond, 0.7)), 0.7 * spread(cond) + 0.3 * spread(guided))
 

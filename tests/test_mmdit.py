@@ -23,6 +23,7 @@ from mmdit import (
     crop_center,
     modulate,
     paper_positions,
+    positions_of,
     released_positions,
     sincos_2d,
     stretched_positions,
@@ -525,11 +526,23 @@ def test_prepare_serves_times_of_any_precision_and_refuses_a_batch_of_mixed_time
 
 def test_positions_at_a_higher_resolution_lie_where_the_trained_ones_did():
     """Sec. 5.3.2: interpolated within, extended beyond; unchanged at the trained resolution."""
-    torch.testing.assert_close(stretched_positions(192, 64, 192, 64), released_positions(192, 64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(stretched_positions(16, 4, 16, 4), released_positions(16, 16), rtol=0, atol=0)
-    trained, fine = released_positions(16, 16)[6:10], stretched_positions(16, 4, 20, 8)[6:14]     # what crop_center takes
+    small, large = released_positions(16, 16), released_positions(192, 64)
+    torch.testing.assert_close(stretched_positions(large, 64, 192, 64), large, rtol=0, atol=1e-12)
+    torch.testing.assert_close(stretched_positions(small, 4, 16, 4), small, rtol=0, atol=0)
+    trained, fine = small[6:10], stretched_positions(small, 4, 20, 8)[6:14]                       # what crop_center takes
     torch.testing.assert_close(fine[::2], trained, rtol=0, atol=0)
-    assert fine.diff().unique().tolist() == [0.5] and stretched_positions(16, 4, 20, 8)[0] == 6 - 3
+    assert fine.diff().unique().tolist() == [0.5] and stretched_positions(small, 4, 20, 8)[0] == 6 - 3
+    finest = stretched_positions(stretched_positions(small, 4, 20, 8), 8, 32, 16)[8:24]           # a second time: 256, 512, 1024
+    torch.testing.assert_close(finest[::4], trained, rtol=0, atol=0)
     paper = paper_positions(1024, 96)                                          # the paper's grid is the same up to a constant
-    ours = stretched_positions(16, 16, 96, 64)
+    ours = stretched_positions(small, 16, 96, 64)
     torch.testing.assert_close(ours - ours[16], paper - paper[16], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 24])
+@pytest.mark.parametrize("positions", [released_positions(192, 64), released_positions(128, 128), paper_positions(1024, 96)])
+def test_positions_are_read_back_from_a_table(positions, depth):
+    """Also from one that was stored in bf16, to a few hundredths of a token."""
+    table = sincos_2d(positions, positions, 64 * depth)[None]
+    torch.testing.assert_close(positions_of(table.float()), positions, rtol=0, atol=1e-5)
+    torch.testing.assert_close(positions_of(table.bfloat16()), positions, rtol=0, atol=0.02)

@@ -75,15 +75,17 @@ def test_parameters_are_those_of_the_papers_models(depth, billions):
     assert parameter_counts(plan.sizes)["total"] == count_parameters(plan.sizes)
 
 
+@pytest.mark.parametrize("variant", [{}, {"dual_attention_layers": 1}, {"clip_tokens": 4}])
 @pytest.mark.parametrize("depth, side, text_tokens", [(1, 8, 5), (3, 16, 90)])
-def test_forward_flops_are_those_that_torch_counts(depth, side, text_tokens):
+def test_forward_flops_are_those_that_torch_counts(depth, side, text_tokens, variant):
     """Exactly."""
     plan = replace(SMALL, depth=depth, resolution=8 * side, text_tokens=text_tokens, batch_size=1)
-    model, inputs = small_model(plan)
+    sizes = replace(plan.sizes, **variant)
     attention, _ = compute(plan)                                                  # the fused CPU kernel is not counted
+    _, inputs = small_model(plan)
     with torch.no_grad(), attention, FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    assert counter.get_total_flops() == forward_flops(plan.sizes, text_tokens, plan.image_tokens)
+        MMDiT(sizes)(*inputs)
+    assert counter.get_total_flops() == forward_flops(sizes, text_tokens, plan.image_tokens)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

@@ -459,3 +459,20 @@ def test_the_two_unconditional_inputs_are_zeros_and_the_encoded_empty_prompt(voc
     for zero, encoded, left_out in zip(zeros, empty, dropped):
         assert zero.shape == encoded.shape and (zero == 0).all() and torch.equal(zero, left_out)
         assert encoded.abs().max() > 0.1
+
+
+def test_an_encoder_that_is_left_out_does_not_run(vocabularies):
+    """T5-XXL is most of the work; and what it would have said, infinite in fp16 say, leaves no trace."""
+    text = encoders(vocabularies)
+    text.encoders["t5"].forward = None
+    context, _ = text(["red cat"], without=("t5",))
+    with pytest.raises(TypeError):
+        text(["red cat"])
+    broken, keep = torch.full_like(context, math.inf), torch.tensor([[False, False, False]])
+    context, pooled = drop_encoders(broken, torch.full((1, text.config.pooled_dim), math.nan), keep, text.config)
+    assert not context.any() and not pooled.any()
+
+
+def test_one_text_is_no_list_of_texts(vocabularies):
+    with pytest.raises(ValueError, match="give a list of texts"):
+        encoders(vocabularies)("red cat")
