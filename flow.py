@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -458,7 +458,7 @@ class Formulation:
         return (prediction.float() - target).square().flatten(1).mean(dim=1)      # (B,)
 
     def weight(self, t):
-        """w_t with which L_w = -1/2 E_U(t)[w_t lambda'_t |eps_Theta - eps|^2] is this loss under this density: (B,).
+        """w_t with which L_w = -1/2 E_U(t)[w_t lambda'_t |eps_Theta - eps|^2] is this loss under this density, 0 < t < 1: (B,).
 
         rf t/(1-t) pi(t) (Eq. 18); edm 8 times Eq. 16; eps/cos sech(lambda/2) / pi; v/cos 2 e^(-lambda/2) / pi.
         """
@@ -486,7 +486,7 @@ class Formulation:
         return torch.cat([times[:-1], times.new_zeros(1)]).float()
 
     def sample_steps(self, predict, noise, times, solver: str = "euler"):
-        """Eq. 1 from noise to data, along the straight path, with any formulation and solver: yields as `euler_steps`.
+        """Eq. 1 from noise to data, along the straight path, with any formulation and solver: yields as `solver_steps`.
 
         times (N + 1,) falling to 0; what this path does not reach is cut off. Begins at the first that is left, from the
         marginal of unit-variance data there: sqrt((1 - t)^2 + t^2) noise.
@@ -534,7 +534,7 @@ def formulation(name: str) -> Formulation:
         numbers = [float(text) for text in match[2].split(",")] if match[2] else []
     except ValueError:
         numbers = []
-    if len(numbers) != count or (match[2] is not None) != bool(count):
+    if len(numbers) != count or not all(map(math.isfinite, numbers)) or (match[2] is not None) != bool(count):
         raise ValueError(f"formulation {name!r}: {match[1]} takes {count or 'no'} number{'s'[:count != 1]} in brackets")
     written = ", ".join(f"{x:.2f}" if round(x, 2) == x else f"{x!r}" for x in numbers)
     return Formulation(*build(*numbers), name=f"{match[1]}({written})" if numbers else match[1])
@@ -615,33 +615,16 @@ def guide_skip_layers(guided, cond, skipped, skip_scale: float):
     return guided + skip_scale * (cond - skipped)
 
 
-def stepwise(step):
-    """A solver of Eq. 1 from noise to data, from its step(velocity, z, t, t_next, before) -> (z_next, velocity at t), where
-    before is the last step's (z, t, velocity), None at first.
+# A step of a solver: velocity(z, t), z at t, t, t_next, and the last step's (z, t, velocity), None at first -> z at t_next, and
+# the velocity at t.
 
-    solver(velocity, noise, times) yields (z at times[i + 1], velocity at times[i]) after each step i. velocity(z, t (B,)) ->
-    (B, C, H, W); noise (B, C, H, W) is z at times[0]; times (N + 1,) falling. z is fp32, or fp64 if the noise is.
-    """
-    @wraps(step)
-    def steps(velocity, noise, times):
-        z, before = noise if noise.dtype == torch.float64 else noise.float(), None
-        at = lambda z, t: velocity(z, torch.full((len(z),), t, dtype=z.dtype, device=z.device)).to(z)
-        for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
-            z_next, v = step(at, z, t, t_next, before)
-            yield z_next, v
-            z, before = z_next, (z, t, v)
-    return steps
-
-
-@stepwise
-def euler_steps(velocity, z, t, t_next, _):
+def euler_step(velocity, z, t, t_next, _):
     """Euler's method, first order, as in the paper; t_next - t is negative."""
     v = velocity(z, t)
     return z + (t_next - t) * v, v
 
 
-@stepwise
-def heun_steps(velocity, z, t, t_next, _):
+def heun_step(velocity, z, t, t_next, _):
     """Heun's method, second order: the mean of the velocities at both ends. The step to 0, where a predicted latent
     says nothing about the noise, is Euler's; one such step leaves the order as it is."""
     v = velocity(z, t)
@@ -649,8 +632,7 @@ def heun_steps(velocity, z, t, t_next, _):
     return (z + (t_next - t) * (v + velocity(z_euler, t_next)) / 2 if t_next > 0 else z_euler), v
 
 
-@stepwise
-def rk4_steps(velocity, z, t, t_next, _):
+def rk4_step(velocity, z, t, t_next, _):
     """The classical Runge-Kutta method, fourth order: the reference, at four evaluations a step."""
     h, middle = t_next - t, (t + t_next) / 2
     k1 = velocity(z, t)
@@ -660,8 +642,7 @@ def rk4_steps(velocity, z, t, t_next, _):
     return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), k1
 
 
-@stepwise
-def dpm_solver_steps(velocity, z, t, t_next, before):
+def dpm_solver_step(velocity, z, t, t_next, before):
     """DPM-Solver++(2M), second order at one evaluation a step: z_next = t_next/t z + (1 - t_next/t) D is exact if D, the
     predicted latent, stays constant. D is extrapolated half a step in log t; not in the first step, nor in the step to 0.
     Differs from Lu et al. (2022), who extrapolate in log((1 - t) / t), which is infinite at t = 1: so does public SD3 code."""
@@ -673,14 +654,23 @@ def dpm_solver_steps(velocity, z, t, t_next, before):
     return t_next / t * z + (1 - t_next / t) * denoised, v
 
 
-SOLVERS = {"euler": euler_steps, "heun": heun_steps, "rk4": rk4_steps, "dpm++2m": dpm_solver_steps}
+SOLVERS = {"euler": euler_step, "heun": heun_step, "rk4": rk4_step, "dpm++2m": dpm_solver_step}
 
 
 def solver_steps(solver: str, velocity, noise, times):
-    """The generator of a solver by its name."""
+    """Eq. 1 from noise to data by one of SOLVERS: yields (z at times[i + 1], velocity at times[i]) after each step i.
+
+    velocity(z, t (B,)) -> (B, C, H, W); noise (B, C, H, W) is z at times[0]; times (N + 1,) falling. z is fp32, or fp64 if the
+    noise is.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"no solver called {solver!r}; choose {', '.join(SOLVERS)}")
-    return SOLVERS[solver](velocity, noise, times)
+    z, before = noise if noise.dtype == torch.float64 else noise.float(), None
+    at = lambda z, t: velocity(z, torch.full((len(z),), t, dtype=z.dtype, device=z.device)).to(z)
+    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
+        z_next, v = SOLVERS[solver](at, z, t, t_next, before)
+        yield z_next, v
+        z, before = z_next, (z, t, v)
 
 
 def last_of(steps):
@@ -688,11 +678,6 @@ def last_of(steps):
     for z, _ in steps:
         sample = z
     return sample
-
-
-def euler(velocity, noise, times):
-    """The end of `euler_steps`: a sample (B, C, H, W)."""
-    return last_of(euler_steps(velocity, noise, times))
 
 
 def path_length(velocities, times):

@@ -84,8 +84,9 @@ class Settings:
     def __post_init__(self):
         for name in ("without", "skip_layers"):                                   # lists, where they come from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.unconditional not in ("zeros", "empty"):
-            raise ValueError(f"unconditional={self.unconditional!r}; choose 'zeros' or 'empty'")
+        for name, known in (("unconditional", ("zeros", "empty")), ("schedule", flow.SCHEDULES), ("solver", flow.SOLVERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose {', '.join(known)}")
         for name in ("strength", "guidance_rescale", "guidance_start", "guidance_end", "skip_start", "skip_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; give a number from 0 to 1")
@@ -256,12 +257,13 @@ def read_to_edit(pipeline, settings: Settings, image, mask):
 
 def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, batch_size: int = 64, progress: bool = False,
              image=None, mask=None, **settings) -> list[Image.Image]:
-    """Pictures for prompts (list of strings). settings: fields of Settings; what is not given comes from `pipeline.defaults`.
+    """Pictures for prompts (one, or a list of them). settings: fields of Settings; what is not given comes from `pipeline.defaults`.
 
     image: a picture file to begin from (see strength). mask: a file, white where the image is to be painted anew; outside,
     the pixels stay, and with a strength of 1 what is inside comes from noise alone.
     Picture i starts from noise of its own, drawn on the CPU from seed + i: the same alone, in a batch and on any device.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     sizes = {name: size for name, size in (("height", height), ("width", width)) if size}
     settings = pipeline.settings(**settings, **sizes)
     shape = picture_size(pipeline, settings)

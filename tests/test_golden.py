@@ -250,7 +250,7 @@ def test_bundle_samples_the_references_latent_and_picture(case, reference, sched
         case.check("step0.velocity_cond", mmdit(case.io["noise"], first, *cond))
         case.check("step0.velocity_uncond", mmdit(case.io["noise"], first, *uncond))
     velocity = lambda z, t: flow.guide(mmdit(z, t, *cond), mmdit(z, t, *uncond), settings["cfg_scale"])
-    steps = [z for z, _ in flow.euler_steps(velocity, case.io["noise"], times)]
+    steps = [z for z, _ in flow.solver_steps("euler", velocity, case.io["noise"], times)]
     if reference == "sd35":
         case.check("sd35.trajectory", torch.cat(steps))
     case.check(f"{reference}.latent", steps[-1])
@@ -266,7 +266,7 @@ def test_bundle_samples_the_references_latent_and_picture(case, reference, sched
     if reference == "sd35":
         case.check("sd35.vae_input", vae.denormalize(steps[-1]))
         case.check("sd35.image", vae.decode(steps[-1]))                          # not clamped
-        case.check("dpmpp_2m.latent", flow.last_of(flow.dpm_solver_steps(velocity, case.io["noise"], times)))
+        case.check("dpmpp_2m.latent", flow.last_of(flow.solver_steps("dpm++2m", velocity, case.io["noise"], times)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_euler_on_gaussian_data_equals_the_reference(case):
     noise = case.io["gauss.z1"].view(-1, 1, 1, 1)
     for name in numbered(case, "gauss", ".steps"):
         times = flow.shifted_schedule(int(case.io[f"{name}.steps"]), float(case.io[f"{name}.shift"]))
-        ours = flow.euler(lambda z, t: flow.gaussian_velocity(z, t, mean, std), noise, times)
+        ours = flow.last_of(flow.solver_steps("euler", lambda z, t: flow.gaussian_velocity(z, t, mean, std), noise, times))
         case.check(f"{name}.x0", ours.flatten(), atol=5e-6, rtol=1e-5)           # ours is fp32, the reference fp64
     velocity = lambda z, t: flow.gaussian_velocity(z, t, mean, std)
     exact = flow.last_of(flow.solver_steps("rk4", velocity, noise.double(), flow.shifted_schedule(200)))

@@ -285,7 +285,7 @@ def test_unknown_and_impossible_settings_are_named(pipeline):
         generate(pipeline, [PROMPT], strength=1.5)
     with pytest.raises(ValueError, match="this model's blocks are 0 to"):
         generate(pipeline, [PROMPT], skip_layers=[7, 99], num_steps=1)
-    with pytest.raises(ValueError, match="choose 'zeros' or 'empty'"):
+    with pytest.raises(ValueError, match="unconditional='none'; choose zeros, empty"):
         generate(pipeline, [PROMPT], unconditional="none")
 
 
