@@ -14,6 +14,7 @@ Run         python checkpoints.py info PATH                     what it holds: s
 """
 
 import argparse
+import filecmp
 import hashlib
 import json
 import os
@@ -403,7 +404,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     plain = lambda files: [f for f in files if ".fp16" not in f.name] or files    # all, if there is nothing else
     indices = plain(sorted(folder.glob("*.safetensors.index*.json")))
     files = plain(sorted(folder.glob("*.safetensors")))
-    if indices:
+    if indices and (".fp16" not in indices[0].name or not files or ".fp16" in files[0].name):
         names = read_json(indices[0]).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
             raise CheckpointError(f"{indices[0]} has no usable weight_map; fetch the folder again")
@@ -446,6 +447,9 @@ def open_single_file(file: Path) -> Model:
     places = {name: Stored((file,), PREFIXES[name]) for name in PREFIXES if any(key.startswith(PREFIXES[name]) for key in keys)}
     if not places and any(key.startswith("joint_blocks.0.") for key in keys):     # the MM-DiT alone, without its prefix
         places["mmdit"] = Stored((file,))
+    for sign, name in {"text_model.": "clip_g" if "text_projection.weight" in keys else "clip_l", "encoder.block.": "t5"}.items():
+        if not places and any(key.startswith(sign) for key in keys):              # one text encoder alone
+            places[name] = Stored((file,))
     known = tuple(place.prefix for place in places.values())
     other = [key for key in keys if not key.startswith(known)] if known else keys
     other = [key for key in other if not re.fullmatch(r"text_encoders\.\w+\.logit_scale", key)]
@@ -474,19 +478,21 @@ def from_hub(name: str) -> Path:
     import huggingface_hub  # comes with `tokenizers`
     from huggingface_hub import errors
 
-    wanted = ["model_index.json", "*/*.json", "*/*.safetensors", "tokenizer*/*"]
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+    wanted += [f"{folder}/*.{kind}" for folder in FOLDERS.values() for kind in ("json", "safetensors")]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16*", "*.bin"]))
+        huggingface_hub.hf_hub_download(name, "model_index.json")                 # before gigabytes that would be of no use
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.fp16*"]))
     except errors.GatedRepoError:
         raise CheckpointError(f"{name} is gated: accept its licence on its hub page, then run `hf auth login`.") from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(f"{name}: no such file or folder here, nor on the hub (or private: run `hf auth login`).") from None
+    except errors.RemoteEntryNotFoundError:
+        raise CheckpointError(f"{name} has no diffusers folder on the hub (no model_index.json); download its single file and "
+                              f"give that, with --tokenizers, or name the repository that ends in -diffusers.") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as problem:
         raise CheckpointError(f"{name}: no such file or folder here, and the hub cannot be reached "
                               f"({type(problem).__name__}); download it where there is a network and give its path.") from None
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{name} has no diffusers folder on the hub (no model_index.json); download its single file and "
-                              f"give that, with --tokenizers, or name the repository that ends in -diffusers.")
     return folder
 
 
@@ -507,7 +513,7 @@ def find_model_file(path) -> Path:
     path = Path(path)
     if not path.exists() and (SHIPPED.parent.parent / path).exists():
         path = SHIPPED.parent.parent / path
-    like_a_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and path.suffix != ".safetensors"
+    like_a_hub_name = re.fullmatch(r"(?!(runs|out|pretrained)/)[\w-][\w.-]*/[\w.-]+", str(path)) and path.suffix != ".safetensors"
     if like_a_hub_name and not path.exists() and not path.parent.is_dir():
         path = from_hub(str(path))
     if path.is_dir() and not ((path / "model_index.json").is_file() or (path / "transformer").is_dir()):
@@ -579,20 +585,24 @@ def load_text(model: Model, dtype=torch.float32, tokenizers=None, shapes_only: b
     makers = {"clip_l": CLIPTokenizer, "clip_g": lambda folder: CLIPTokenizer(folder, padding=0), "t5": T5Tokenizer}
     widths = {f"{name}_width": encoder.config.hidden_size for name, encoder in encoders.items()}
     try:
-        config = TextConfig(**{**stored, **widths})
-        return TextEncoders(encoders, {name: makers[name](files[name]) for name in encoders}, config).eval(), files
+        config, made = TextConfig(**{**stored, **widths}), {name: makers[name](files[name]) for name in encoders}
     except Exception as problem:                                                  # tokenizers raises nothing more exact
         raise CheckpointError(f"{model.path}: its tokenizers ({files[names[0]]}, ...) or token counts cannot be used "
                               f"({problem})") from None
+    for name, encoder in encoders.items():
+        pieces, embeddings = made[name].vocab_size, encoder.config.vocab_size
+        if pieces > embeddings or (name != "t5" and pieces != embeddings):        # T5's table is padded to a round number
+            raise CheckpointError(f"{files[name]} has {pieces} tokens but the {name} of {model.path} has {embeddings}: they are "
+                                  f"of another model; give the right folder with --tokenizers")
+    return TextEncoders(encoders, made, config).eval(), files
 
 
 def run_encoders(folder: Path) -> tuple[Path, str] | None:
     """(file, tokenizers) of the frozen encoders that a run folder was trained with, as its config.json names them and their
     fingerprint proves; None for a folder that is no run."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    if "encoders" not in config:                                                  # a config.json of somebody else's
+    named = (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}).get("encoders")
+    if not isinstance(named, dict) or not {"path", "fingerprint"} <= named.keys():        # a config.json of somebody else's
         return None
-    named = config["encoders"]
     file = find_model_file(named["path"])
     if (found := fingerprint(file, ENCODERS)) != named["fingerprint"]:
         raise CheckpointError(f"{file} does not hold the encoders that {folder} was trained with (fingerprint {found}, "
@@ -723,7 +733,7 @@ def write_tokenizers(out: Path, text: TextEncoders, files: dict):
     if "t5" in files:
         (out / "tokenizer_3").mkdir()
         shutil.copy(files["t5"], out / "tokenizer_3")
-        sentinels = text.encoders["t5"].config.vocab_size - text.tokenizers["t5"].backend.get_piece_size()
+        sentinels = text.encoders["t5"].config.vocab_size - text.tokenizers["t5"].vocab_size
         write_json(out / "tokenizer_3" / "tokenizer_config.json", {
             "tokenizer_class": "T5Tokenizer", "model_max_length": text.config.t5_length, "eos_token": "</s>",
             "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": min(100, sentinels)})
@@ -767,17 +777,21 @@ def export(path, out, layout: str, dtype=None, tokenizers=None):
         raise CheckpointError(f"{out} exists already; give a new name")
     if layout == "single-file" and out.suffix != ".safetensors":
         raise CheckpointError(f"{out}: a single file needs a name that ends in .safetensors")
-    parts = load_components(path, dtype=dtype, tokenizers=tokenizers)
+    parts = load_components(path, dtype=None, tokenizers=tokenizers)              # cast as it is written
     networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
     files = parts.tokenizers
     partial = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)                                    # of an export that was killed
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if layout == "single-file":
+            for name, target in (("clip_l", "clip/merges.txt"), ("clip_g", "clip/merges.txt"), ("t5", "t5/spiece.model")):
+                source, target = files.get(name), out.parent / "tokenizers" / target
+                if source and not target.exists():
+                    shutil.copytree(source.parent if source.is_file() else source, target.parent, dirs_exist_ok=True)
+                elif source and not filecmp.cmp(source if source.is_file() else source / target.name, target, shallow=False):
+                    raise CheckpointError(f"{target} is of another model; write {out.name} into a folder of its own")
             save_networks(out, networks, parts.text.config, parts.sampling, dtype)
-            for name, folder in (("clip_l", "clip"), ("clip_g", "clip"), ("t5", "t5")):
-                if name in files and not (target := out.parent / "tokenizers" / folder).exists():
-                    shutil.copytree(files[name] if name != "t5" else files[name].parent, target)
         else:
             save_diffusers(partial, networks, parts.text, parts.sampling, files, dtype)
             os.replace(partial, out)
@@ -822,6 +836,12 @@ def golden_outputs(model: Model, io: dict):
         for name in [name.split(".")[0] for name in io if name.endswith(".moments")]:
             yield f"{name}.moments", vae.encoder(io[f"{name}.image"])
             yield f"{name}.decoded", vae.decoder(io[f"{name}.z"])
+    if "penultimate" in io:
+        clip = network("clip_g" if "clip_g" in model.places else "clip_l")
+        yield from zip(("penultimate", "sd3_pooled", "last_hidden_state"), clip(io["input_ids"]))
+    if "short.out" in io:
+        for length in ("short", "long"):
+            yield f"{length}.out", network("t5")(io[f"{length}.input_ids"])
     if "ids.cond.t5" in io:
         encoders = {name: network(name) for name in ("clip_l", "clip_g", "t5")}
         widths = {f"{name}_width": encoder.config.hidden_size for name, encoder in encoders.items()}
@@ -882,7 +902,7 @@ def main():
             dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(options.dtype)
             export(options.path, options.out, options.to, dtype, options.tokenizers)
             print(options.out)
-    except CheckpointError as problem:
+    except (ValueError, RuntimeError, OSError) as problem:                        # CheckpointError, no memory, a full disk
         sys.exit(str(problem))
 
 

@@ -257,7 +257,7 @@ class JointBlock(nn.Module):
         """tokens: one (B, n_i, D) for each stream; modulations: cond (B, D), or what `modulation` made of it. Returns new
         tokens."""
         if torch.is_tensor(modulations):
-            modulations = self.modulation(modulations)
+            modulations = [stream.modulation(modulations) for stream in self.streams()]     # FSDP frees weights after .modulation
         before = [s.before_attention(x, m) for s, x, m in zip(self.streams(), tokens, modulations)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(qkv for qkv, _ in before)))       # (B, heads, L+N, 64)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)           # (B, L+N, D)

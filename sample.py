@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import flow
-from checkpoints import SHIPPED, CheckpointError, fingerprint, load_components, portable, write_atomically
+from checkpoints import SHIPPED, CheckpointError, find_model_file, fingerprint, load_components, portable, write_atomically
 from data import captioned_grid, from_tensor, read_image, resize_and_crop, to_tensor
 from mmdit import MMDiT, MMDiTConfig
 from text_encoders import TextEncoders
@@ -87,6 +87,9 @@ class Settings:
         for name, known in (("unconditional", ("zeros", "empty")), ("schedule", flow.SCHEDULES), ("solver", flow.SOLVERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose {', '.join(known)}")
+        if self.num_steps < 1 or self.t5_length < 0 or self.tile < 0 or self.timestep_shift <= 0:
+            raise ValueError(f"num_steps={self.num_steps}, t5_length={self.t5_length}, tile={self.tile} and timestep_shift="
+                             f"{self.timestep_shift}: give numbers above 0 (0 also for the second and third)")
         for name in ("strength", "guidance_rescale", "guidance_start", "guidance_end", "skip_start", "skip_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; give a number from 0 to 1")
@@ -95,10 +98,10 @@ class Settings:
 def released_settings(config: MMDiTConfig, name: str) -> dict:
     """What the publisher recommends where a released model differs from SD3. SD3.5-medium (24 blocks) has a second attention;
     SD3.5-large QK-norm and 38 blocks. Its few-step "turbo" has the same tensors: only the name of its file or folder tells."""
-    if config.dual_attention_layers and config.depth == 24:
-        return {"num_steps": 40, "guidance_scale": 4.5, "skip_layers": (7, 8, 9)}
+    if config.dual_attention_layers and config.depth == 24:                       # with its skip layers, of Stability's code
+        return {"num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}
     if config.qk_norm and config.depth == 38:
-        return {"num_steps": 4, "guidance_scale": 1.0} if "turbo" in name.lower() else {"guidance_scale": 3.5}
+        return {"num_steps": 4, "guidance_scale": 1.0} if "turbo" in Path(name).name.lower() else {"guidance_scale": 3.5}
     return {}
 
 
@@ -161,7 +164,8 @@ def load(checkpoint=SHIPPED, device: str = "auto", precision: str = "auto", toke
         raise ValueError(f"memory={memory!r}; choose 'all', 'offload' or 'one'")
     device = pick_device(device)
     precision = pick_precision(precision, device)
-    read = lambda *names, shapes_only=False: load_components(checkpoint, names, precision, tokenizers, shapes_only)
+    file = find_model_file(checkpoint)                                            # a hub name is looked up once
+    read = lambda *names, shapes_only=False: load_components(file, names, precision, tokenizers, shapes_only)
     parts = read("mmdit", "vae", "text", shapes_only=memory == "one")
     place = device if memory == "all" else "cpu"
     networks = [part if memory == "one" else part.to(place) for part in (parts.mmdit, parts.vae, parts.text)]
@@ -195,15 +199,13 @@ def sample_latents(mmdit, given, negative, noise, settings: Settings, latent=Non
     to the picture on its own straight path (Eq. 13), whose velocity is known.
     """
     s, B = settings, len(noise)
-    if s.skip_layers and not set(s.skip_layers) <= set(range(mmdit.config.depth)):
-        raise ValueError(f"skip_layers={s.skip_layers}: this model's blocks are 0 to {mmdit.config.depth - 1}")
     times = flow.make_schedule(s.schedule, s.num_steps, s.timestep_shift)
     skipping = [t for i, t in enumerate(times.tolist()) if s.skip_start * s.num_steps < i < s.skip_end * s.num_steps]
     skips = lambda t: bool(s.skip_layers and skipping) and skipping[-1] <= t <= skipping[0]
     scale = lambda t: flow.guidance_at(t, s.guidance_scale, s.guidance_start, s.guidance_end) if negative else 1
     z = noise
     if latent is not None:
-        times = times[int(s.num_steps * (1 - s.strength)):]
+        times = times[int(s.num_steps - s.num_steps * s.strength + 1e-6):]         # 10 steps at .9 leave out one, rounding or not
         z = flow.interpolate(latent, noise, times[:1].to(noise).expand(B))
     visited = times.tolist()
     if s.solver == "rk4":                                                         # looks half-way as well
@@ -240,6 +242,10 @@ def picture_size(pipeline, settings: Settings) -> tuple[int, int, int]:
     if height % step or width % step or min(height, width) < step or max(height, width) > most:
         raise ValueError(f"--height {height} --width {width}: both must be multiples of {step} px (VAE factor {f} x patch "
                          f"{config.patch_size}), and this model's grid of positions ends at {most}: at most {most}x{most} px.")
+    if settings.tile % f:
+        raise ValueError(f"--tile {settings.tile}: it must be a multiple of {f} px, say 512")
+    if not set(settings.skip_layers) <= set(range(config.depth)):
+        raise ValueError(f"skip_layers={settings.skip_layers}: this model's blocks are 0 to {config.depth - 1}")
     return config.latent_channels, height // f, width // f
 
 
@@ -255,7 +261,7 @@ def read_to_edit(pipeline, settings: Settings, image, mask):
     return original, latent, changes, repaint
 
 
-def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, batch_size: int = 64, progress: bool = False,
+def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, batch_size: int = 8, progress: bool = False,
              image=None, mask=None, **settings) -> list[Image.Image]:
     """Pictures for prompts (one, or a list of them). settings: fields of Settings; what is not given comes from `pipeline.defaults`.
 
@@ -306,8 +312,9 @@ def read_record(file) -> dict:
     """What `save_png` wrote into a PNG."""
     try:
         with Image.open(file) as picture:
-            return json.loads(picture.text[RECORD])
-    except (OSError, AttributeError, KeyError, ValueError):
+            record = json.loads(picture.text[RECORD])
+            return {"prompts": record["prompts"], "fingerprint": record["fingerprint"], **record}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote; give one that says how it was made") from None
 
 
@@ -370,6 +377,8 @@ def parse_options():
     options.prompts = (options.prompt or []) + [line.strip() for line in from_file if line.strip()]
     if not options.prompts and not options.from_png:
         parser.error('nothing to draw; give --prompt "a red circle" or --prompts-file FILE')
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        parser.error(f"--seed is {options.seed}; give a whole number from 0 to 2^63 - 1")
     if options.batch_size is not None and options.batch_size < 1:
         parser.error(f"--batch-size is {options.batch_size}; give 1 or more")
     return options

@@ -252,6 +252,7 @@ class CLIPTokenizer:
         self.backend.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
         self.start, self.end = (self.backend.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>"))
         self.padding = self.end if padding is None else padding
+        self.vocab_size = self.backend.get_vocab_size()
 
     def __call__(self, prompts, length: int = 77):
         """prompts -> (ids (B, length), tokens needed (list of int)). Longer prompts keep start, the first tokens and end."""
@@ -280,6 +281,7 @@ class T5Tokenizer:
 
     def __init__(self, file):
         self.backend = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        self.vocab_size = self.backend.get_piece_size()
 
     def __call__(self, prompts, length: int = 77):
         """prompts -> (ids (B, length), tokens needed (list of int)). Longer prompts are cut before the end token."""
@@ -288,7 +290,7 @@ class T5Tokenizer:
 
     def pieces(self, ids):
         """The text of each id, to look at (sentinels lie beyond the model's own pieces)."""
-        n = self.backend.get_piece_size()
+        n = self.vocab_size
         return [self.backend.id_to_piece(int(i)) if i < n else f"<extra_id_{int(i) - n}>" for i in ids]
 
 

@@ -706,7 +706,8 @@ def train(config: TrainConfig) -> Path:
     if stopping and done < steps:
         say(f"stopped by SIGTERM after step {done}, saved; go on with --resume {folder}")
     elif not config.data and config.num_prompts:
-        draw = lambda prompts, first: [np.asarray(picture) for picture in generate(s.pipeline, prompts, HELD_OUT_SEED + first)]
+        draw = lambda prompts, first: [np.asarray(picture) for picture in generate(
+            s.pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))]
         scores = geneval(draw, config.num_prompts, height=config.resolution, width=config.resolution)
         run.log(step=steps, geneval=scores)
         say(format_scores(scores))

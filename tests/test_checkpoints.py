@@ -40,7 +40,7 @@ GOLDEN = Path(__file__).parent / "golden"
 BAD = Path(__file__).parent.parent.parent / "shared" / "data" / "bad"
 MMDIT = MMDiTConfig(depth=2, latent_channels=4, context_dim=192, pooled_dim=128, pos_embed_max_size=6,
                     dual_attention_layers=1)
-CLIP = CLIPConfig(vocab_size=700, hidden_size=64, num_layers=2, max_length=77)
+CLIP = CLIPConfig(vocab_size=518, hidden_size=64, num_layers=2, max_length=77)
 
 
 def five_networks(mmdit=MMDIT):

@@ -170,7 +170,7 @@ def photo(tmp_path_factory, pipeline):
 
 
 def test_strength_is_the_share_of_the_steps_that_are_walked(pipeline, noise):
-    """As public code has it: int(steps * (1 - strength)) steps are left out, and z begins on the straight path (Eq. 13)."""
+    """int(steps * (1 - strength)) steps are left out; z begins on the straight path (Eq. 13)."""
     latent, calls = torch.full_like(noise, 0.5), []
     settings = replace(PLAIN, num_steps=5, strength=0.5)
     hook = pipeline.mmdit.register_forward_pre_hook(lambda module, inputs: calls.append((inputs[0], float(inputs[1][0]))))
@@ -178,6 +178,12 @@ def test_strength_is_the_share_of_the_steps_that_are_walked(pipeline, noise):
     hook.remove()
     assert [round(t, 4) for _, t in calls] == [0.6, 0.4, 0.2]
     torch.testing.assert_close(calls[0][0], 0.4 * latent + 0.6 * noise)
+    for num_steps, strength, walked in ((10, 0.9, 9), (5, 0.8, 4), (10, 1.0, 10)):                 # 10 (1 - .9) is .999... in binary
+        calls.clear()
+        hook = pipeline.mmdit.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+        latents(pipeline, noise, replace(PLAIN, num_steps=num_steps, strength=strength), latent=latent)
+        hook.remove()
+        assert len(calls) == walked
 
 
 def test_strength_zero_gives_the_picture_back_and_one_another(pipeline, photo):
@@ -285,8 +291,14 @@ def test_unknown_and_impossible_settings_are_named(pipeline):
         generate(pipeline, [PROMPT], strength=1.5)
     with pytest.raises(ValueError, match="this model's blocks are 0 to"):
         generate(pipeline, [PROMPT], skip_layers=[7, 99], num_steps=1)
-    with pytest.raises(ValueError, match="unconditional='none'; choose zeros, empty"):
-        generate(pipeline, [PROMPT], unconditional="none")
+    for wrong in ({"unconditional": "none"}, {"solver": "dopri"}, {"schedule": "linear"}):
+        with pytest.raises(ValueError, match="choose "):
+            generate(pipeline, [PROMPT], **wrong)
+    for wrong in ({"num_steps": 0}, {"t5_length": -3}, {"timestep_shift": 0}):
+        with pytest.raises(ValueError, match="give numbers above 0"):
+            generate(pipeline, [PROMPT], **wrong)
+    with pytest.raises(ValueError, match="multiple of 8 px"):
+        generate(pipeline, [PROMPT], tile=100)
 
 
 def test_other_sizes_and_their_limits(pipeline):
