@@ -337,8 +337,11 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step. Beside a GPU a thread makes the next one meanwhile."""
-        batch = self.ahead.pop(step).result() if step in self.ahead else self.make(step)
-        self.ahead = {step + 1: self.thread.submit(self.make, step + 1)} if self.thread else {}
+        if not self.thread:
+            return self.make(step)
+        batch = self.ahead.pop(step, None) or self.thread.submit(self.make, step)      # one thread: never two at once
+        batch = batch.result()
+        self.ahead = {step + 1: self.thread.submit(self.make, step + 1)}
         return batch
 
     def make(self, step: int) -> Batch:
@@ -352,15 +355,15 @@ class Batches:
             noise.append(rng.standard_normal(shape, dtype=np.float32))
             code_noise.append(rng.standard_normal(shape, dtype=np.float32))
         stored = self.images.read(indices, lambda k, rows: pick_caption(rows, draws[k][1], config.full_captions))
-        to_device = lambda x: torch.from_numpy(np.stack(x)).float().to(world.device, non_blocking=True)
-        draws, noise, code_noise = to_device(draws), to_device(noise), to_device(code_noise)      # (B, 5), (B, C, H, W) twice
-        latent, context, pooled = self.inputs(stored, code_noise)
-        context, pooled = drop_encoders(context, pooled, draws[:, 2:] >= config.encoder_dropout, self.text_config)
-        return Batch(latent, context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6).cpu())
+        draws, noise, code_noise = (torch.from_numpy(np.stack(x)).float() for x in (draws, noise, code_noise))
+        latent, context, pooled = self.inputs(stored, code_noise.to(world.device))
+        keep = (draws[:, 2:] >= config.encoder_dropout).to(world.device)                          # (B, 3)
+        context, pooled = drop_encoders(context, pooled, keep, self.text_config)
+        return Batch(latent, context, pooled, noise.to(world.device), draws[:, 0].clamp(1e-6, 1 - 1e-6))
 
     def inputs(self, stored: dict, code_noise=None):
         """Stored tensors -> latent, context, pooled on the device. Half precision travels, fp32 arrives."""
-        stored = {name: x.to(self.world.device, non_blocking=True).float() for name, x in stored.items()}
+        stored = {name: x.to(self.world.device).float() for name, x in stored.items()}
         mean, logvar = stored["moments"].chunk(2, dim=1)                              # (B, C, H, W) each
         latent = self.vae.normalize(sample_code(mean, logvar, code_noise))
         return latent, *combine(*(stored[name] for name in ("clip_l", "clip_g", "t5", "pooled_l", "pooled_g")))

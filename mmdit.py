@@ -159,7 +159,8 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(64))
 
     def forward(self, x):
-        return F.rms_norm(x, (64,), self.weight.to(x.dtype), eps=1e-6)
+        with torch.autocast(x.device.type, enabled=False):                        # which would make fp32 copies of q and k; the
+            return F.rms_norm(x, (64,), self.weight.to(x.dtype), eps=1e-6)        # kernel sums in fp32 by itself
 
 
 class Attention(nn.Module):

@@ -20,6 +20,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -132,21 +133,34 @@ class World:
         if self.size > 1:
             if self.device.type == "mps":                                         # gloo cannot add up MPS tensors
                 self.device = torch.device("cpu")
-            self.join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timedelta(hours=2))
+            self.join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
             self.saving = torch.distributed.new_group(backend="gloo")             # of its own: saving goes on beside training
         fits = self.device.type != "cuda" or 20 * parameters < 0.5 * torch.cuda.get_device_properties(self.device).total_memory
         if parallel == "auto":            # weights, gradients, two moments and the average: 20 bytes a parameter in fp32
             parallel = "ddp" if self.size == 1 or fits else "hsdp" if self.size > self.local_size else "fsdp"
         self.parallel = parallel
 
-    def join(self, backend: str, timeout: timedelta):
+    def join(self, backend: str):
         """Meet the other processes. torchrun's own store outlives its restarts, and with it the addresses of processes that
-        were killed: every start gets a part of it of its own."""
-        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"                      # by torchrun, else by rank 0
-        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.size,
-                                           self.rank == 0 and not hosted, timeout)
-        start = torch.distributed.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        torch.distributed.init_process_group(backend, store=start, rank=self.rank, world_size=self.size, timeout=timeout)
+        were killed: rank 0 makes a new one at every start, and leaves in torchrun's only where that is."""
+        TCPStore, store, timeout = torch.distributed.TCPStore, None, timedelta(hours=2)
+        master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            known = TCPStore(master, port, is_master=False, timeout=timeout)
+            if self.rank == 0:
+                with socket.create_connection((master, port)) as route:                       # our address as others see it
+                    host = route.getsockname()[0]
+                store = TCPStore(host, 0, self.size, is_master=True, timeout=timeout, wait_for_workers=False)
+                known.set("store", f"{master if host.startswith('127.') else host} {store.port}")
+            while store is None:
+                try:
+                    host, port = known.get("store").decode().split()
+                    store = TCPStore(host, int(port), self.size, is_master=False, timeout=timedelta(seconds=5))
+                    store.set_timeout(timeout)
+                except torch.distributed.DistError:                                           # that of a start that is over
+                    time.sleep(1)
+        torch.distributed.init_process_group(backend, store=store, timeout=timeout,
+                                             **({"rank": self.rank, "world_size": self.size} if store else {}))
 
     def shard(self, model, precision):
         """Each block, then what is left of the model, becomes shards that FSDP2 gathers when it runs them: stored and
@@ -164,7 +178,9 @@ class World:
 
     def wrap(self, model):
         """What training calls: for "ddp" on several processes the wrapper that averages gradients inside backward()."""
-        return nn.parallel.DistributedDataParallel(model) if self.parallel == "ddp" and self.size > 1 else model
+        if self.parallel != "ddp" or self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def gather(self, values):
         """(n,) of this process -> (size * n,) of all, by rank."""
@@ -208,14 +224,14 @@ def whole(tensor):
 
 
 def local(parameters):
-    """What this process holds of each parameter."""
-    return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parameters]
+    """What this process holds of each parameter. Without gradients: a DTensor's own storage only then."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
 
 def synchronized(model, last: bool):
     """A context in which backward() averages gradients over the processes only if this is the step's last part."""
-    if hasattr(model, "set_requires_gradient_sync"):                              # FSDP2
-        model.set_requires_gradient_sync(last)
+    if hasattr(model, "set_requires_all_reduce"):                                 # FSDP2: shards sum up each part, else whole
+        model.set_requires_all_reduce(last)                                       # gradients pile up; copies of shards once
     return model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext()
 
 
@@ -227,7 +243,7 @@ def train_step(model, optimizers, batch: Batch, formulation, config: TrainConfig
     """One update from this process's share of the batch. Nothing here knows how many processes exist: the data-parallel
     wrapper averages gradients inside backward(), and every random number was drawn in `Batches`.
 
-    Returns loss (B,), t (B,), the gradient's norm before clipping; a non-finite norm skips the update.
+    Returns loss (B,), t (B,), the gradient's norm before clipping (float); a non-finite norm skips the update.
     """
     t = formulation.density.quantile(batch.uniform).to(batch.latent.device)           # (B,)  Eq. 19
     losses = []
@@ -239,9 +255,9 @@ def train_step(model, optimizers, batch: Batch, formulation, config: TrainConfig
                 loss = formulation.loss(model, latent, context, pooled, t_part, noise)    # (B / accumulate,)
             (loss.sum() / len(t)).backward()
         losses.append(loss.detach())
-    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()     # waits for the GPU
     for optimizer in optimizers:
-        if torch.isfinite(grad_norm):
+        if math.isfinite(grad_norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return torch.cat(losses), t, grad_norm
@@ -280,10 +296,11 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def set_learning_rates(optimizers, factor: float, config: TrainConfig):
-    """Every optimizer at `factor` times its peak rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = factor * (config.muon_lr if isinstance(optimizer, torch.optim.Muon) else config.lr)
+    """Every optimizer at `factor` times its peak rate. Set at every step, so that a resumed run takes changed settings."""
+    adam, *muon = (optimizer.param_groups[0] for optimizer in optimizers)
+    adam |= {"lr": factor * config.lr, "weight_decay": config.weight_decay}
+    for group in muon:
+        group["lr"] = factor * config.muon_lr
 
 
 @torch.no_grad()
@@ -365,7 +382,7 @@ class Run:
             for picture, name in ((grid, f"samples-{step:06}.png"), (curve, "loss.png")):
                 write_atomically(self.folder / name, lambda file, picture=picture: picture.save(file, format="PNG"))
 
-    def save(self, s, step: int, steps: int):
+    def save(self, s, step: int):
         """Begin checkpoints/STEP, to resume from: copied now, written while training goes on, under a temporary name until
         `finish_saving`. And model.safetensors, the average."""
         self.finish_saving()
@@ -375,10 +392,13 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
         self.world.any(False)                                                     # nobody writes before it is gone
         with self.saving_to(partial):
-            self.saving = partial, dcp.async_save(run_state(s.model, s.average, s.optimizers, step, steps),
-                                                  checkpoint_id=partial, no_dist=self.world.size == 1,
-                                                  process_group=self.world.saving)
-        weights = {name: whole(tensor).cpu() for name, tensor in s.average.state_dict().items()}
+            self.saving = partial, dcp.async_save(run_state(s.model, s.average, s.optimizers, step), checkpoint_id=partial,
+                                                  no_dist=self.world.size == 1, process_group=self.world.saving)
+        weights = {}
+        for name, tensor in s.average.state_dict().items():                       # all ranks gather, rank 0 keeps
+            tensor = whole(tensor)
+            if self.world.rank == 0:
+                weights[name] = tensor.cpu()
         if self.world.rank == 0:
             with torch.device("meta"):
                 average = MMDiT(s.average.config)
@@ -414,34 +434,29 @@ class Run:
                           f"Free some space and go on with --resume {self.folder}") from None
 
 
-def run_state(model, average, optimizers, step: int, steps: int) -> dict:
+def run_state(model, average, optimizers, step: int) -> dict:
     """What a run is resumed from. Random numbers need no state: they are keyed by step and index."""
-    return {"model": model.state_dict(), "average": average.state_dict(), "step": step, "steps": steps,
+    return {"model": model.state_dict(), "average": average.state_dict(), "step": step,
             "optimizer": get_optimizer_state_dict(model, optimizers)}
 
 
-def restore(folder: Path, model, average, optimizers, world: World) -> tuple[int, int]:
-    """Load the newest checkpoint of a run in place, whatever number of processes wrote it; returns (steps done, steps
-    planned), (0, 0) where the run ended before its first.
+def restore(folder: Path, model, average, optimizers, world: World) -> int:
+    """Load the newest checkpoint of a run in place, whatever number of processes wrote it; returns the steps done, 0 where the
+    run ended before its first.
 
     torch.distributed.checkpoint pickles its metadata: only resume from your own runs.
     """
     found = world.same(whole_checkpoints(folder)[-1:])
     if not found:
-        return 0, 0
-    state = run_state(model, average, optimizers, 0, 0)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        return 0
+    state = run_state(model, average, optimizers, 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(state, checkpoint_id=found[0], no_dist=world.size == 1)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group, setting in zip(groups, settings):                                  # a changed --weight-decay takes effect
-        group.update(setting)
-    return state["step"], state["steps"]
+    return state["step"]
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -461,8 +476,8 @@ def parse_config() -> TrainConfig:
         kind = {"type": true_or_false, "nargs": "?", "const": True} if field.type is bool else {"type": field.type}
         parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"{comments[field.name]} (default {field.default!r})")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0          # by torchrun --max-restarts
-    if restarted and "out" in given and (Path(given["out"]) / "config.json").is_file():
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0            # not the count, which differs between nodes
+    if restarts and "out" in given and (Path(given["out"]) / "config.json").is_file():
         given.setdefault("resume", given["out"])
     if "resume" in given:
         file = Path(given["resume"]) / "config.json"
@@ -549,15 +564,13 @@ def open_data(config: TrainConfig, encoders_file: Path):
     return files.subset(range(held_out, len(files))), files.subset(range(held_out))
 
 
-def seconds_per_step(setup, config: TrainConfig, trials: int = 6) -> float:
+def seconds_per_step(model, setup, config: TrainConfig, trials: int = 6) -> float:
     """Median time of a training step, measured at learning rate 0, which moves no weight; the optimizer then forgets it."""
     times = []
     set_learning_rates(setup.optimizers, 0.0, config)
     for step in range(trials):
         start = time.time()
-        *_, grad_norm = train_step(setup.model, setup.optimizers, setup.batches(step), setup.formulation, config,
-                                   setup.autocast)
-        grad_norm.item()                                                          # waits for a GPU to finish
+        train_step(model, setup.optimizers, setup.batches(step), setup.formulation, config, setup.autocast)
         times.append(time.time() - start)
     for optimizer in setup.optimizers:
         optimizer.state.clear()
@@ -579,14 +592,17 @@ class Setup:
     encoders_file: Path
 
 
-def make_model(sizes: MMDiTConfig, config: TrainConfig, world: World, precision) -> MMDiT:
+def make_model(sizes: MMDiTConfig, config: TrainConfig, world: World, precision, trained: bool) -> MMDiT:
     """An MM-DiT without numbers yet, on this process's device: the whole, or the shards that are this rank's. It is laid out
-    without memory first, so that depth 38 is never whole anywhere."""
+    without memory first, so that depth 38 is never whole on a GPU. The average is not `trained`: it stays uncompiled, for the
+    sampler's shapes vary."""
     with torch.device("meta"):
         model = MMDiT(sizes)
-    if config.recompute:                                              # under what the forward pass had around it
-        both = {"context_fn": lambda: (nullcontext(), attention_context(world.device))} if world.device.type == "cpu" else {}
-        for block in model.joint_blocks:
+    both = {"context_fn": lambda: (nullcontext(), attention_context(world.device))} if world.device.type == "cpu" else {}
+    for block in model.joint_blocks if trained else ():
+        if config.compile:
+            block.forward = torch.compile(block.forward)
+        if config.recompute:                                          # outside: nothing inside a checkpoint is compiled else
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False, **both)
     world.shard(model, precision)
     return model.to_empty(device=world.device)
@@ -597,7 +613,8 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     encoders_file = find_model_file(config.encoders)
     if config.resume:
         run_encoders(Path(config.resume))                             # they must still be the ones it began with
-    frozen = load_components(encoders_file, ("vae", "text"), tokenizers=config.tokenizers)
+    precision = pick_precision(config.precision, world.device)
+    frozen = load_components(encoders_file, ("vae", "text"), precision, config.tokenizers)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
     source, held_out = open_data(config, encoders_file)
     longest = source.longest_side if isinstance(source, EncodedFolder) else config.resolution
@@ -606,23 +623,19 @@ def set_up(config: TrainConfig, world: World, say) -> Setup:
     sizes = MMDiTConfig(config.depth, latent_channels=vae.config.latent_channels, context_dim=text.config.context_dim,
                         pooled_dim=text.config.pooled_dim, qk_norm=config.qk_norm,
                         clip_tokens=text.config.clip_length if config.weight_sets == 3 else 0, **small)
-    precision = pick_precision(config.precision, world.device)
     autocast = lambda: compute_context(world.device, precision)
     say(f"MM-DiT of depth {config.depth}: {count_parameters(sizes) / 1e6:.1f} M parameters; {len(source)} pictures at "
         f"{config.resolution} px; {world.size} x {world.device}, {str(precision).removeprefix('torch.')}")
     if not config.data:
         say("training on built-in scenes; your own pictures: --data PATH, released encoders: --encoders FILE")
 
-    model, average = (make_model(sizes, config, world, precision) for _ in range(2))
+    model, average = (make_model(sizes, config, world, precision, trained) for trained in (True, False))
     model.initialize(torch.Generator().manual_seed(config.seed), assign)
     if config.init and not whole_checkpoints(Path(config.out)):
         start = load_components(config.init, ("mmdit",))
         load_weights(model, start.mmdit, config.init, start.sampling.get("height", config.resolution), config.resolution)
     average.load_state_dict(model.state_dict())
-    average.requires_grad_(False)                                     # and stays uncompiled: the sampler's shapes vary
-    if config.compile:
-        for block in model.joint_blocks:
-            block.compile()
+    average.requires_grad_(False)
     optimizers = make_optimizers(model, config)
     encode = lambda part: part if isinstance(part, EncodedFolder) else EncodedImages(
         part, vae, text, config.resolution, world.device, autocast, world.rank > 0)
@@ -659,28 +672,29 @@ def train(config: TrainConfig) -> Path:
     """A whole run, from data to scores. Returns its folder."""
     started = time.time()
     world = World(config.device, config.parallel, count_parameters(MMDiTConfig(config.depth)))
+    if world.parallel != "ddp" and config.optimizer == "muon":
+        raise ValueError("the weights are shards here and Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     say = print if world.rank == 0 else lambda *_: None
     s = set_up(config, world, say)
-    folder, first_step, steps = Path(config.out), 0, config.steps
-    if config.resume:
-        first_step, planned = restore(folder, s.model, s.average, s.optimizers, world)
-        steps = steps or planned
+    folder, steps, model = Path(config.out), config.steps, world.wrap(s.model)
+    first_step = restore(folder, s.model, s.average, s.optimizers, world) if config.resume else 0
     if not steps:
-        step_seconds = seconds_per_step(s, config)
+        step_seconds = seconds_per_step(model, s, config)
         left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.4 * config.num_prompts     # saves, samples, scores
         steps = world.same(max(1, int(left / step_seconds)))
     run = Run(folder, config, first_step, steps, s, world)
-    model = world.wrap(s.model)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))                  # preemption: save and go
 
     meter, skipped = Meter(s, config, world), 0
     bar = tqdm(total=steps, initial=first_step, disable=world.rank > 0, unit="step", smoothing=0.05)
-    for step, batch in enumerate(meter.waiting(map(s.batches, range(first_step, steps))), first_step):
+    for step in range(first_step, steps):
         set_learning_rates(s.optimizers, learning_rate(step, steps, config), config)
+        with meter.waiting():
+            batch = s.batches(step)
         loss, t, grad_norm = train_step(model, s.optimizers, batch, s.formulation, config, s.autocast)
         meter.add(loss, t, grad_norm)
-        done, finite = step + 1, bool(torch.isfinite(grad_norm))
+        done, finite = step + 1, math.isfinite(grad_norm)
         if finite:
             update_average(s.average, s.model, step, steps, config)
         skipped = 0 if finite else skipped + 1
@@ -695,10 +709,10 @@ def train(config: TrainConfig) -> Path:
             bar.set_postfix_str(f"loss {entry['loss'] or math.nan:.3f}, {entry['images_per_second']:.0f} images/s")
         run.finish_saving(wait=False)
         with meter.paused():
-            if every(done, steps, config.sample_every) or done == steps:
+            if (every(done, steps, config.sample_every) or done == steps) and not stopping:
                 run.report(s, done)
             if every(done, steps, config.save_every) or done == steps or stopping:
-                run.save(s, done, steps)
+                run.save(s, done)
         if stopping:
             break
     bar.close()
@@ -719,7 +733,7 @@ def train(config: TrainConfig) -> Path:
 
 def matmul_peak(device, dtype) -> float:
     """FLOP/s of a square matrix product, measured: what the share of it that training reaches (MFU) is taken of."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 2048
     a, b, times = torch.randn(size, size, dtype=dtype, device=device), torch.randn(size, size, dtype=dtype, device=device), []
     for _ in range(6):
         start = time.time()
@@ -747,17 +761,12 @@ class Meter:
     def reset(self):
         self.loss, self.t, self.norm, self.wait, self.start = [], [], [], 0.0, time.time()
 
-    def waiting(self, batches):
-        """The batches, with the time that the training waits for each added up."""
-        batches = iter(batches)
-        while True:
-            start = time.time()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.wait += time.time() - start
-            yield batch
+    @contextmanager
+    def waiting(self):
+        """Time in here is spent waiting for data."""
+        start = time.time()
+        yield
+        self.wait += time.time() - start
 
     def add(self, loss, t, grad_norm):
         """One step: loss (B,), t (B,), gradient norm."""
@@ -776,7 +785,7 @@ class Meter:
         """A log line. All ranks call it together."""
         loss, t = (self.world.gather(torch.cat(values)) for values in (self.loss, self.t))
         seconds = time.time() - self.start
-        entry = summarize(loss, t, torch.stack(self.norm))
+        entry = summarize(loss, t, torch.tensor(self.norm))
         rate = len(loss) / seconds
         flops = rate * self.flops / self.world.size
         if self.world.device.type == "cuda":

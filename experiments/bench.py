@@ -25,7 +25,7 @@ from encode import Batch, Batches, EncodedImages
 from flow import RectifiedFlow
 from mmdit import MMDiT, MMDiTConfig, training_flops
 from sample import pick_device, pick_precision
-from train import TrainConfig, compute_context, train_step
+from train import TrainConfig, compute_context, matmul_peak, train_step
 
 
 def seconds_per_call(call, device, trials: int) -> float:
@@ -38,12 +38,6 @@ def seconds_per_call(call, device, trials: int) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:]))
-
-
-def matmul_peak(device, dtype, size: int = 2048) -> float:
-    """FLOP/s of a square matrix product."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / seconds_per_call(lambda: a @ b, device, 20)
 
 
 def main():
@@ -61,8 +55,8 @@ def main():
     peak, B = matmul_peak(device, precision), options.batch_size
     sizes = MMDiTConfig(options.depth, context_dim=192, pooled_dim=192, pos_embed_max_size=16, pos_embed_base_size=16)
     model = MMDiT(sizes).to(device)
-    if options.compile:
-        model.compile(dynamic=False)
+    for block in model.joint_blocks if options.compile else ():
+        block.forward = torch.compile(block.forward)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=1e-15, fused=True)
     config, rows = TrainConfig(batch_size=B), []
 

@@ -172,7 +172,7 @@ def memory(plan: Plan) -> dict:
     """Bytes of one GPU by kind, and `peak`.
 
         weights        4 P, sharded, and the table of positions; unsharded bf16 adds autocast's copies, 2 P
-        gradients      4 P, sharded; DDP keeps them twice (its all-reduce buckets) where there are several GPUs
+        gradients      4 P, sharded
         optimizer      8 P, sharded: AdamW's two moments, fp32
         ema            4 P, sharded, and its table of positions
 
@@ -183,10 +183,9 @@ def memory(plan: Plan) -> dict:
     table = 4 * plan.sizes.pos_embed_max_size**2 * plan.sizes.hidden_size
     shard = -(-counts["total"] // S)
     copies = 2 * (counts["total"] - counts["embedders"]) if S == 1 and plan.precision == "bf16" else 0
-    buckets = 4 * counts["total"] if plan.strategy == "ddp" and plan.world > 1 else 0
-    parts = {"weights": 4 * shard + table + copies, "gradients": 4 * shard + buckets, "optimizer": 8 * shard,
+    parts = {"weights": 4 * shard + table + copies, "gradients": 4 * shard, "optimizer": 8 * shard,
              "ema": 4 * shard + table, "activations": activation_bytes(plan), "working": working_bytes(plan)}
-    held = parts["weights"] + parts["optimizer"] + parts["ema"] + buckets
+    held = parts["weights"] + parts["optimizer"] + parts["ema"]
     coming, going = 4 * shard, parts["activations"] + parts["working"]
     return {**parts, "peak": held + (coming + going if plan.accumulate > 1 else max(coming, going))}
 
