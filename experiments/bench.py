@@ -7,8 +7,10 @@ Run         python experiments/bench.py     writes results/bench-<device>.json
 """
 
 import argparse
+import itertools
 import json
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,6 +42,21 @@ def seconds_per_call(call, device, trials: int) -> float:
     return float(np.median(times[1:]))
 
 
+def measure_everything(device):
+    """--all: then pre-encoded shards, and step by step against diffusers at the sizes that this device can take."""
+    here = Path(__file__).parent
+    run = lambda *words: subprocess.run([sys.executable, *map(str, words)], check=False)
+    run(here / "loader.py")
+    if device.type != "cuda":
+        run(here / "bench_diffusers.py")
+        return
+    for depth, resolution, compiled in itertools.product((4, 8, 15, 24, 38), (256, 1024), (False, True)):
+        what = ["forward", "sampling"] if depth == 38 else ["forward", "training", "sampling"]      # two 8B models and no more
+        out = here.parent / "results" / f"bench-diffusers-cuda-{depth}-{resolution}{'-compiled' if compiled else ''}.json"
+        run(here / "bench_diffusers.py", "--depth", depth, "--resolution", resolution, "--precisions", "bf16", "--batch-sizes",
+            4 if resolution == 1024 else 32, "--what", *what, "--out", out, *["--compile"][:compiled])
+
+
 def main():
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -48,6 +65,7 @@ def main():
     parser.add_argument("--text-tokens", type=int, nargs="+", default=[12, 32, 48])
     parser.add_argument("--compile", action="store_true", help="torch.compile, as train.py --compile")
     parser.add_argument("--trials", type=int, default=9)
+    parser.add_argument("--all", action="store_true", help="also loader.py and bench_diffusers.py, on a GPU at depths 4 to 38")
     options = parser.parse_args()
     device = pick_device()
     precision = pick_precision("auto", device)
@@ -74,7 +92,10 @@ def main():
         measure("network alone", lambda batch=random: batch, L)
     parts = load_components(SHIPPED, ("vae", "text"))
     world = SimpleNamespace(rank=0, size=1, device=device)
-    images = EncodedImages(Scenes(512), parts.vae.to(device), parts.text.to(device), 64, device, autocast, True)
+    encode = lambda: EncodedImages(Scenes(512), parts.vae.to(device), parts.text.to(device), 64, device, autocast, True)
+    images, rate = encode(), 512 / seconds_per_call(encode, device, 1)
+    rows.append({"what": "drawing and encoding scenes", "images_per_second": round(rate, 1)})
+    print(f"drawing and encoding scenes of 64 px: {rate:.0f} images/s")
     batches = Batches(images, parts.vae, parts.text.config, config, world)
     length = parts.text.config.clip_length + parts.text.config.t5_length
     steps = iter(range(1 << 30))
@@ -90,6 +111,8 @@ def main():
     file = Path(__file__).parents[1] / "results" / f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s ({str(precision).removeprefix('torch.')}); written to {file.name}")
+    if options.all:
+        measure_everything(device)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Parameters, FLOPs of a step, memory of one GPU, bytes that each GPU sends, dataset on disk, and time for the paper's schedule,
 from formulae alone. Parameters are counted on the real module without allocating it; FLOPs and activations are sums that
-tests/test_plan.py compares with what torch counts. Kernels' scratch space, the CUDA context and fragmentation are not in it:
-leave a tenth free.
+tests/test_plan.py compares with what torch counts. Not in it: kernels' scratch space, the CUDA context and fragmentation (leave
+a tenth free), and the frozen autoencoder and text encoders, which train.py keeps on every GPU (12 GB in bf16 with T5-XXL).
 
 Letters     B samples of one GPU at a time   D hidden_size   L text tokens   N image tokens   n = L + N   P parameters
 Units       bytes and FLOPs in the code; GB = 10^9 bytes in print
