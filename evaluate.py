@@ -456,7 +456,8 @@ def main():
         settings = size | {name: given[name] for name in ("guidance_scale", "num_steps") if name in given}
 
         def pictures(prompts, first):
-            return [np.asarray(picture) for picture in generate(pipeline, prompts, options.seed + first, batch_size=len(prompts), **settings)]
+            drawn = generate(pipeline, prompts, options.seed + first, batch_size=len(prompts), **settings)
+            return [np.asarray(picture) for picture in drawn]
 
         rows[options.checkpoint] = geneval(pictures, options.num_prompts, options.seed, **size)
     print(f"{options.num_prompts:3} prompts a task  " + "  ".join(f"{name:>12}" for name in rows))

@@ -263,7 +263,7 @@ def read_to_edit(pipeline, settings: Settings, image, mask):
 
 def generate(pipeline, prompts, seed: int = 0, height: int = 0, width: int = 0, batch_size: int = 8, progress: bool = False,
              image=None, mask=None, **settings) -> list[Image.Image]:
-    """Pictures for prompts (one, or a list of them). settings: fields of Settings; what is not given comes from `pipeline.defaults`.
+    """Pictures for prompts (one, or a list). settings: fields of Settings; what is not given comes from `pipeline.defaults`.
 
     image: a picture file to begin from (see strength). mask: a file, white where the image is to be painted anew; outside,
     the pixels stay, and with a strength of 1 what is inside comes from noise alone.

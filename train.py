@@ -474,7 +474,8 @@ def parse_config() -> TrainConfig:
     comments = field_comments(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         kind = {"type": true_or_false, "nargs": "?", "const": True} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"{comments[field.name]} (default {field.default!r})")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=f"{comments[field.name]} (default {field.default!r})",
+                            **kind)
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0            # not the count, which differs between nodes
     if restarts and "out" in given and (Path(given["out"]) / "config.json").is_file():

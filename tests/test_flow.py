@@ -833,7 +833,8 @@ def test_names_may_be_written_shorter_and_say_what_is_wrong():
     assert formulation("rf/lognorm(0.5, 0.6)").density == LogitNormal(0.5, 0.6)
     for name, problem in (("rf/magic", "choose one of rf, rf/mode"), ("rf/mode", "takes 1 number in brackets"),
                           ("rf(1)", "takes no numbers"), ("edm(1.2)", "takes 2 numbers"), ("edm(a, b)", "takes 2 numbers"),
-                          ("edm(1, 2", "no formulation"), ("rf/mode(3)", "monotonic"), ("rf/mode()", "takes 1"), ("rf/mode(nan)", "takes 1"),
+                          ("edm(1, 2", "no formulation"), ("rf/mode(3)", "monotonic"), ("rf/mode()", "takes 1"),
+                          ("rf/mode(nan)", "takes 1"),
                           ("edm(0, -1)", "greater than 0")):
         with pytest.raises(ValueError, match=problem):
             formulation(name)

@@ -111,8 +111,8 @@ def start_main(*options, **kwargs):
 def start_nodes(processes, *options):
     """Two torchruns that meet, as on two machines."""
     end = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", processes, "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", end, "--max-restarts", 3, "train.py", *SMALL, "--depth", 1, *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", processes,
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", end, "--max-restarts", 3, "train.py", *SMALL, "--depth", 1, *options]
     return [subprocess.Popen([str(word) for word in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
 
@@ -394,7 +394,7 @@ def test_a_run_can_start_from_another_model_and_gain_qk_norm(ours, theirs):
 
 def test_compilation_and_recomputation_change_no_gradient(frozen, monkeypatch):
     """And a block that is computed again is compiled as well: the compiler gives up on what a checkpoint wraps."""
-    monkeypatch.setattr(train.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))      # needs no C++ compiler
+    monkeypatch.setattr(train.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
     world, gradients, graphs = train.World("cpu"), [], []
     for config in (TrainConfig(), TrainConfig(recompute=True), TrainConfig(compile=True, recompute=True)):
         torch._dynamo.reset()
