@@ -290,10 +290,12 @@ def write_tables(record: dict, file: Path):
 
 def draw_figures(record: dict, file: Path):
     """Fig. 3 (CLIP-FID by number of steps) and Fig. 11 (densities of t) in one PNG."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    scores, figure = collect(record["runs"]), Figure((15, 5), layout="constrained")
+    scores, figure = collect(record["runs"]), Figure((16, 5), layout="constrained")
     fig3, modes, lognorms = figure.subplots(1, 3)
+    fig3.set_prop_cycle(color=colormaps["tab20"].colors)
     for name in rank_table(scores):
         points = {}
         for setting, row in scores.items():
@@ -306,7 +308,8 @@ def draw_figures(record: dict, file: Path):
         (lognorms if isinstance(density, LogitNormal) else modes).plot(t, density.pdf(t), label=str(density))
     modes.set(title="Fig. 11, left", xlabel="t", ylim=(0, 5))
     lognorms.set(title="Fig. 11, right", xlabel="t")
-    for axis in (fig3, modes, lognorms):
+    fig3.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in (modes, lognorms):
         axis.legend(fontsize=7)
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
