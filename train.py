@@ -37,7 +37,6 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
@@ -263,17 +262,9 @@ def train_step(model, optimizers, batch: Batch, formulation, config: TrainConfig
     return torch.cat(losses), t, grad_norm
 
 
-def attention_context(device):
-    """On a CPU attention is written out: for short sequences the backward pass of torch's fused CPU kernel costs as much as a
-    third of the whole step (results/bench-cpu.json)."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-@contextmanager
 def compute_context(device, precision):
-    """Matrix products in `precision`, attention as above."""
-    with attention_context(device), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        yield
+    """Matrix products in `precision`."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def make_optimizers(model, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -599,12 +590,11 @@ def make_model(sizes: MMDiTConfig, config: TrainConfig, world: World, precision,
     sampler's shapes vary."""
     with torch.device("meta"):
         model = MMDiT(sizes)
-    both = {"context_fn": lambda: (nullcontext(), attention_context(world.device))} if world.device.type == "cpu" else {}
     for block in model.joint_blocks if trained else ():
         if config.compile:
             block.forward = torch.compile(block.forward)
         if config.recompute:                                          # outside: nothing inside a checkpoint is compiled else
-            block.forward = functools.partial(recomputed, block.forward, use_reentrant=False, **both)
+            block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
     world.shard(model, precision)
     return model.to_empty(device=world.device)
 
@@ -681,7 +671,7 @@ def train(config: TrainConfig) -> Path:
     first_step = restore(folder, s.model, s.average, s.optimizers, world) if config.resume else 0
     if not steps:
         step_seconds = seconds_per_step(model, s, config)
-        left = 60 * config.minutes * 0.93 - (time.time() - started) - 0.4 * config.num_prompts     # saves, samples, scores
+        left = 60 * config.minutes * 0.87 - (time.time() - started) - 0.4 * config.num_prompts     # saves, samples, scores
         steps = world.same(max(1, int(left / step_seconds)))
     run = Run(folder, config, first_step, steps, s, world)
     stop = []
