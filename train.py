@@ -58,6 +58,8 @@ from flow import Formulation, RectifiedFlow, Shifted, Straight, formulation
 from mmdit import MMDiT, MMDiTConfig, count_parameters, positions_of, sincos_2d, stretched_positions, training_flops
 from sample import Pipeline, field_comments, generate, pick_device, pick_precision
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")               # one process saves alone, in a thread
+
 FIXED_PROMPTS = ("a red circle", "a blue square and a yellow star", "three green hearts", "a purple ring above a pink cross",
                  "a large orange triangle on a navy background", "two cyan diamonds on a gray background",
                  "a yellow circle left of a red square", "the word CAT")
@@ -416,9 +418,7 @@ class Run:
     def saving_to(self, partial: Path):
         """Turns any failure to write a checkpoint into one sentence, and leaves nothing half-written."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                yield
+            yield
         except Exception as problem:                                              # a full disk shows as several types
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"could not save {partial.with_suffix('')} ({problem}); the last good checkpoint is untouched. "
@@ -441,9 +441,7 @@ def restore(folder: Path, model, average, optimizers, world: World) -> int:
     if not found:
         return 0
     state = run_state(model, average, optimizers, 0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=found[0], no_dist=world.size == 1)
+    dcp.load(state, checkpoint_id=found[0], no_dist=world.size == 1)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
