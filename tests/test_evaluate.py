@@ -408,8 +408,8 @@ def test_main_writes_the_table_with_its_command(tmp_path, monkeypatch, capsys):
                 for requirement, scene in geneval_cases(12)}
     seeds = []
 
-    def generate(pipeline, prompts, seed, height, width, num_steps):                     # no guidance_scale was given
-        assert (height, width, num_steps) == (64, 64, 7)
+    def generate(pipeline, prompts, seed, height, width, num_steps, batch_size):         # no guidance_scale was given
+        assert (height, width, num_steps, batch_size) == (64, 64, 7, len(prompts))
         seeds.append(seed)
         return [pictures[prompt] for prompt in prompts]
 
