@@ -359,7 +359,7 @@ class TextEncoders(nn.Module):
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
         ids = {}
-        for name in self.encoders.keys() - set(without):
+        for name in (name for name in self.encoders if name not in without):
             length = self.config.t5_length if name == "t5" else self.config.clip_length
             ids[name], needed = self.tokenizers[name](prompts, length)
             if max(needed) > length and not self.truncation_said:
