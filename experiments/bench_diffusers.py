@@ -1,4 +1,5 @@
-"""bench_diffusers.py: our MM-DiT against diffusers' SD3Transformer2DModel, same sizes, same weights, in one run.
+"""bench_diffusers.py: our MM-DiT against diffusers' SD3Transformer2DModel, same sizes, same weights, in one run; where it is at
+hand, also against Stability's own reference code.
 
 The two take turns, so that whatever else the machine does meets both; a figure is the median of the ratios of neighbours
 (theirs / ours, above 1 where ours is faster). Outputs are compared before anything is timed. Forward is inference; training is
@@ -6,7 +7,8 @@ forward and backward, without an optimizer; sampling is 28 steps with guidance f
 sample.sample_latents, theirs by StableDiffusion3Pipeline.
 
 Precision   fp32; bf16: fp32 weights under autocast; bf16-weights: both converted, as diffusers' users do for sampling
-Needs       pip install diffusers transformers accelerate (for this comparison only)
+Needs       pip install diffusers transformers accelerate (for this comparison only); for --reference also einops and a clone of
+            github.com/Stability-AI/sd3.5
 Run         python experiments/bench_diffusers.py     writes results/bench-diffusers-<device>.json
 """
 
@@ -36,8 +38,9 @@ GUIDANCE, STEPS, SHIFT = 5.0, 28, 3.0
 # One set of weights, two models
 # ------------------------------------------------------------------------------------------------------------
 
-def make_models(depth: int, device):
-    """Ours and theirs with the same random weights; none is zero, so every part of the network counts."""
+def make_models(depth: int, device, dtype, reference: str) -> dict:
+    """The same random weights, none of them zero, so that every part of the network counts: name -> (model, its call with
+    latent, t, context, pooled)."""
     from diffusers import SD3Transformer2DModel
     config, rng = MMDiTConfig(depth, pos_embed_max_size=64, pos_embed_base_size=16), torch.Generator().manual_seed(0)
     ours = MMDiT(config)
@@ -49,7 +52,20 @@ def make_models(depth: int, device):
         sample_size=32, num_layers=depth, num_attention_heads=depth, caption_projection_dim=64 * depth, qk_norm="rms_norm",
         pos_embed_max_size=64)
     theirs.load_state_dict(to_diffusers("mmdit", ours.state_dict()))
-    return ours.to(device), theirs.to(device)
+    models = {"ours": (ours, ours),
+              "diffusers": (theirs, lambda z, t, context, pooled: theirs(z, context, pooled, 1000 * t, return_dict=False)[0])}
+    if reference:
+        sys.path.insert(0, reference)
+        from mmditx import MMDiTX
+        official = MMDiTX(
+            None, in_channels=16, depth=depth, adm_in_channels=config.pooled_dim, qk_norm="rms", pos_embed_max_size=64,
+            num_patches=64**2, context_embedder_config={"target": "torch.nn.Linear", "params": {
+                "in_features": config.context_dim, "out_features": config.hidden_size}})
+        official.load_state_dict(ours.state_dict())                                # names are the same
+        models["sd3.5"] = official, lambda z, t, context, pooled: official(z, 1000 * t, pooled, context)
+    for model, _ in models.values():
+        model.to(device, dtype)
+    return models
 
 
 def make_inputs(batch: int, text_tokens: int, side: int, dtype, device):
@@ -71,23 +87,21 @@ def contexts(device, precision: str, training: bool):
     return (lambda: compute_context(device, dtype)) if training else autocast, autocast
 
 
-def network_calls(ours, theirs, inputs, device, precision: str, training: bool):
-    """Two functions that run one forward, or forward and backward, and return the velocity."""
-    latent, t, context, pooled = inputs
+def network_calls(models, rival: str, inputs, device, precision: str, training: bool):
+    """Two functions, ours and the rival's, that run one forward, or forward and backward, and return the velocity."""
+    def make_call(model, forward, around):
+        def call():
+            with nullcontext() if training else torch.no_grad(), around():
+                velocity = forward(*inputs)
+                loss = velocity.float().square().mean()
+            if training:
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+            return velocity.detach().float()
+        return call
+
     around_ours, around_theirs = contexts(device, precision, training)
-    our_forward = lambda: ours(latent, t, context, pooled)
-    their_forward = lambda: theirs(latent, context, pooled, 1000 * t, return_dict=False)[0]
-
-    def call(model, forward, around):
-        with nullcontext() if training else torch.no_grad(), around():
-            velocity = forward()
-            loss = velocity.float().square().mean()
-        if training:
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-        return velocity.detach().float()
-
-    return (lambda: call(ours, our_forward, around_ours)), (lambda: call(theirs, their_forward, around_theirs))
+    return make_call(*models["ours"], around_ours), make_call(*models[rival], around_theirs)
 
 
 def sampling_calls(ours, theirs, device, precision: str, text_tokens: int, side: int):
@@ -158,6 +172,7 @@ def main():
                         choices=["forward", "training", "sampling"])
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs of each row; sampling takes 3 at most")
     parser.add_argument("--compile", action="store_true", help="torch.compile for both")
+    parser.add_argument("--reference", default="", help="folder with Stability's mmditx.py, to be timed as well (needs einops)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="", help="file; empty: results/bench-diffusers-<device>.json")
     options = parser.parse_args()
@@ -175,36 +190,38 @@ def main():
               "pairs": options.pairs, "rows": rows}
     file = Path(options.out) if options.out else Path(__file__).parents[1] / f"results/bench-diffusers-{device.type}.json"
 
-    def measure(what, precision, batch, calls, flops, peak):
-        row = {"what": what, "precision": precision, "batch_size": batch,
+    def measure(what, precision, batch, calls, flops, peak, rival="diffusers"):
+        row = {"what": what, "precision": precision, "batch_size": batch, "against": rival,
                **take_turns(*calls, device, min(3, options.pairs) if what == "sampling" else options.pairs)}
         row["our_share_of_peak"] = flops / row["our_seconds"] / peak
         row["load_average"] = os.getloadavg()[0]
         rows.append({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
         file.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{what:9} {precision:12} batch {batch:2}: ours {row['our_seconds']:7.3f} s "
-              f"({row['our_share_of_peak']:.0%} of peak), theirs {row['their_seconds']:7.3f} s, ratio {row['ratio']:.2f}, "
+              f"({row['our_share_of_peak']:.0%} of peak), {rival} {row['their_seconds']:7.3f} s, ratio {row['ratio']:.2f}, "
               f"outputs differ by {row['relative_difference']:.1e}", flush=True)
         gc.collect()
 
     for precision in options.precisions:
-        ours, theirs = make_models(options.depth, device)
         dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
-        ours, theirs = ours.to(dtype), theirs.to(dtype)
+        models = make_models(options.depth, device, dtype, options.reference)
+        ours, rivals = models["ours"][0], [name for name in models if name != "ours"]
         if options.compile:                                                       # each as it is meant to be
-            theirs.compile()
             for block in ours.joint_blocks:
                 block.forward = torch.compile(block.forward)
+            for name in rivals:
+                models[name][0].compile()
         peak = matmul_peak(device, torch.float32 if precision == "fp32" else torch.bfloat16)
         flops = forward_flops(ours.config, options.text_tokens, (side // 2) ** 2)
         for batch in options.batch_sizes:
             inputs = make_inputs(batch, options.text_tokens, side, dtype, device)
             for what, passes in (("forward", 1), ("training", 3)):
                 if what in options.what and (what, precision) != ("training", "bf16-weights"):
-                    calls = network_calls(ours, theirs, inputs, device, precision, what == "training")
-                    measure(what, precision, batch, calls, passes * batch * flops, peak)
+                    for rival in rivals:
+                        calls = network_calls(models, rival, inputs, device, precision, what == "training")
+                        measure(what, precision, batch, calls, passes * batch * flops, peak, rival)
         if "sampling" in options.what and precision != "bf16-weights":            # our solver keeps z in fp32, under autocast
-            calls = sampling_calls(ours, theirs, device, precision, options.text_tokens, side)
+            calls = sampling_calls(ours, models["diffusers"][0], device, precision, options.text_tokens, side)
             measure("sampling", precision, 1, calls, STEPS * 2 * flops, peak)
     print(f"written to {file}")
 

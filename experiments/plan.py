@@ -108,34 +108,33 @@ def parameter_counts(config: MMDiTConfig) -> dict:
 # Memory of one GPU
 # ------------------------------------------------------------------------------------------------------------
 
-def stream_bytes(D: int, heads: int, joined: int, c: int, qk_norm: bool, fused: bool, only_feeds_attention: bool) -> int:
+def stream_bytes(D: int, heads: int, joined: int, c: int, qk_norm: bool, device: str, only_feeds_attention: bool) -> int:
     """What the backward pass of one block needs of one token of one stream. c: bytes of a number in compute precision;
-    joined: L + N. Residual stream and LayerNorm are 4 bytes a number whatever c is.
+    joined: L + N.
 
-        attention half    x 4D, LayerNorm(x) 4D, modulated cD, q k v 3cD, the same joined with the other stream 3cD, result cD
-        MLP half          a contiguous share of the result cD, projected cD, x 4D, LayerNorm(x) 4D, modulated cD,
-                          fc1 4cD, GELU 4cD, fc2 cD
+        attention half    x, LayerNorm(x), modulated, the joint q k v, the result: cD each
+        MLP half          the result's contiguous share, projected, x, LayerNorm(x), modulated, fc2: cD each; fc1, GELU: 4cD each
 
-    plus per head the RMS of q and k and the log-sum of the scores. Without QK-norm nothing needs q k v before joining. Where
-    RMSNorm is not fused (torch on a CPU) it keeps its inputs and outputs in fp32; where attention is written out it keeps
-    q k v and all scores in fp32 instead of its result.
+    plus means and deviations of the LayerNorms, and per head the RMS of q and k and the log-sum of the scores. QK-norm needs
+    q k v before joining. On a CPU, torch's RMSNorm keeps its inputs and outputs in fp32, and attention in bf16 is written out:
+    it keeps all scores instead of its result.
     """
     before_joining = 0
     if qk_norm:
-        written_out = 5 * 4 * D if c == 4 else 4 * 4 * D          # in fp32 the v of the joint tensor stays alive too
-        before_joining = (3 * c * D if fused else written_out) + 2 * 4 * heads
-    attention = (3 * c + c) * D + 4 * heads if fused else 3 * 4 * D + 4 * heads * joined
-    first = (4 + 4 + c) * D + 2 * 4 + before_joining + attention
+        in_fp32 = 5 * 4 * D if c == 4 else 4 * 4 * D          # in fp32 the v of the joint tensor stays alive too
+        before_joining = (3 * c * D if device == "cuda" else in_fp32) + 2 * 4 * heads
+    attention = 3 * c * D + (c * heads * joined if (device, c) == ("cpu", 2) else c * D + 4 * heads)
+    first = 3 * c * D + 2 * 4 + before_joining + attention
     if only_feeds_attention:
         return first
-    return first + 2 * c * D + (4 + 4 + c) * D + 2 * 4 + 9 * c * D
+    return first + 2 * c * D + 3 * c * D + 2 * 4 + 9 * c * D
 
 
 def block_bytes(plan: Plan, last: bool = False) -> int:
     """Saved activations of one joint block and one sample: both streams, and the vectors of its modulation (6 D a stream,
     1 + scale twice, SiLU(cond))."""
     D, N, L, c = plan.sizes.hidden_size, plan.image_tokens, plan.text_tokens, plan.compute_bytes
-    stream = functools.partial(stream_bytes, D, plan.depth, N + L, c, plan.qk_norm, plan.device == "cuda")
+    stream = functools.partial(stream_bytes, D, plan.depth, N + L, c, plan.qk_norm, plan.device)
     vectors = (9 + (3 if last else 9)) * c * D
     return N * stream(False) + L * stream(last) + vectors
 
@@ -143,14 +142,14 @@ def block_bytes(plan: Plan, last: bool = False) -> int:
 def activation_bytes(plan: Plan) -> int:
     """What the forward pass of one GPU's B samples leaves for the backward pass.
 
-    With recomputation a block leaves only its inputs (4 n D bytes in fp32) and the 12 D numbers of its modulation; on top
+    With recomputation a block leaves only its inputs (c n D bytes) and the 12 D numbers of its modulation; on top
     comes one block whole, the one that is being run again.
     """
     D, N, L, c, depth = plan.sizes.hidden_size, plan.image_tokens, plan.text_tokens, plan.compute_bytes, plan.depth
     ends = L * plan.sizes.context_dim * c + N * plan.sizes.patch_size**2 * plan.sizes.latent_channels * c     # inputs
-    ends += N * ((4 + 4 + c) * D + 2 * 4)                                                                     # final layer
+    ends += N * (3 * c * D + 2 * 4)                                                                           # final layer
     if plan.recompute:
-        blocks = depth * (4 * (N + L) * D + 14 * c * D) + block_bytes(plan, last=depth == 1)
+        blocks = depth * (c * (N + L) * D + 14 * c * D) + block_bytes(plan, last=depth == 1)
     else:
         blocks = (depth - 1) * block_bytes(plan) + block_bytes(plan, last=True)
     return plan.local_batch * (ends + blocks)
@@ -161,7 +160,7 @@ def working_bytes(plan: Plan) -> int:
     residual streams; when sharded, two gathered blocks (one in use, one on its way), what lies outside the blocks, and one
     block's whole gradient before it is scattered, in compute precision and in fp32."""
     D, N, L, c = plan.sizes.hidden_size, plan.image_tokens, plan.text_tokens, plan.compute_bytes
-    gradients = plan.local_batch * (2 * 4 * D * c * max(N, L) + 4 * D * (N + L))
+    gradients = plan.local_batch * c * D * (2 * 4 * max(N, L) + N + L)
     if plan.shard_count == 1:
         return gradients
     counts = parameter_counts(plan.sizes)

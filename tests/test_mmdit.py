@@ -19,9 +19,11 @@ from mmdit import (
     MMDiTConfig,
     PatchEmbed,
     StreamBlock,
+    attend,
     count_parameters,
     crop_center,
-    modulate,
+    gelu,
+    norm_and_modulate,
     paper_positions,
     positions_of,
     released_positions,
@@ -314,8 +316,27 @@ SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 def test_modulate_is_one_plus_scale():
     """In Fig. 2b alpha and delta are 1 + scale: without modulation the normalised tokens pass unchanged."""
     x, zero = torch.randn(2, 3, 4, generator=rng(0)), torch.zeros(2, 1, 4)
-    assert torch.equal(modulate(x, zero, zero), x)
-    close(modulate(x, zero + 3, zero + 1), 2 * x + 3)
+    normed = (x - x.mean(dim=-1, keepdim=True)) / x.std(dim=-1, keepdim=True, correction=0)
+    close(norm_and_modulate(x, zero, zero), normed)
+    close(norm_and_modulate(x, zero + 3, zero + 1), 2 * normed + 3)
+
+
+@pytest.mark.parametrize("batch, n", [(1, 1500), (2, 30), (3, 700)])                  # heads at a time: 1, all, 4
+def test_attention_written_out_is_attention(batch, n):
+    """On a CPU in bf16; the other cases are torch's own kernel."""
+    q, k, v = (torch.randn(batch, 8, n, 64, generator=rng(i)).bfloat16() for i in range(3))
+    exact = torch.einsum("bhqd,bhkd->bhqk", q.double(), k.double()).div(8).softmax(dim=-1) @ v.double()
+    out = attend(q, k, v)
+    assert out.dtype == torch.bfloat16 and (out - exact).norm() < 0.01 * exact.norm()
+    torch.testing.assert_close(attend(q.double(), k.double(), v.double()), exact)
+
+
+def test_gelu_is_the_tanh_form():
+    """Exactly in fp32; in bf16 on a CPU as near as that rounds."""
+    x = torch.randn(10000, generator=rng(0)).double()
+    tanh_form = x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(gelu(x), tanh_form)
+    assert (gelu(x.bfloat16()) - tanh_form).norm() < 1.1 * (F.gelu(x.bfloat16(), approximate="tanh") - tanh_form).norm()
 
 
 def test_attention_reaches_the_residual_stream():
@@ -329,8 +350,8 @@ def test_activations_are_tanh_gelu_in_the_blocks_and_silu_for_the_conditioning()
     model, (_, t, _, pooled) = random_model(), random_input()
     stream, x = model.joint_blocks[0].x_block, torch.randn(1, 3, 128, generator=rng(6))
     h = stream.mlp.fc1(x)
-    gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-    close(stream.mlp(x), stream.mlp.fc2(gelu), 1e-5)
+    activated = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    close(stream.mlp(x), stream.mlp.fc2(activated), 1e-5)
     two_layers = lambda mlp, y: mlp[2](mlp[0](y) * torch.sigmoid(mlp[0](y)))
     cond = two_layers(model.t_embedder.mlp, timestep_embedding(t)) + two_layers(model.y_embedder.mlp, pooled)
     close(model.embed_cond(t, pooled), cond)
