@@ -109,7 +109,7 @@ class TrainConfig:
     sample_every: float = 0.2          # share of the run between sample grids and validations
     save_every: float = 0.1            # share of the run between checkpoints
     keep_last: int = 2                 # checkpoints kept
-    keep_every: int = 0                # steps: checkpoints at multiples of it are kept as well; 0: none
+    keep_every: int = 0                # steps between checkpoints that are kept for good; 0: none are
     tensorboard: bool = False          # also write events for TensorBoard, if it is installed
     num_prompts: int = 50              # per task of the six-task score at the end; 0: no score
 
@@ -700,7 +700,8 @@ def train(config: TrainConfig) -> Path:
         with meter.paused():
             if (every(done, steps, config.sample_every) or done == steps) and not stopping:
                 run.report(s, done)
-            if every(done, steps, config.save_every) or done == steps or stopping:
+            milestone = config.keep_every and done % config.keep_every == 0
+            if every(done, steps, config.save_every) or milestone or done == steps or stopping:
                 run.save(s, done)
         if stopping:
             break
