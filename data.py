@@ -23,6 +23,8 @@ import sys
 import tarfile
 import textwrap
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -523,14 +525,25 @@ def check_problems(problems: list[str], total: int, limit: float = 0.01):
         raise ValueError(f"{summary}, over {100 * limit:g} %. Mend or remove them (python data.py PATH):\n  {names}")
 
 
+def read_ahead(source, indices, height: int, width: int):
+    """(index, future of source.image(index, height, width)) in order; threads are at work on the next 64."""
+    with ThreadPoolExecutor(8) as threads:                                       # decoders let others run meanwhile
+        waiting = deque()
+        for index in indices:
+            waiting.append((index, threads.submit(source.image, index, height, width)))
+            if len(waiting) > 64:
+                yield waiting.popleft()
+        yield from waiting
+
+
 def readable(source, height: int, width: int, limit: float = 0.01):
     """Yield (index, uint8 (height, width, 3), captions) in order. Unreadable pictures are skipped and join
     `source.problems`; once these are more than `limit` of all that was found, ValueError names them."""
-    for index in range(len(source)):
+    for index, picture in read_ahead(source, range(len(source)), height, width):
         if len(source.problems) > limit * source.found:
             break
         try:
-            yield index, source.image(index, height, width), source.captions(index)
+            yield index, picture.result(), source.captions(index)
         except UnreadableImage as error:
             if str(error) not in source.problems:                                # a second epoch meets it again
                 source.problems.append(str(error))

@@ -44,7 +44,17 @@ from checkpoints import (
     portable,
     write_atomically,
 )
-from data import ImageFiles, Scenes, UnreadableImage, aspect_buckets, check_problems, nearest_bucket, readable, to_tensor
+from data import (
+    ImageFiles,
+    Scenes,
+    UnreadableImage,
+    aspect_buckets,
+    check_problems,
+    nearest_bucket,
+    read_ahead,
+    readable,
+    to_tensor,
+)
 from sample import pick_device, pick_precision
 from text_encoders import TextConfig, combine, drop_encoders
 from vae import VAEConfig, sample_code
@@ -441,9 +451,9 @@ def write_shard(plan: Plan, source, parts, device, autocast):
     skipped = []
 
     def samples():
-        for index in plan.indices:
+        for index, picture in read_ahead(source, plan.indices, plan.height, plan.width):
             try:
-                yield source.image(index, plan.height, plan.width), source.captions(index)
+                yield picture.result(), source.captions(index)
             except UnreadableImage as problem:
                 skipped.append(str(problem))
                 source.problems.append(str(problem))
