@@ -287,7 +287,7 @@ class Stored:
 
 def cast(name: str, tensor, dtype):
     """dtype None: as it is stored (float8 becomes fp16). In half precision only the matrices of the blocks are stored so;
-    embeddings, norms, biases and convolutions stay fp32, and so do the residual streams."""
+    embeddings, norms, biases and convolutions stay fp32."""
     if dtype is None:
         dtype = torch.float16 if tensor.dtype.itemsize == 1 else tensor.dtype
     elif tensor.dim() != 2 or "embed" in name:

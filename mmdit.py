@@ -322,6 +322,12 @@ class Prepared:
             raise ValueError(f"t = {float(t.flatten()[0])} was not prepared; MMDiT.prepare got {self.times}") from None
 
 
+def stream_dtype(x):
+    """The type of a residual stream that begins with x: that of the matrix products, but fp32 for fp16, whose range streams of
+    large models leave."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 class MMDiT(nn.Module):
     """(z_t, t, context, pooled) -> velocity (Fig. 2a). Keeps no state between calls."""
 
@@ -375,14 +381,16 @@ class MMDiT(nn.Module):
             raise ValueError(f"latent is {height}x{width} but patch_size={p} does not divide it. Make the picture's sides "
                              f"multiples of {8 * p} px (VAE factor 8 x patch {p}).")
         x, positions = self.x_embedder(latent), crop_center(self.pos_embed, height // p, width // p)        # (1, N, D)
-        return (x + positions).to(x.dtype)                                        # bf16 under autocast, as all that follows
+        return (x + positions).to(stream_dtype(x))
 
     def embed_text(self, context):
         """(B, L, context_dim) -> [(B, L, D)], or with a third weight set [CLIP tokens, T5 tokens]."""
         n = self.config.clip_tokens
-        if not n:
-            return [self.context_embedder(context)]
-        return [self.context_embedder(context[:, :n]), self.t5_embedder(context[:, n:])]
+        if n:
+            tokens = [self.context_embedder(context[:, :n]), self.t5_embedder(context[:, n:])]
+        else:
+            tokens = [self.context_embedder(context)]
+        return [x.to(stream_dtype(x)) for x in tokens]
 
     def embed_cond(self, t, pooled):
         """t (B,) in [0, 1], pooled (B, pooled_dim) -> cond (B, D), the y of Fig. 2, in fp32 also under autocast."""

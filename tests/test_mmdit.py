@@ -331,6 +331,24 @@ def test_attention_written_out_is_attention(batch, n):
     torch.testing.assert_close(attend(q.double(), k.double(), v.double()), exact)
 
 
+@pytest.mark.parametrize("dtype, expected", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                             (torch.float16, torch.float32)])
+def test_streams_are_in_the_precision_of_the_products_but_leave_the_range_of_fp16(dtype, expected):
+    model, (latent, t, context, pooled) = random_model(), random_input()
+    streams = []
+    with torch.no_grad():
+        for block in model.joint_blocks:
+            block.x_block.mlp.fc2.bias.fill_(60000)
+            block.x_block.adaLN_modulation[1].bias[5 * 128 :] = 1                  # gate_mlp
+            block.register_forward_hook(lambda block, inputs, tokens: streams.append(tokens[1]))
+        exact = model(latent, t, context, pooled)
+        assert streams[-1].max() > 70000
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            velocity = model(latent, t, context, pooled)
+    assert [stream.dtype for stream in streams[2:]] == [expected, expected]
+    assert (velocity - exact).norm() < 0.1 * exact.norm()
+
+
 def test_gelu_is_the_tanh_form():
     """Exactly in fp32; in bf16 on a CPU as near as that rounds."""
     x = torch.randn(10000, generator=rng(0)).double()
