@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import plan
+from marking import mark
 
 
 def block_parameters(depth):
@@ -89,20 +90,5 @@ def check_sent(answers):
 CHECKS = {"a block": check_block, "between steps": check_state, "gathered": check_gathered, "sent": check_sent}
 
 
-def main(answers) -> int:
-    """Say which checks pass. answers: the functions by name. Returns the number of those that do not."""
-    wrong = 0
-    for name, check in CHECKS.items():
-        try:
-            hint = check(answers)
-        except NotImplementedError:
-            hint = "not written yet"
-        except Exception as problem:                     # a shape that does not fit, say: the student sees why
-            hint = f"{type(problem).__name__}: {problem}"
-        wrong += bool(hint)
-        print(f"{'not yet' if hint else 'passed '}  {name}{': ' + hint if hint else ''}")
-    return wrong
-
-
 if __name__ == "__main__":
-    sys.exit(min(1, main(globals())))
+    sys.exit(mark(CHECKS, globals()))
