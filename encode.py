@@ -103,7 +103,8 @@ class Shard:
 
 
 def encode_shard(samples, height: int, width: int, vae, text, device, autocast, show=lambda items, name, unit: items) -> Shard:
-    """Encode pictures of one size, and their captions. All goes in groups of 64, so the numbers depend on the samples alone.
+    """Encode pictures of one size, and their captions. All goes in groups of 64, pictures of more than 256 x 256 px in fewer, so
+    the numbers depend on the samples alone.
 
     samples: (uint8 (height, width, 3), captions) each; height, width: pixels; show: a progress bar around an iterable.
     """
@@ -114,7 +115,7 @@ def encode_shard(samples, height: int, width: int, vae, text, device, autocast, 
         for name, value in results.items():
             parts[name].append(value.to(wanted[name][1]).cpu())
 
-    pending, captions = [], []
+    pending, captions, together = [], [], max(1, min(64, 64 * 256**2 // (height * width)))
 
     def flush():
         image = torch.from_numpy(np.stack(pending)).to(device)                                      # (64, 8H, 8W, 3) uint8
@@ -126,7 +127,7 @@ def encode_shard(samples, height: int, width: int, vae, text, device, autocast, 
     for picture, its_captions in show(samples, "encoding pictures", "image"):
         pending.append(picture)
         captions.append(its_captions)
-        if len(pending) == 64:
+        if len(pending) == together:
             flush()
     if pending:
         flush()
@@ -313,7 +314,7 @@ class Batches:
 
     def __init__(self, images: EncodedImages, vae, text_config, config, world):
         self.images, self.vae, self.text_config, self.config, self.world = images, vae, text_config, config, world
-        self.thread, self.ahead = ThreadPoolExecutor(1) if world.device.type != "cpu" else None, {}     # step -> its future
+        self.thread, self.ahead = ThreadPoolExecutor(1) if world.device.type == "cuda" else None, {}     # step -> its future
         self.orders, self.sizes = {}, (None, None)                     # size -> (epoch, permutation); (epoch, size of each step)
 
     def batch_of_step(self, step: int) -> tuple[int, int]:

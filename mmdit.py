@@ -381,7 +381,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"latent is {height}x{width} but patch_size={p} does not divide it. Make the picture's sides "
                              f"multiples of {8 * p} px (VAE factor 8 x patch {p}).")
         x, positions = self.x_embedder(latent), crop_center(self.pos_embed, height // p, width // p)        # (1, N, D)
-        return (x + positions).to(stream_dtype(x))
+        return (positions + x).to(stream_dtype(x))                                # in this order: sums keep the first's layout
 
     def embed_text(self, context):
         """(B, L, context_dim) -> [(B, L, D)], or with a third weight set [CLIP tokens, T5 tokens]."""

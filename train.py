@@ -590,6 +590,7 @@ def make_model(sizes: MMDiTConfig, config: TrainConfig, world: World, precision,
         model = MMDiT(sizes)
     for block in model.joint_blocks if trained else ():
         if config.compile:
+            torch._dynamo.config.optimize_ddp = False                 # DDP would cut the blocks up at its buckets
             block.forward = torch.compile(block.forward)
         if config.recompute:                                          # outside: nothing inside a checkpoint is compiled else
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)

@@ -65,8 +65,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))  # (B, 1, HW, D)
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)                   # (B, HW, D)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous() for conv in (self.q, self.k, self.v))    # (B, HW, D); fused
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]                        # kernels want D dense
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))    # (B, D, H, W)
 
 

@@ -79,6 +79,7 @@ def main():
     config, rows = TrainConfig(batch_size=B), []
 
     def measure(name, make_batch, text_tokens):
+        torch._dynamo.reset()                                                     # every row is compiled for its own sizes
         step = lambda: train_step(model, [optimizer], make_batch(), RectifiedFlow(), config, autocast)
         rate = B / seconds_per_call(step, device, options.trials)
         share = rate * training_flops(sizes, text_tokens, 16) / peak
@@ -88,7 +89,7 @@ def main():
 
     for L in options.text_tokens:
         random = Batch(*(torch.randn(shape, device=device) for shape in
-                         ((B, 16, 8, 8), (B, L, 192), (B, 192), (B, 16, 8, 8))), torch.rand(B, device=device))
+                         ((B, 16, 8, 8), (B, L, 192), (B, 192), (B, 16, 8, 8))), torch.rand(B))
         measure("network alone", lambda batch=random: batch, L)
     parts = load_components(SHIPPED, ("vae", "text"))
     world = SimpleNamespace(rank=0, size=1, device=device)
@@ -100,11 +101,12 @@ def main():
     length = parts.text.config.clip_length + parts.text.config.t5_length
     steps = iter(range(1 << 30))
     random = Batch(*(torch.randn(shape, device=device) for shape in
-                     ((B, 16, 8, 8), (B, length, 192), (B, 192), (B, 16, 8, 8))), torch.rand(B, device=device))
+                     ((B, 16, 8, 8), (B, length, 192), (B, 192), (B, 16, 8, 8))), torch.rand(B))
     measure("network alone", lambda: random, length)
     measure("end to end", lambda: batches(next(steps)), length)
     features = getattr(torch.cpu, "get_capabilities", dict)()
-    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "processor": features.get("cpu_name", ""),
+    processor = torch.cuda.get_device_name() if device.type == "cuda" else features.get("cpu_name", "")
+    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "processor": processor,
               "amx": bool(features.get("amx_bf16")), "threads": torch.get_num_threads(), "torch": torch.__version__,
               "precision": str(precision), "compile": options.compile, "batch_size": B, "depth": options.depth,
               "matmul_peak_gflops": round(peak / 1e9), "rows": rows}

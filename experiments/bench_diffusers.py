@@ -184,13 +184,15 @@ def main():
         sys.exit("bench_diffusers.py: sizes must be positive and --resolution a multiple of 16")
     device, side = pick_device(options.device), options.resolution // 8
     rows = []
-    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device), "threads": torch.get_num_threads(),
+    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device),
+              "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "", "threads": torch.get_num_threads(),
               "torch": torch.__version__, "diffusers": diffusers.__version__, "depth": options.depth,
               "compile": options.compile, "image_tokens": (side // 2) ** 2, "text_tokens": options.text_tokens,
               "pairs": options.pairs, "rows": rows}
     file = Path(options.out) if options.out else Path(__file__).parents[1] / f"results/bench-diffusers-{device.type}.json"
 
     def measure(what, precision, batch, calls, flops, peak, rival="diffusers"):
+        torch._dynamo.reset()                                                     # every row is compiled for its own sizes
         row = {"what": what, "precision": precision, "batch_size": batch, "against": rival,
                **take_turns(*calls, device, min(3, options.pairs) if what == "sampling" else options.pairs)}
         row["our_share_of_peak"] = flops / row["our_seconds"] / peak

@@ -331,6 +331,12 @@ def test_attention_written_out_is_attention(batch, n):
     torch.testing.assert_close(attend(q.double(), k.double(), v.double()), exact)
 
 
+def test_tokens_lie_in_memory_as_they_are_read():
+    """The convolution's transposed layout would stay with the stream, and every norm would copy it first."""
+    model, (latent, _, context, _) = random_model(), random_input()
+    assert all(tokens.is_contiguous() for tokens in (model.embed_image(latent), *model.embed_text(context)))
+
+
 @pytest.mark.parametrize("dtype, expected", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
                                              (torch.float16, torch.float32)])
 def test_streams_are_in_the_precision_of_the_products_but_leave_the_range_of_fp16(dtype, expected):
