@@ -163,18 +163,22 @@ class World:
         torch.distributed.init_process_group(backend, store=store, timeout=timeout,
                                              **({"rank": self.rank, "world_size": self.size} if store else {}))
 
+    @functools.cached_property
+    def mesh(self):
+        """The processes that share a copy of the weights, or (copies, processes of each): one set of groups for all models."""
+        shape = (self.size // self.local_size, self.local_size) if self.parallel == "hsdp" else (self.size,)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+
     def shard(self, model, precision):
         """Each block, then what is left of the model, becomes shards that FSDP2 gathers when it runs them: stored and
         summed up in fp32, gathered in `precision` (the small outer layers in fp32; inputs are never cast, t least of all)."""
         if self.parallel == "ddp":
             return
-        shape = (self.size // self.local_size, self.local_size) if self.parallel == "hsdp" else (self.size,)
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
         policy = lambda dtype: MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.joint_blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy(precision))
+            fully_shard(block, mesh=self.mesh, mp_policy=policy(precision))
             register_fsdp_forward_method(block, "modulation")
-        fully_shard(model, mesh=mesh, mp_policy=policy(torch.float32), reshard_after_forward=True)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy(torch.float32), reshard_after_forward=True)
         register_fsdp_forward_method(model, "prepare")
 
     def wrap(self, model):

@@ -82,6 +82,23 @@ def batches_of(images, parts, rank=0, size=1, **settings):
 # ---------------------------------------------------------------------------------------------- Table 7
 
 
+@pytest.mark.parametrize("side, together", [(64, 64), (256, 64), (512, 16), (1024, 4)])
+def test_large_pictures_are_encoded_in_smaller_groups(parts, side, together):
+    """Equal pixels at a time: 64 of 1024 x 1024 px would need tens of gigabytes."""
+    groups = []
+
+    class Recorder:
+        config = parts.vae.config
+
+        def encode_moments(self, image):
+            groups.append(len(image))
+            return (torch.zeros(len(image), 16, side // 8, side // 8),) * 2
+
+    samples = ((np.zeros((side, side, 3), np.uint8), ["a circle"]) for _ in range(together + 1))
+    encode.encode_shard(samples, side, side, Recorder(), parts.text, torch.device("cpu"), FP32)
+    assert groups == [together, 1]
+
+
 def test_storage_and_memory_of_sd3s_encoders_are_those_of_table_7():
     """65.5, 121.3, 202.2 and 630.7 kB a sample; 0.14, 0.49, 2.78 and 19.05 GB in fp32. From shapes: nothing is allocated."""
     with torch.device("meta"):
