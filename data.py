@@ -526,7 +526,7 @@ def check_problems(problems: list[str], total: int, limit: float = 0.01):
 
 
 def read_ahead(source, indices, height: int, width: int):
-    """(index, future of source.image(index, height, width)) in order; threads are at work on the next 64."""
+    """Yield (index, future of source.image(index, height, width)) in order, while threads are at work on the next 64."""
     with ThreadPoolExecutor(8) as threads:                                       # decoders let others run meanwhile
         waiting = deque()
         for index in indices:

@@ -118,10 +118,10 @@ def encode_shard(samples, height: int, width: int, vae, text, device, autocast, 
     pending, captions, together = [], [], max(1, min(64, 64 * 256**2 // (height * width)))
 
     def flush():
-        image = torch.from_numpy(np.stack(pending)).to(device)                                      # (64, 8H, 8W, 3) uint8
-        image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()                        # (64, 3, 8H, 8W)
+        image = torch.from_numpy(np.stack(pending)).to(device)                                      # (n, 8H, 8W, 3) uint8
+        image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()                        # (n, 3, 8H, 8W), n <= 64
         with torch.no_grad(), autocast():
-            keep(moments=torch.cat(vae.encode_moments(image), dim=1))                               # (64, 2C, H, W)
+            keep(moments=torch.cat(vae.encode_moments(image), dim=1))                               # (n, 2C, H, W)
         pending.clear()
 
     for picture, its_captions in show(samples, "encoding pictures", "image"):

@@ -40,7 +40,7 @@ class Plan:
     recompute: bool = False        # keep the inputs of each block only and run it again in the backward pass
     precision: str = "bf16"        # of the matrix products (autocast): bf16 or fp32; weights and optimizer are fp32
     qk_norm: bool = True           # Sec. 5.3.2
-    device: str = "cuda"           # cuda: fused attention and RMSNorm; cpu: both written out (attention is, below 200 tokens)
+    device: str = "cuda"           # cuda: fused attention and RMSNorm; cpu: RMSNorm in fp32, attention in bf16 written out
     peak_tflops: float = 989.0     # of one GPU in bf16; 989 is what the vendor states for H100 and H200 (dense)
     mfu: float = 0.45              # share of that peak that training reaches, model FLOPs only
     steps: int = PAPER_STEPS       # of the schedule
