@@ -23,9 +23,7 @@ def per_sample(t, dims=4):
     return t.view(-1, *ones)
 
 
-# --------------------------------------------------------------------------------------------------
-# The straight path and its loss (Eq. 13 and 8)
-# --------------------------------------------------------------------------------------------------
+# --- The straight path and its loss (Eq. 13 and 8) ------------------------------------------------
 
 def interpolate(latent, noise, t):
     """Eq. 13: z_t = (1 - t) x_0 + t eps. latent, noise (B, C, H, W); t (B,) -> (B, C, H, W)."""
@@ -50,11 +48,9 @@ def rectified_flow_loss(model, latent, context, pooled, t, noise):
     return error.square().flatten(1).mean(dim=1)                      # (B,)          Eq. 8
 
 
-# --------------------------------------------------------------------------------------------------
-# Densities of t in training (Sec. 3.1, Eq. 19 to 22)
+# --- Densities of t in training (Sec. 3.1, Eq. 19 to 22) ------------------------------------------
 #
-# Each has pdf(t), the density, and quantile(u), which turns uniform u into t. Both are (B,) -> (B,).
-# --------------------------------------------------------------------------------------------------
+# Each has pdf(t), the density, and quantile(u), which makes t from uniform u. Both are (B,) -> (B,).
 
 @dataclass(frozen=True)
 class Uniform:
@@ -95,7 +91,7 @@ def mode_map(u, mode_scale):
 
 
 def mode_map_inverse(t, mode_scale):
-    """The u with f(u; s) = t, (B,) -> (B,). It has no closed form, so this halves [0, 1] 53 times."""
+    """The u with f(u; s) = t. It has no closed form, so this halves [0, 1] 53 times. (B,)"""
     low = torch.zeros_like(t)
     high = torch.ones_like(t)
     for _ in range(53):
@@ -122,7 +118,7 @@ class Mode:
         return 1 / (1 + self.mode_scale - self.mode_scale * math.pi / 2 * torch.sin(math.pi * u))
 
     def quantile(self, u):
-        return mode_map(1 - u, self.mode_scale)                       # 1 - u, so that t rises with u
+        return mode_map(1 - u, self.mode_scale)                       # 1 - u: so t rises with u
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ def parse_name(name):
 
 
 def density(name):
-    """A density by its name: "uniform", "lognorm(0, 1)", "mode(1.29)", "cosmap". Or a ValueError."""
+    """A density by name: "uniform", "lognorm(0, 1)", "mode(1.29)", "cosmap". Or a ValueError."""
     word, numbers = parse_name(name)
     if word not in DENSITIES or len(numbers) != len(fields(DENSITIES[word])):
         raise ValueError(f"no density is called {name!r}; "
@@ -163,9 +159,7 @@ def density(name):
     return DENSITIES[word](*numbers)
 
 
-# --------------------------------------------------------------------------------------------------
-# More pixels need more noise (Sec. 5.3.2, Eq. 23 to 25)
-# --------------------------------------------------------------------------------------------------
+# --- More pixels need more noise (Sec. 5.3.2, Eq. 23 to 25) ---------------------------------------
 
 def shift_time(t, timestep_shift):
     """Eq. 23: t_m = alpha t_n / (1 + (alpha - 1) t_n), with alpha = sqrt(m / n).
@@ -180,9 +174,7 @@ def shift_log_snr(log_snr, timestep_shift):
     return log_snr - 2 * math.log(timestep_shift)
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling: the times, Euler's method for Eq. 1, guidance, path length
-# --------------------------------------------------------------------------------------------------
+# --- Sampling: the times, Euler's method for Eq. 1, guidance, path length -------------------------
 
 def shifted_schedule(num_steps, timestep_shift):
     """Even times from 1 to 0, moved by Eq. 23. (N + 1,)"""
@@ -271,13 +263,13 @@ def path_length(velocities, times):
     return length
 
 
-# --------------------------------------------------------------------------------------------------
-# Not in the paper: solvers for few steps, and skip-layer guidance (SD3.5-medium's model card)
-# --------------------------------------------------------------------------------------------------
+# --- Not in the paper: solvers for few steps, and skip-layer guidance (SD3.5-medium's model card) -
 
 def heun_step(velocity, z, t, t_next, before=None):
-    """Heun's method, second order: the mean of the velocities at both ends. The step to 0 is Euler's,
-    because at t = 0 there is no noise left that a network could predict."""
+    """Heun's method, second order: the mean of the velocities at both ends of the step.
+
+    The step to 0 is Euler's: at t = 0 there is no noise left that a network could predict.
+    """
     z_euler, v = euler_step(velocity, z, t, t_next)
     if t_next == 0:
         return z_euler, v
@@ -310,9 +302,7 @@ def guide_skip_layers(guided, cond, skipped, skip_scale):
     return guided + skip_scale * (cond - skipped)
 
 
-# --------------------------------------------------------------------------------------------------
-# The demonstration
-# --------------------------------------------------------------------------------------------------
+# --- The demonstration ----------------------------------------------------------------------------
 
 def gaussian_velocity(z, t, mean, std):
     """E[eps - x_0 | z_t = z] for data N(mean, std^2): its flow takes noise n to mean + std n."""
@@ -323,26 +313,21 @@ def gaussian_velocity(z, t, mean, std):
 
 
 def main():
-    """Prints the densities of Fig. 11, then how far Euler's method ends from the known answer."""
+    """Prints the densities of Fig. 11, then one flow by Euler's method beside the known answer."""
     t = torch.linspace(0.1, 0.9, 9)
     print("density at t from .1 to .9")
     for name in ("mode(-1)", "mode(1.29)", "cosmap", "lognorm(0, 1)", "lognorm(1, 0.6)"):
         values = density(name).pdf(t).tolist()
         print(f"{name:16}", *(f"{value:.2f}" for value in values))
 
-    noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
-    mean = torch.tensor([2.0, -1.0])
-    std = torch.tensor([0.5, 0.2])
-
     def velocity(z, t):
-        return gaussian_velocity(z, t, mean, std)
-    print("\nflow to N((2, -1), (.5, .2)^2): steps, error of the samples, path length")
+        return gaussian_velocity(z, t, mean=torch.tensor([2.0, -1.0]), std=0.5)
+    print("noise (1, 1) flows to (2.5, -0.5) for data N((2, -1), .5^2); steps, sample, path length")
     for num_steps in (1, 5, 25, 125):
         times = shifted_schedule(num_steps, 1.0)
-        points, velocities = solve(velocity, noise, times)
-        error = (points[-1] - mean - std * noise).norm(dim=1).mean()
-        length = path_length(velocities, times).mean()
-        print(f"{num_steps:3}  {error:.4f}  {length:.3f}")
+        points, velocities = solve(velocity, torch.ones(1, 2), times)
+        x, y = points[-1][0].tolist()
+        print(f"{num_steps:5}  ({x:.3f}, {y:.3f})  {path_length(velocities, times).item():.3f}")
 
 
 if __name__ == "__main__":
