@@ -1,0 +1,171 @@
+"""devices.py: where a program runs: its device, its precision, and the other processes.
+
+Read with   Sec. 5.3 (training at scale), Sec. 5.3.2 (mixed precision in bf16)
+Not here    what is computed. No other file knows torch.distributed
+Words       size is the number of processes, rank the number of this one; torchrun sets both
+"""
+
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict as optimizer_state
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+warnings.filterwarnings("ignore", "torch.distributed is disabled")   # One process saves alone.
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name. "auto" takes CUDA or Apple's MPS if there is one, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    here = [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in ("auto", "cpu", *here):
+        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu or {here[-1]}")
+    return torch.device(found.type if name == "auto" else name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products. "auto" takes bf16 where the hardware multiplies it fast."""
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    choices = PRECISIONS | {"auto": PRECISIONS["bf16" if fast else "fp32"]}
+    if name not in choices:
+        raise ValueError(f"--precision {name}: choose one of {', '.join(choices)}")
+    return choices[name]
+
+
+def autocast(device: torch.device, precision: torch.dtype):
+    """A context in which matrix products are computed in `precision`."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+class World:
+    """This process among all that torchrun started; without torchrun, rank 0 of 1. parallel:
+    "ddp" keeps a whole model in each process, "fsdp" shards it over all processes, "hsdp" over
+    those of a node. "auto" shards from a billion `parameters` up (20 GB in training)."""
+
+    def __init__(self, device: str = "auto", parallel: str = "auto", parameters: int = 0):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(device)
+        if self.device.type == "mps" and self.size > 1:      # gloo cannot add tensors on MPS.
+            self.device = torch.device("cpu")
+        if self.device.type == "cuda":
+            if self.size > 1 or self.device.index is None:
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if parallel == "auto":
+            parallel = "fsdp" if self.size > 1 and parameters > 10**9 else "ddp"
+        if parallel not in ("ddp", "fsdp", "hsdp") or (self.size == 1 and parallel != "ddp"):
+            raise ValueError(f"--parallel {parallel}: choose auto or ddp; under torchrun with "
+                             f"several processes, also fsdp or hsdp")
+        self.parallel = parallel
+        if self.size > 1:
+            self.connect()
+
+    def connect(self):
+        """Meets the other processes, and groups them: (copies of the model, shards of each)."""
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+                warnings.warn("processes may not meet again after a restart; use "
+                              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...", stacklevel=3)
+        gpu = self.device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
+        shards = int(os.environ["LOCAL_WORLD_SIZE"]) if self.parallel == "hsdp" else self.size
+        self.mesh = dist.init_device_mesh(self.device.type, (self.size // shards, shards))
+
+    def shard(self, model, precision: torch.dtype):
+        """Makes shards of each block, then of the rest, stored and summed in fp32. The blocks
+        are gathered in `precision`. Inputs are never cast."""
+        modules = [] if self.parallel == "ddp" else [*getattr(model, "joint_blocks", ()), model]
+        for module in modules:
+            dtype = torch.float32 if module is model else precision
+            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
+
+    def wrap(self, model):
+        """The model whose backward() averages gradients over all processes."""
+        if self.size == 1 or self.parallel != "ddp":
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    def gather(self, value) -> list:
+        """The values of all ranks, by rank. All ranks wait for each other here."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def same(self, value):
+        """Rank 0's value, on every rank."""
+        return self.gather(value)[0]
+
+    def any(self, flag: bool) -> bool:
+        """True if the flag is true on some rank."""
+        return any(self.gather(flag))
+
+    def close(self):
+        """Leaves the other processes, once all have come here."""
+        if self.any(True) and self.size > 1:
+            dist.destroy_process_group()
+
+
+def assign(parameter, value):
+    """parameter <- value, a whole tensor that is the same on all ranks. A shard takes its part."""
+    if isinstance(parameter, DTensor):
+        mesh, value = parameter.device_mesh, value.to(parameter.device)
+        value = distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+def whole(tensor):
+    """The whole of a sharded tensor, gathered from all ranks. Any other tensor is returned."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def synchronized(model, last: bool):
+    """A context in which backward() averages over processes only in the last part of a step."""
+    if hasattr(model, "set_requires_all_reduce"):
+        model.set_requires_all_reduce(last)                  # FSDP2 adds copies of shards once.
+    return model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext()
+
+
+def save_state(state: dict, folder: Path, world: World):
+    """Writes a dict of state dicts by all ranks together. OSError if it cannot be written."""
+    try:
+        dcp.save(state, checkpoint_id=folder, no_dist=world.size == 1)
+    except (Exception, dcp.CheckpointException) as problem:  # The second is a BaseException.
+        raise OSError(f"could not save {folder}: {problem}") from None
+
+
+def load_state(state: dict, folder: Path, world: World):
+    """Reads it in place, on any number of ranks. OSError if it is damaged; `state` is then too.
+    torch.distributed.checkpoint unpickles its metadata: read only what is your own."""
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
+    except (Exception, dcp.CheckpointException) as problem:
+        raise OSError(f"{folder} cannot be read: {problem}") from None
+
+
+def command(main):
+    """Runs a verb. What a user can get wrong ends in one sentence and exit code 1; Ctrl-C, 130."""
+    rank = f" rank {os.environ['RANK']}:" if "RANK" in os.environ else ""
+    name = f"{Path(sys.argv[0]).name}:{rank}"
+    try:
+        main()
+    except (ValueError, RuntimeError, OSError, MemoryError) as problem:
+        sys.exit(f"{name} {' '.join(str(problem).split()) or type(problem).__name__}")
+    except KeyboardInterrupt as stop:                        # Its text may say how to go on.
+        print(name, "stopped;", *stop.args, file=sys.stderr)
+        sys.exit(130)
