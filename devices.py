@@ -83,7 +83,8 @@ class World:
         gpu = self.device.type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         shards = int(os.environ["LOCAL_WORLD_SIZE"]) if self.parallel == "hsdp" else self.size
-        self.mesh = dist.init_device_mesh(self.device.type, (self.size // shards, shards))
+        shape, names = (self.size // shards, shards), ("copies", "shards")
+        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def shard(self, model, precision: torch.dtype):
         """Makes shards of each block, then of the rest, stored and summed in fp32. The blocks
@@ -98,7 +99,7 @@ class World:
         """The model whose backward() averages gradients over all processes."""
         if self.size == 1 or self.parallel != "ddp":
             return model
-        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(model)
 
     def gather(self, value) -> list:
         """The values of all ranks, by rank. All ranks wait for each other here."""
