@@ -1,15 +1,20 @@
-"""text_encoders.py: prompt -> (context, pooled) with CLIP-L, CLIP-G and T5 (SD3, arXiv:2403.03206v1, Sec. 4, App. B.2).
+"""text_encoders.py: prompt -> (context, pooled) by CLIP-L, CLIP-G and T5 (SD3, arXiv:2403.03206v1).
 
-Read with   Sec. 4 and App. B.2 for the combination; Radford et al. 2021 for CLIP; Raffel et al. 2019 for T5
-Not here    CLIP's image tower (evaluate.py), T5's decoder (experiments/pretrain_tiny.py), files (checkpoints.py)
-Shapes      B batch   L text tokens   ids (B, L) int64   context (B, L_clip + L_t5, context_dim)   pooled (B, pooled_dim)
-            in the paper L_clip = L_t5 = 77, context_dim = 4096, pooled_dim = 768 + 1280
-Masks       CLIP is causal; otherwise nothing is masked: padding is attended to and is part of the context, as in SD3
-Run         python text_encoders.py "a red circle"     prints the tokens and how near other prompts are
+Read with   Sec. 4 and App. B.2 (combination), App. B.3 (dropout of encoders);
+            Radford et al. 2021 for CLIP, Raffel et al. 2019 for T5
+Not here    files and released names (checkpoints.py), CLIP's image tower (evaluate.py)
+Shapes      B batch   L tokens of one encoder   D its width   ids (B, L) int64
+            context (B, L_clip + L_t5, context_dim)   pooled (B, pooled_dim)
+            In the paper L_clip = L_t5 = 77, context_dim = 4096 and pooled_dim = 768 + 1280.
+Masks       CLIP is causal. Nothing else is masked: padding is attended to and is part of context.
+Run         python text_encoders.py "a red circle"     shows the tokens, then what context holds
 """
 
+import json
 import math
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,33 +26,162 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 
-
-def split_heads(x, num_heads):
-    """(B, L, D) -> (B, heads, L, D / heads)"""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+# ---- The paper's combination (Sec. 4, App. B.2, B.3) ---------------------------------------------
 
 
-def merge_heads(x):
-    """(B, heads, L, d) -> (B, L, heads * d)"""
-    return x.transpose(1, 2).flatten(2)
+@dataclass(frozen=True)
+class TextConfig:
+    """Widths and token counts of the conditioning (App. B.2). The defaults are SD3's."""
+    clip_l_width: int = 768
+    clip_g_width: int = 1280
+    t5_width: int = 4096               # at least the two CLIP widths together
+    clip_length: int = 77
+    t5_length: int = 77                # the paper's; released inference code also uses 256
+
+    @property
+    def context_dim(self) -> int:
+        return self.t5_width
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.clip_l_width + self.clip_g_width
 
 
-# ------------------------------------------------------------------------------------------------------------
-# CLIP text transformer
-# ------------------------------------------------------------------------------------------------------------
+def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
+    """The paper's c_ctxt and c_vec (Sec. 4, App. B.2): context (B, 154, 4096) and pooled (B, 2048).
+
+    The two CLIP sequences lie side by side along the channels, zeros fill them up to T5's width,
+    and T5's tokens follow. ValueError if CLIP is wider than T5.
+    """
+    clip = torch.cat([clip_l, clip_g], dim=-1)                        # (B, 77, 768 + 1280)
+    missing = t5.shape[-1] - clip.shape[-1]
+    if missing < 0:
+        raise ValueError(f"CLIP's {clip.shape[-1]} channels do not fit into T5's {t5.shape[-1]}; "
+                         f"choose a larger t5_width")
+    clip = F.pad(clip, (0, missing))                                  # (B, 77, 4096)
+    context = torch.cat([clip, t5.to(clip.dtype)], dim=1)             # (B, 77 + 77, 4096)
+    return context, torch.cat([pooled_l, pooled_g], dim=-1)           # and (B, 2048)
+
+
+def drop_encoders(context, pooled, keep, config: TextConfig):
+    """Set single encoders to zero, sequence and pooled vector together, sample by sample (App. B.3).
+
+    keep (B, 3) bool: CLIP-L, CLIP-G, T5. In training each is dropped independently with probability
+    0.464, so 0.464^3 = 10 % of the samples are unconditional. At sampling any subset can be left
+    out (Sec. 5.3.3). Returns context and pooled of the same shape.
+    """
+    keep_l, keep_g, keep_t5 = keep[:, :, None].unbind(dim=1)          # (B, 1) each
+    L, l, g = config.clip_length, config.clip_l_width, config.clip_g_width
+    clip_l = torch.where(keep_l[:, None], context[:, :L, :l], 0)      # (B, 77, 768)
+    clip_g = torch.where(keep_g[:, None], context[:, :L, l : l + g], 0)
+    t5 = torch.where(keep_t5[:, None], context[:, L:], 0)             # (B, 77, 4096)
+    pooled_l = torch.where(keep_l, pooled[:, :l], 0)                  # (B, 768)
+    pooled_g = torch.where(keep_g, pooled[:, l:], 0)                  # (B, 1280)
+    return combine(clip_l, clip_g, t5, pooled_l, pooled_g)
+
+
+class TextEncoders(nn.Module):
+    """The three frozen encoders and their tokenizers. An encoder that is absent gives zeros.
+
+    encoders, tokenizers: dicts with some of the keys "clip_l", "clip_g", "t5".
+    captions_cut: for each encoder the number of captions so far that were too long for it.
+    """
+
+    def __init__(self, encoders: dict, tokenizers: dict, config: TextConfig):
+        super().__init__()
+        if not encoders:
+            raise ValueError("there is no text encoder; load at least one of clip_l, clip_g, t5")
+        self.encoders = nn.ModuleDict(encoders)
+        self.tokenizers = tokenizers
+        self.config = config
+        self.captions_cut = Counter()
+
+    @torch.no_grad()
+    def forward(self, prompts, without=()):
+        """prompts (list of B texts) -> context and pooled. Encoders named in `without` do not run."""
+        for name in without:
+            if name not in ENCODERS:
+                raise ValueError(f"unknown encoder {name!r}; the encoders are {', '.join(ENCODERS)}")
+        ids = self.tokenize(prompts, without)
+        return self.encode_ids(ids) if ids else self.unconditional(len(prompts))
+
+    def tokenize(self, prompts, without=()) -> dict:
+        """prompts -> {"clip_l": ids (B, clip_length), ..., "t5": ids (B, t5_length)}.
+
+        A caption that is too long is cut. The first time, a note says how many and the longest.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
+        ids = {}
+        for name in self.encoders:
+            if name in without:
+                continue
+            length = self.config.t5_length if name == "t5" else self.config.clip_length
+            ids[name], needed = self.tokenizers[name](prompts, length)
+            num_cut = sum(count > length for count in needed)
+            if num_cut and not self.captions_cut:
+                longest = max(needed)
+                text = prompts[needed.index(longest)]
+                print(f"note: {num_cut} of {len(prompts)} captions need more than {length} tokens "
+                      f"for {name} and are cut; the longest needs {longest}: {text[:60]!r}",
+                      file=sys.stderr)
+            if num_cut:
+                self.captions_cut[name] += num_cut
+        return ids
+
+    def encode_ids(self, ids: dict):
+        """{"clip_l": ids (B, L), ...} -> context and pooled. An encoder without ids gives zeros."""
+        device = next(self.parameters()).device
+        outputs = self.zeros(len(next(iter(ids.values()))))
+        for name, rows in ids.items():
+            result = self.encoders[name](rows.to(device))
+            if name == "t5":
+                outputs["t5"] = result                                # (B, L_t5, 4096)
+            else:
+                outputs[name], outputs[name.replace("clip", "pooled")], _ = result
+        return combine(**outputs)
+
+    def unconditional(self, batch_size: int):
+        """The paper's input without text: all three outputs are zero (App. B.3).
+
+        Samplers for the released weights encode the empty prompt instead: call self([""]).
+        """
+        return combine(**self.zeros(batch_size))
+
+    def zeros(self, batch_size: int) -> dict:
+        """The arguments of `combine`, all zero."""
+        c = self.config
+        like = next(self.parameters())
+        clip_l = like.new_zeros(batch_size, c.clip_length, c.clip_l_width)
+        clip_g = like.new_zeros(batch_size, c.clip_length, c.clip_g_width)
+        t5 = like.new_zeros(batch_size, c.t5_length, c.t5_width)
+        return {"clip_l": clip_l, "clip_g": clip_g, "t5": t5,
+                "pooled_l": clip_l[:, 0], "pooled_g": clip_g[:, 0]}
+
+
+def attend(q, k, v, num_heads, **options):
+    """Multi-head attention of projected q (B, L, D), k and v (B, K, D) -> (B, L, D)."""
+    heads = []
+    for x in (q, k, v):
+        heads.append(x.unflatten(-1, (num_heads, -1)).transpose(1, 2))     # (B, heads, L or K, d)
+    return F.scaled_dot_product_attention(*heads, **options).transpose(1, 2).flatten(2)
+
+
+# ---- CLIP's text transformer ---------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of a CLIP text encoder. The defaults are CLIP-L/14; CLIP-bigG has 1280, 32 layers, "gelu", 1280."""
-    vocab_size: int = 49408            # the start token is vocab_size - 2, the end token vocab_size - 1
+    """Sizes of a CLIP text encoder. The defaults are CLIP-L/14; CLIP-G has 1280, 32, "gelu", 1280."""
+    vocab_size: int = 49408            # the end token is the largest id
     hidden_size: int = 768
     num_layers: int = 12
     max_length: int = 77               # learned positions
-    activation: str = "quick_gelu"     # CLIP-L: x * sigmoid(1.702 x); CLIP-G: "gelu", the exact one
-    projection_dim: int | None = None  # of the pooled vector; SD3 projects CLIP-G's and leaves CLIP-L's alone
+    activation: str = "quick_gelu"     # or "gelu", the exact one
+    projection_dim: int | None = None  # SD3 projects CLIP-G's pooled vector, but not CLIP-L's
 
     @property
-    def num_heads(self) -> int:        # 12 for CLIP-L, 20 for CLIP-G: 64 channels a head
+    def num_heads(self) -> int:        # 12 for CLIP-L, 20 for CLIP-G
         return self.hidden_size // 64
 
 
@@ -57,74 +191,84 @@ def quick_gelu(x):
 
 
 class CLIPLayer(nn.Module):
-    """Pre-norm transformer layer. (B, L, D) -> (B, L, D). Text is causal; the image tower (evaluate.py) is not."""
+    """Pre-norm transformer layer, (B, L, D) -> (B, L, D). The image tower has causal=False."""
 
     def __init__(self, config, causal: bool = True):
         super().__init__()
         D = config.hidden_size
-        self.num_heads, self.causal = config.num_heads, causal
+        self.num_heads = config.num_heads
+        self.causal = causal
         self.activation = {"quick_gelu": quick_gelu, "gelu": F.gelu}[config.activation]
         self.norm1 = nn.LayerNorm(D, eps=1e-5)
-        self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
+        self.q = nn.Linear(D, D)
+        self.k = nn.Linear(D, D)
+        self.v = nn.Linear(D, D)
+        self.out = nn.Linear(D, D)
         self.norm2 = nn.LayerNorm(D, eps=1e-5)
-        self.fc1, self.fc2 = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.fc1 = nn.Linear(D, 4 * D)
+        self.fc2 = nn.Linear(4 * D, D)
 
     def forward(self, x):
         h = self.norm1(x)
-        q, k, v = (split_heads(linear(h), self.num_heads) for linear in (self.q, self.k, self.v))
-        x = x + self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)))
+        h = attend(self.q(h), self.k(h), self.v(h), self.num_heads, is_causal=self.causal)
+        x = x + self.out(h)
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
 class CLIPTextEncoder(nn.Module):
-    """ids (B, L) -> (penultimate (B, L, D), pooled (B, D or projection_dim), last (B, L, D))."""
+    """ids (B, L) -> (penultimate (B, L, D), pooled (B, D or projection_dim), last (B, L, D)).
+
+    penultimate: the input of the last layer, *without* the final norm. It is SD3's context.
+    pooled: the final norm's output at the first end token, projected if there is a projection.
+    last: the final norm's output at every token.
+    """
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
+        D = config.hidden_size
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
+        self.token_embedding = nn.Embedding(config.vocab_size, D)
+        self.position_embedding = nn.Embedding(config.max_length, D)
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.final_norm = nn.LayerNorm(D, eps=1e-5)
         self.projection = None
         if config.projection_dim:
-            self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+            self.projection = nn.Linear(D, config.projection_dim, bias=False)
 
     def forward(self, ids):
-        """penultimate: what SD3 takes as context, the input of the last layer, *without* the final norm.
-        pooled: the final norm's output at the first end token, projected where there is a projection; no L2 norm.
-        last: the final norm's output everywhere."""
         B, L = ids.shape
         if L > self.config.max_length:
-            raise ValueError(f"{L} tokens, but this CLIP has {self.config.max_length} positions; tokenize to at most that")
-        x = self.token_embedding(ids) + self.position_embedding.weight[:L]            # (B, L, D)
+            raise ValueError(f"the prompt has {L} tokens, but this CLIP has {self.config.max_length} "
+                             f"positions; choose a clip_length of at most that")
+        x = self.token_embedding(ids) + self.position_embedding.weight[:L]     # (B, L, D)
         for layer in self.layers:
             penultimate = x
             x = layer(x)
-        last = self.final_norm(x)                                                     # (B, L, D)
-        end = ids.argmax(dim=-1)                                                      # (B,) the end token is the largest id
-        pooled = last[torch.arange(B, device=ids.device), end]                        # (B, D)
-        return penultimate, pooled if self.projection is None else self.projection(pooled), last
+        last = self.final_norm(x)                                     # (B, L, D)
+        end = ids.argmax(dim=-1)                                      # (B,) first of the largest ids
+        pooled = last[torch.arange(B, device=ids.device), end]        # (B, D)
+        if self.projection is not None:
+            pooled = self.projection(pooled)
+        return penultimate, pooled, last
 
 
-# ------------------------------------------------------------------------------------------------------------
-# T5 v1.1 encoder
-# ------------------------------------------------------------------------------------------------------------
+# ---- T5 v1.1's encoder ---------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5 v1.1 encoder. The defaults are T5-XXL: 4.7 B parameters."""
-    vocab_size: int = 32128            # 32000 pieces, 100 sentinels <extra_id_N>, rounded up
+    """Sizes of a T5 v1.1 encoder. The defaults are those of T5-XXL, 4.7 B parameters."""
+    vocab_size: int = 32128            # 32000 pieces and 100 sentinels <extra_id_N>, rounded up
     hidden_size: int = 4096
     ff_size: int = 10240
     num_layers: int = 24
-    num_heads: int = 64                # of 64 channels each
-    num_buckets: int = 32              # relative positions are grouped: exact when near, logarithmic when far
+    num_heads: int = 64                # each has 64 channels
+    num_buckets: int = 32              # distances are grouped: exact when near, coarse when far
     max_distance: int = 128
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * weight: no mean, no bias. Computed in fp32."""
+    """x / sqrt(mean(x^2) + 1e-6) * weight, computed in fp32. There is no mean and no bias."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -134,41 +278,48 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), eps=1e-6).to(x.dtype)
 
 
-def relative_position_bucket(distance, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
-    """Bucket of `distance` = key position - query position (int tensor of any shape), as in T5.
+def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirectional=True):
+    """The bucket of `distance` = key position - query position (int tensor of any shape), as in T5.
 
-    Half of the buckets are for keys after the query (none, in a decoder, which sees only earlier keys). Of each half, one
-    half again holds small distances exactly, the other grows logarithmically up to max_distance.
+    An encoder uses half of the buckets for keys after the query; a decoder has no such keys. The
+    first half of what remains holds one distance a bucket, the other half grows logarithmically.
     """
     first = torch.zeros_like(distance)
     if bidirectional:
-        num_buckets //= 2
+        num_buckets = num_buckets // 2
         first = (distance > 0).long() * num_buckets
-        distance = distance.abs()
-    else:
-        distance = (-distance).clamp_min(0)
+        distance = -distance.abs()
+    distance = (-distance).clamp_min(0)
     exact = num_buckets // 2
-    octave = torch.log(distance.clamp_min(1).float() / exact) / math.log(max_distance / exact)
-    far = exact + (octave * (num_buckets - exact)).long()
+    fraction = torch.log(distance.clamp_min(1).float() / exact) / math.log(max_distance / exact)
+    far = exact + (fraction * (num_buckets - exact)).long()
     return first + torch.where(distance < exact, distance, far.clamp_max(num_buckets - 1))
 
 
 class T5Attention(nn.Module):
-    """Attention without 1/sqrt(d) and without biases in its projections. `bias` (1, heads, L, K) is added to the logits."""
+    """Attention without 1/sqrt(d) and without biases in its projections. (B, L, D) -> (B, L, D).
+
+    bias (1, heads, L, K) or None is added to the logits. Keys and values come from source
+    (B, K, D) if it is given, which makes it cross-attention.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.num_heads = config.num_heads
+        D = config.hidden_size
         inner = 64 * config.num_heads
-        self.q, self.k, self.v = (nn.Linear(config.hidden_size, inner, bias=False) for _ in range(3))
-        self.out = nn.Linear(inner, config.hidden_size, bias=False)
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(D, inner, bias=False)
+        self.k = nn.Linear(D, inner, bias=False)
+        self.v = nn.Linear(D, inner, bias=False)
+        self.out = nn.Linear(inner, D, bias=False)
 
     def forward(self, x, bias, source=None):
-        source = x if source is None else source                                      # another sequence: cross-attention
-        q = split_heads(self.q(x), self.num_heads)
-        k, v = (split_heads(linear(source), self.num_heads) for linear in (self.k, self.v))
-        mask = None if bias is None else bias.to(q.dtype)
-        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)))
+        if source is None:
+            source = x
+        q, k, v = self.q(x), self.k(source), self.v(source)           # (B, L or K, inner)
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        return self.out(attend(q, k, v, self.num_heads, attn_mask=bias, scale=1.0))
 
 
 class T5FeedForward(nn.Module):
@@ -185,12 +336,14 @@ class T5FeedForward(nn.Module):
 
 
 class T5Layer(nn.Module):
-    """Pre-norm layer. (B, L, D) -> (B, L, D)."""
+    """Pre-norm layer, (B, L, D) -> (B, L, D)."""
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.norm1, self.attention = RMSNorm(config.hidden_size), T5Attention(config)
-        self.norm2, self.feed_forward = RMSNorm(config.hidden_size), T5FeedForward(config)
+        self.norm1 = RMSNorm(config.hidden_size)
+        self.attention = T5Attention(config)
+        self.norm2 = RMSNorm(config.hidden_size)
+        self.feed_forward = T5FeedForward(config)
 
     def forward(self, x, bias):
         x = x + self.attention(self.norm1(x), bias)
@@ -198,7 +351,7 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """ids (B, L) -> last hidden state after the final norm (B, L, D). One table of position biases serves every layer."""
+    """ids (B, L) -> final norm of the last hidden state (B, L, D). All layers share one bias table."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -211,211 +364,159 @@ class T5Encoder(nn.Module):
     def attention_bias(self, L: int, device=None):
         """(1, heads, L, L): what is added to the logit of (query, key), by their distance."""
         position = torch.arange(L, device=device)
-        distance = position[None, :] - position[:, None]                              # key - query
-        bucket = relative_position_bucket(distance, self.config.num_buckets, self.config.max_distance)
+        distance = position[None, :] - position[:, None]              # (L, L) key - query
+        c = self.config
+        bucket = relative_position_bucket(distance, c.num_buckets, c.max_distance)
         return self.position_bias(bucket).permute(2, 0, 1).unsqueeze(0)
 
     def forward(self, ids, mask=None):
         """mask (B, L), 1 = attend: for uses outside of SD3, which masks nothing."""
-        bias = self.attention_bias(ids.shape[1], ids.device)
+        bias = self.attention_bias(ids.shape[1], ids.device)          # (1, heads, L, L)
         if mask is not None:
-            bias = bias + torch.where(mask.bool(), 0.0, -torch.inf)[:, None, None, :]  # (B, heads, L, L)
-        x = self.token_embedding(ids)
+            bias = bias.masked_fill(mask[:, None, None, :] == 0, -torch.inf)     # (B, heads, L, L)
+        x = self.token_embedding(ids)                                 # (B, L, D)
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers
-# ------------------------------------------------------------------------------------------------------------
+# ---- Tokenizers: texts -> (ids (B, length), the number of tokens that each text needs) -----------
 
-def pad(rows, length: int, padding: int) -> torch.Tensor:
-    """Lists of ids -> (B, length) int64, padded on the right."""
-    return torch.tensor([row + [padding] * (length - len(row)) for row in rows], dtype=torch.int64)
+WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]+")     # Unicode's; Python's \s has four controls more
+
+
+def collapse(text: str) -> str:
+    """Every run of white space becomes one space. Spaces at both ends go."""
+    return WHITE_SPACE.sub(" ", text).strip(" ")
+
+
+def fit_length(rows, length: int, start: list, end: int, padding: int):
+    """Lists of ids -> start, as many ids as fit, end, padding; and the numbers of tokens needed."""
+    ids = torch.full((len(rows), length), padding, dtype=torch.int64)
+    needed = []
+    for i, row in enumerate(rows):
+        kept = start + row[: length - len(start) - 1] + [end]
+        ids[i, : len(kept)] = torch.tensor(kept)
+        needed.append(len(start) + len(row) + 1)
+    return ids, needed
 
 
 class CLIPTokenizer:
-    """CLIP's byte-level BPE from a folder with vocab.json and merges.txt, through the `tokenizers` library.
+    """CLIP's byte-level BPE: NFC-normalised, lower-cased, nothing repaired (SD3 does not use ftfy).
 
-    Text is NFC-normalised, white space collapsed, lower-cased; mojibake and HTML entities are left as they are (OpenAI's
-    own tokenizer repairs them with ftfy, the one that ships with SD3 does not). "<|endoftext|>" in a prompt is the token.
+    folder: has vocab.json and merges.txt, or tokenizer.json, all that transformers 5 writes.
+    padding: the id that fills up a row. None is the end token, for CLIP-L; SD3's CLIP-G has 0.
+    "<|endoftext|>" in a prompt is the end token. "!" is a word, although SD3's second tokenizer
+    names it as padding.
     """
 
     def __init__(self, folder, padding: int | None = None):
-        """padding: the id that fills up a row; None means the end token (CLIP-L), SD3's CLIP-G has 0."""
         folder = Path(folder)
-        bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), continuing_subword_prefix="",
-                                   end_of_word_suffix="</w>", unk_token="<|endoftext|>")
-        self.backend = Tokenizer(bpe)
+        if (folder / "merges.txt").is_file():
+            model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                                         end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+        else:
+            model = Tokenizer.from_file(str(folder / "tokenizer.json")).model
+        self.backend = Tokenizer(model)
         self.backend.normalizer, self.backend.pre_tokenizer = clip_text_rules()
         self.backend.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-        self.start, self.end = (self.backend.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>"))
+        self.start = self.backend.token_to_id("<|startoftext|>")
+        self.end = self.backend.token_to_id("<|endoftext|>")
         self.padding = self.end if padding is None else padding
         self.vocab_size = self.backend.get_vocab_size()
+        if self.end != self.vocab_size - 1:
+            raise ValueError(f"{folder}: <|endoftext|> is id {self.end} of {self.vocab_size}, but CLIP "
+                             f"needs it to be the last; take the tokenizer of this CLIP")
 
     def __call__(self, prompts, length: int = 77):
-        """prompts -> (ids (B, length), tokens needed (list of int)). Longer prompts keep start, the first tokens and end."""
-        rows = [encoding.ids for encoding in self.backend.encode_batch(list(prompts))]
-        kept = [[self.start, *row[: length - 2], self.end] for row in rows]
-        return pad(kept, length, self.padding), [len(row) + 2 for row in rows]
+        encodings = self.backend.encode_batch([collapse(text) for text in prompts])
+        rows = [encoding.ids for encoding in encodings]
+        return fit_length(rows, length, [self.start], self.end, self.padding)
 
-    def pieces(self, ids):
+    def pieces(self, ids) -> list:
         """The text of each id, to look at."""
         return [self.backend.id_to_token(int(i)) for i in ids]
 
 
 def clip_text_rules():
-    """(normalizer, pre_tokenizer) of CLIP's tokenizer: also what a new vocabulary is trained with."""
+    """(normalizer, pre_tokenizer) of CLIP's tokenizer. A new vocabulary is trained with them too."""
+    clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     words = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
-    return (normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]),
-            pre_tokenizers.Sequence([pre_tokenizers.Split(words, behavior="removed", invert=True),
-                                     pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+    split = [pre_tokenizers.Split(words, behavior="removed", invert=True),
+             pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return normalizers.Sequence(clean), pre_tokenizers.Sequence(split)
 
 
 class T5Tokenizer:
-    """T5's SentencePiece model from a spiece.model file; ids end with 1 and are padded with 0.
+    """T5's SentencePiece model from spiece.model or tokenizer.json. Ids end with 1; padding is 0.
 
-    Special tokens written out in a prompt (</s>, <extra_id_0>) are read as text, as SentencePiece itself does.
+    Special tokens in a prompt (</s>, <extra_id_0>) are read as text, as SentencePiece does.
+    A vertical tab is deleted, as the released model's own rules do.
     """
 
     def __init__(self, file):
-        self.backend = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        self.vocab_size = self.backend.get_piece_size()
+        if Path(file).suffix == ".json":
+            self.backend = unigram_without_special_tokens(file)
+            self.vocab_size = self.backend.get_vocab_size()
+        else:
+            self.backend = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self.vocab_size = self.backend.get_piece_size()
+
+    def encode(self, texts) -> list:
+        """Texts -> lists of ids, without the end token."""
+        texts = [collapse(text.replace("\v", "")) for text in texts]
+        if isinstance(self.backend, Tokenizer):
+            return [encoding.ids for encoding in self.backend.encode_batch(texts)]
+        return self.backend.encode(texts)
 
     def __call__(self, prompts, length: int = 77):
-        """prompts -> (ids (B, length), tokens needed (list of int)). Longer prompts are cut before the end token."""
-        rows = self.backend.encode(list(prompts))
-        return pad([row[: length - 1] + [1] for row in rows], length, 0), [len(row) + 1 for row in rows]
+        return fit_length(self.encode(prompts), length, [], 1, 0)
 
-    def pieces(self, ids):
-        """The text of each id, to look at (sentinels lie beyond the model's own pieces)."""
-        n = self.vocab_size
-        return [self.backend.id_to_piece(int(i)) if i < n else f"<extra_id_{int(i) - n}>" for i in ids]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The paper's combination
-# ------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Widths and token counts of the conditioning (App. B.2). The defaults are SD3's."""
-    clip_l_width: int = 768
-    clip_g_width: int = 1280
-    t5_width: int = 4096
-    clip_length: int = 77
-    t5_length: int = 77                # the paper's; released inference code also uses 256
-
-    @property
-    def context_dim(self) -> int:
-        return self.t5_width
-
-    @property
-    def pooled_dim(self) -> int:
-        return self.clip_l_width + self.clip_g_width
+    def pieces(self, ids) -> list:
+        """The text of each id, to look at."""
+        if isinstance(self.backend, Tokenizer):
+            return [self.backend.id_to_token(int(i)).strip() for i in ids]
+        return [self.backend.id_to_piece(int(i)) for i in ids]
 
 
-def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
-    """The paper's c_ctxt and c_vec (App. B.2).
+def unigram_without_special_tokens(file) -> Tokenizer:
+    """T5's tokenizer.json, read so that it splits every text as spiece.model does.
 
-    clip_l (B, L, 768), clip_g (B, L, 1280), t5 (B, L', 4096) -> context (B, L + L', 4096): the two CLIP sequences side by
-    side along the channels, zero-padded to T5's width, then T5's tokens behind them. pooled (B, 2048): CLIP-L's, CLIP-G's.
+    The sentinels are left out. A space before <pad>, </s> and <unk> keeps their ids and hides them:
+    spaces have become another character before pieces are looked up.
     """
-    clip = torch.cat([clip_l, clip_g], dim=-1)                                    # (B, L, 2048)
-    clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))                        # (B, L, 4096)
-    return torch.cat([clip, t5.to(clip.dtype)], dim=1), torch.cat([pooled_l, pooled_g], dim=-1)
-
-
-def drop_encoders(context, pooled, keep, config: TextConfig):
-    """Set single encoders' outputs to zero, sequence and pooled vector together, sample by sample (App. B.3).
-
-    keep (B, 3) bool: CLIP-L, CLIP-G, T5. In training each is dropped independently with probability 0.464, so that about
-    0.464^3 = 10 % of the samples are unconditional; at sampling any subset can be left out (Sec. 5.3.3).
-    """
-    widths = torch.tensor([config.clip_l_width, config.clip_g_width], device=keep.device)
-    keep_clip, keep_t5 = keep[:, :2].repeat_interleave(widths, dim=1), keep[:, 2, None, None]   # (B, l + g), (B, 1, 1)
-    keep_wide = F.pad(keep_clip, (0, config.t5_width - keep_clip.shape[1]))[:, None]            # the rest is zeros already
-    clip, t5 = context.split([config.clip_length, context.shape[1] - config.clip_length], dim=1)
-    context = torch.cat([torch.where(keep_wide, clip, 0), torch.where(keep_t5, t5, 0)], dim=1)
-    return context, torch.where(keep_clip, pooled, 0)
-
-
-class TextEncoders(nn.Module):
-    """The three frozen encoders and their tokenizers, any of which may be absent (its outputs are then zeros).
-
-    encoders, tokenizers: dicts with some of the keys "clip_l", "clip_g", "t5". Call it with prompts.
-    """
-
-    def __init__(self, encoders: dict, tokenizers: dict, config: TextConfig):
-        super().__init__()
-        if not encoders:
-            raise ValueError("no text encoder is present; load at least one of clip_l, clip_g, t5")
-        self.encoders = nn.ModuleDict(encoders)
-        self.tokenizers, self.config, self.truncation_said = tokenizers, config, False
-
-    def tokenize(self, prompts, without=()) -> dict:
-        """prompts -> {"clip_l": ids (B, clip_length), "clip_g": ..., "t5": ids (B, t5_length)} of the encoders present."""
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
-        ids = {}
-        for name in (name for name in self.encoders if name not in without):
-            length = self.config.t5_length if name == "t5" else self.config.clip_length
-            ids[name], needed = self.tokenizers[name](prompts, length)
-            if max(needed) > length and not self.truncation_said:
-                self.truncation_said = True                                       # once is enough
-                longest = max(range(len(needed)), key=needed.__getitem__)
-                print(f"note: a prompt needs {needed[longest]} tokens for {name} and is cut to {length}: "
-                      f"{prompts[longest][:60]!r}", file=sys.stderr)
-        return ids
-
-    def encode_ids(self, ids: dict):
-        """{"clip_l": (B, L), ...} -> context (B, L_clip + L_t5, context_dim), pooled (B, pooled_dim), fp32 or autocast. What
-        has no ids gives zeros."""
-        config, some = self.config, next(iter(ids.values()))
-        like = next(self.parameters())
-        zeros = lambda *shape: torch.zeros(some.shape[0], *shape, dtype=like.dtype, device=some.device)
-        sequence = {"clip_l": zeros(config.clip_length, config.clip_l_width),
-                    "clip_g": zeros(config.clip_length, config.clip_g_width), "t5": zeros(config.t5_length, config.t5_width)}
-        pooled = {"clip_l": zeros(config.clip_l_width), "clip_g": zeros(config.clip_g_width)}
-        for name in ids:
-            if name == "t5":
-                sequence["t5"] = self.encoders["t5"](ids["t5"])
-            else:
-                sequence[name], pooled[name], _ = self.encoders[name](ids[name])
-        return combine(sequence["clip_l"], sequence["clip_g"], sequence["t5"], pooled["clip_l"], pooled["clip_g"])
-
-    @torch.no_grad()
-    def forward(self, prompts, without=()):
-        """prompts (list of B strings) -> context, pooled. `without`: encoders that do not run; their outputs are zeros."""
-        unknown = set(without) - set(ENCODERS)
-        if unknown:
-            raise ValueError(f"unknown encoder {sorted(unknown)[0]!r}; the encoders are {', '.join(ENCODERS)}")
-        device = next(self.parameters()).device
-        ids = {name: ids.to(device) for name, ids in self.tokenize(prompts, without).items()}
-        return self.encode_ids(ids) if ids else self.unconditional(len(prompts))
-
-    def unconditional(self, batch_size: int):
-        """The input without any text as the paper trains it: every encoder's output zero (App. B.3).
-        Samplers for the released weights encode the empty prompt instead: call the encoders with [""]."""
-        config, like = self.config, next(self.parameters())
-        return (torch.zeros(batch_size, config.clip_length + config.t5_length, config.context_dim, device=like.device),
-                torch.zeros(batch_size, config.pooled_dim, device=like.device))
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    special = {token["content"] for token in content["added_tokens"]}
+    vocab = []
+    for piece, score in content["model"]["vocab"]:
+        if piece not in special:
+            vocab.append([piece, score])
+        elif not piece.startswith("<extra_id_"):
+            vocab.append([" " + piece, score])
+    content["model"]["vocab"] = vocab
+    content["added_tokens"] = []
+    content["post_processor"] = None
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def main():
-    """Show the tokens of a prompt and the cosine similarity of its pooled vector with a few other prompts'."""
-    from checkpoints import load_components
-
-    prompt = sys.argv[1] if len(sys.argv) > 1 else "a red circle left of a blue square"
-    text = load_components("pretrained/tiny", ("text",)).text
+    """Show the tokens of a prompt, and the paper's context from encoders with random weights."""
+    prompt = " ".join(sys.argv[1:]) or "a red circle"
+    shipped = Path(__file__).parent / "pretrained" / "tiny" / "tokenizers"
+    tokenizers = {"clip_l": CLIPTokenizer(shipped / "clip"),
+                  "clip_g": CLIPTokenizer(shipped / "clip", padding=0),
+                  "t5": T5Tokenizer(shipped / "t5" / "spiece.model")}
+    encoders = {"clip_l": CLIPTextEncoder(CLIPConfig(2048, 768, 1)),
+                "clip_g": CLIPTextEncoder(CLIPConfig(2048, 1280, 1, 77, "gelu", 1280)),
+                "t5": T5Encoder(T5Config(2064, 4096, 64, 1, 1))}
+    text = TextEncoders(encoders, tokenizers, TextConfig())
     for name, ids in text.tokenize([prompt]).items():
-        print(f"{name:7}", " ".join(text.tokenizers[name].pieces(ids[0])))
-    others = [prompt, "a blue square left of a red circle", "two red circles", "the word CAT", "woman scientist"]
-    context, pooled = text(others)
-    print(f"context {tuple(context.shape)}, pooled {tuple(pooled.shape)}; similarity of pooled vectors:")
-    for other, similarity in zip(others, F.cosine_similarity(pooled, pooled[:1])):
-        print(f"  {similarity:6.3f}  {other}")
+        print(f"{name:7}", " ".join(tokenizers[name].pieces(ids[0, :16])), "...")
+    for without in ((), ("clip_l",), ("clip_g",), ("t5",), ENCODERS):
+        context, pooled = text([prompt], without)
+        print(f"context {tuple(context.shape)}: {100 * (context == 0).float().mean():3.0f} % zeros, "
+              f"pooled {tuple(pooled.shape)}: {100 * (pooled == 0).float().mean():3.0f} % zeros, "
+              f"without {', '.join(without) or 'none'}")
 
 
 if __name__ == "__main__":
