@@ -50,7 +50,7 @@ def rectified_flow_loss(model, latent, context, pooled, t, noise):
 
 # --- Densities of t in training (Sec. 3.1, Eq. 19 to 22) ------------------------------------------
 #
-# Each has pdf(t), the density, and quantile(u), which makes t from uniform u. Both are (B,) -> (B,).
+# Each has pdf(t), the density, and quantile(u), which makes t from uniform u: (B,) -> (B,) both.
 
 @dataclass(frozen=True)
 class Uniform:
@@ -61,6 +61,12 @@ class Uniform:
 
     def quantile(self, u):
         return u
+
+
+def normal_density(x, mean, std):
+    """N(x; mean, std^2), the density of the normal distribution."""
+    deviation = (x - mean) / std
+    return torch.exp(-deviation.square() / 2) / (std * math.sqrt(2 * math.pi))
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,8 @@ class LogitNormal:
 
     def pdf(self, t):
         """1 / (s sqrt(2 pi)) * 1 / (t (1 - t)) * exp(-(logit(t) - m)^2 / (2 s^2)), 0 < t < 1."""
-        deviation = (torch.logit(t) - self.logit_mean) / self.logit_std
-        normal = torch.exp(-deviation.square() / 2) / (self.logit_std * math.sqrt(2 * math.pi))
-        return normal / (t * (1 - t))
+        slope = 1 / (t * (1 - t))                                     # of logit(t)
+        return normal_density(torch.logit(t), self.logit_mean, self.logit_std) * slope
 
     def quantile(self, u):
         """t = sigmoid(x) with x ~ N(m, s^2)."""
