@@ -26,6 +26,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -49,25 +50,42 @@ class UnreadableImage(ValueError):
     """A picture that cannot be used. The message is "name: reason"."""
 
 
-def read_bytes(path, offset: int = 0, size: int = MAX_BYTES) -> bytes:
-    """A part of a regular file. Every call opens the file, so threads do not share a position."""
+@dataclass(frozen=True)
+class Part:
+    """A file, or `size` bytes of one from `offset`. That of a picture holds its captions."""
+    name: str                       # for messages: shard.tar/000001.jpg, or the path in the folder
+    path: Path
+    offset: int
+    size: int
+    captions: tuple[str, ...] = ()
+
+    def read(self, at_most: int = MAX_BYTES) -> bytes:
+        """The first bytes. Every call opens the file, so threads do not share a position."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(min(self.size, at_most))
+
+
+def regular_file(path, name="") -> Part:
+    """A file as a Part. A missing one is an OSError, a folder, pipe or device a ValueError."""
     path = Path(path).expanduser()
-    if path.exists() and not path.is_file():
+    size = path.stat().st_size
+    if not path.is_file():
         raise ValueError("it is a folder, a pipe or a device")
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(min(size, MAX_BYTES))
+    return Part(name or str(path), path, 0, size)
 
 
-def read_image(path, name="", background="white", offset=0, size=MAX_BYTES) -> Image.Image:
+def read_image(source, name="", background="white") -> Image.Image:
     """A picture file as upright 8-bit RGB at its own size; the first frame of an animation.
 
-    name: what errors call it. background: the colour behind transparent pixels. The picture can
-    be a part of a file: `size` bytes from `offset`. Raises UnreadableImage.
+    source: a path or a Part. name: what errors call it. background: the colour behind transparent
+    pixels. Raises UnreadableImage.
     """
-    content = b""
+    content, part = b"", source
     try:
-        content = read_bytes(path, offset, size)
+        if not isinstance(source, Part):
+            part = regular_file(source)
+        content = part.read()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header only
@@ -82,7 +100,7 @@ def read_image(path, name="", background="white", offset=0, size=MAX_BYTES) -> I
     except Exception as error:                          # Decoders raise errors of many types.
         reason = getattr(error, "strerror", None)
         reason = reason or f"cannot be decoded ({error}); fetch it again or leave it out"
-    raise UnreadableImage(f"{name or path}: {reason}")
+    raise UnreadableImage(f"{name or source}: {reason}")
 
 
 def to_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -178,129 +196,127 @@ def clean_captions(found) -> tuple[str, ...]:
     return tuple(kept)
 
 
-@dataclass(frozen=True)
-class Record:
-    """`size` bytes from `offset` of a file: a picture with its captions, or a caption file."""
-    name: str                       # for messages: shard.tar/000001.jpg, or the path in the folder
-    path: Path
-    offset: int
-    size: int
-    captions: tuple[str, ...] = ()
-
-
 class ImageFiles:
     """The captioned pictures of a path: a folder, or one .tar, .jsonl or .csv file.
 
-    `problems` names what cannot be used, a sentence each. `found` counts samples with these.
+    `problems` names what cannot be used, a sentence each; `found` counts samples with these.
     `ignored` names texts without a picture, such as README.txt.
     """
 
     def __init__(self, path):
-        self.path = Path(path).expanduser()
+        self.path, files, table = Path(path).expanduser(), {}, ""
         self.problems, self.ignored, self.records = [], [], []
-        places = [file for file in sorted(self.path.glob("*.tar")) if not file.is_dir()]
-        for name in ("metadata.jsonl", "metadata.csv"):
-            if not places and (self.path / name).is_file():
-                places.append(self.path / name)
-        for place in places or [self.path]:
-            scan = {".tar": self.scan_tar, ".jsonl": self.scan_table, ".csv": self.scan_table}
-            scan = self.scan_folder if place.is_dir() else scan.get(place.suffix, self.scan_folder)
-            try:
-                scan(place)
-            except (OSError, ValueError, csv.Error) as error:
-                self.problems.append(f"{place.name}: {error}")
+        tars = [file for file in sorted(self.path.glob("*.tar")) if not file.is_dir()]
+        if self.path.suffix == ".tar" and self.path.is_file():
+            tars = [self.path]
+        for tar in tars:
+            self.list_tar(tar, files)
+        if self.path.suffix in (".jsonl", ".csv") and self.path.is_file():
+            table = self.path.name
+            self.list_folder(self.path.parent, files)
+        elif not tars:
+            self.list_folder(self.path, files)
+            for name in ("metadata.csv", "metadata.jsonl"):
+                table = name if name in files else table
+        if table:
+            self.read_table(files, table)
+        else:
+            self.pair_up(files)
         self.found = len(self.records) + len(self.problems)
         if not self.records:
-            state = "holds no usable picture with a caption" if self.path.exists() else "does not exist"
-            problems = "\n  ".join(["", *self.problems[:10]])
-            raise ValueError(f"{path} {state}. Expected: a folder with tar shards, metadata.jsonl or "
-                             f".csv, or pictures with .txt captions; or one shard or table.{problems}")
+            state = "does not exist"
+            if self.path.exists():
+                state = "holds no usable picture with a caption"
+            raise ValueError("\n  ".join([
+                f"{path} {state}. Expected: a folder with tar shards, metadata.jsonl or .csv, or "
+                f"pictures with .txt captions; or one shard or table.", *self.problems[:10]]))
 
-    def scan_folder(self, folder: Path):
-        """Pictures at any depth, also behind links, with captions of the same name beside them."""
-        pieces, seen = [], set()
+    def list_folder(self, folder: Path, files: dict):
+        """Add every file at any depth to `files` {name: Part}; links are followed."""
+        seen = set()
         for place, folders, names in os.walk(folder, followlinks=True):
             folders.sort()
-            if os.path.realpath(place) in seen:                       # Links can form a circle.
-                self.problems.append(f"{place}: a link to a folder that is read already")
+            real = os.path.realpath(place)
+            if real in seen:                                          # Links can form a circle.
                 folders.clear()
                 continue
-            seen.add(os.path.realpath(place))
+            seen.add(real)
             for file in sorted(Path(place, name) for name in names):
                 name = file.relative_to(folder).as_posix()
-                if file.is_file():
-                    pieces.append(Record(name, file, 0, file.stat().st_size))
-                else:
-                    self.problems.append(f"{name}: a pipe, or a link that leads nowhere")
-        self.pair_up(pieces)
+                try:
+                    files[name] = regular_file(file, name)
+                except (OSError, ValueError) as error:
+                    self.problems.append(f"{name}: {error}")
 
-    def scan_tar(self, path: Path):
-        """One WebDataset shard, an uncompressed tar: KEY.jpg with KEY.txt or KEY.json."""
-        pieces, end, file_size = [], 0, path.stat().st_size
+    def list_tar(self, path: Path, files: dict):
+        """Add the files of one WebDataset shard, an uncompressed tar."""
+        end, file_size = 0, 0
         try:
-            read_bytes(path, 0, 1)                                    # It must be a regular file.
+            file_size = regular_file(path).size
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     end = tar.offset                                  # where the next header begins
-                    start, size = member.offset_data, member.size
-                    if member.isreg() and not member.issparse() and start + size <= file_size:
-                        pieces.append(Record(f"{path.name}/{member.name}", path, start, size))
+                    name, start, size = f"{path.name}/{member.name}", member.offset_data, member.size
+                    if name in files:
+                        self.problems.append(f"{name}: a second file of this name")
+                    elif member.isreg() and not member.issparse() and start + size <= file_size:
+                        files[name] = Part(name, path, start, size)
             # tarfile takes a header that it cannot read for the end. A real end is all zeros.
-            if end > file_size or any(read_bytes(path, end, 2 * tarfile.RECORDSIZE)):
+            if end > file_size or any(Part("", path, end, 2 * tarfile.RECORDSIZE).read()):
                 raise ValueError(f"nothing to read at byte {end} of {file_size}")
         except (tarfile.TarError, OSError, ValueError) as error:
             self.problems.append(f"{path.name}: damaged or not an uncompressed tar ({error})")
-        self.pair_up(pieces)
 
-    def pair_up(self, pieces: list[Record]):
+    def pair_up(self, files: dict):
         """Join files that share a name up to the suffix: cat.jpg with cat.json or cat.txt."""
         samples = {}
-        for piece in pieces:
-            key, kind = os.path.splitext(piece.name)
-            kind = "picture" if kind.lower() in SUFFIXES else kind.lower()
-            hidden = re.search(r"(^|/)\.[^./]", piece.name)           # as macOS's ._cat.jpg
+        for name, part in files.items():
+            key, suffix = os.path.splitext(name)
+            kind = "picture" if suffix.lower() in SUFFIXES else suffix.lower()
+            hidden = re.search(r"(^|/)\.[^./]", name)                 # as macOS's ._cat.jpg
             if kind in ("picture", ".txt", ".json") and not hidden:
-                first = samples.setdefault(key, {}).setdefault(kind, piece)
-                if first is not piece:
-                    self.problems.append(f"{piece.name}: duplicate key; {first.name} is used")
-        for key, parts in samples.items():
-            captions, name = (), key
-            try:
-                for kind in (".json", ".txt"):
-                    if kind in parts and not captions:
-                        name, size = parts[kind].name, parts[kind].size
-                        if size > MAX_TEXT:
-                            raise ValueError(f"a caption file of {size} bytes")
-                        text = read_bytes(parts[kind].path, parts[kind].offset, size)
-                        text = text.decode("utf-8-sig", "surrogateescape")
-                        captions = clean_captions(json.loads(text) if kind == ".json" else text)
-                if "picture" not in parts:
-                    self.ignored.append(f"{name}: a text without a picture")
-                elif not captions:
-                    name = parts["picture"].name
-                    raise ValueError("no caption in a .txt (or .json) of the same name")
-                else:
-                    self.records.append(replace(parts["picture"], captions=captions))
-            except (OSError, ValueError, RecursionError) as error:
-                self.problems.append(f"{name}: {error}")
+                first = samples.setdefault(key, {}).setdefault(kind, part)
+                if first is not part:
+                    self.problems.append(f"{name}: {first.name} has the same name and is used")
+        for parts in samples.values():
+            texts = [parts[kind] for kind in (".json", ".txt") if kind in parts]
+            if "picture" in parts:
+                self.keep(parts["picture"], texts)
+            else:
+                self.ignored.append(f"{texts[0].name}: a text without a picture")
 
-    def scan_table(self, path: Path):
+    def keep(self, picture: Part, texts: list[Part]):
+        """Keep a picture with the captions of the first text that has some."""
+        try:
+            captions, current = (), picture
+            for current in texts:
+                if current.size > MAX_TEXT:
+                    raise ValueError(f"a caption file of {current.size} bytes")
+                text = current.read().decode("utf-8-sig", "surrogateescape")
+                is_json = current.name.lower().endswith(".json")
+                captions = captions or clean_captions(json.loads(text) if is_json else text)
+            if not captions:
+                raise ValueError("there is no caption, in a .txt or .json of the same name")
+            self.records.append(replace(picture, captions=captions))
+        except (OSError, ValueError, RecursionError) as error:
+            self.problems.append(f"{current.name}: {error}")
+
+    def read_table(self, files: dict, name: str):
         """A picture a line: file_name (or image) in the table's folder, and text (or captions)."""
-        folder, rows, first = Path(os.path.abspath(path.parent)), read_lines(path, "surrogateescape"), 1
-        if path.suffix == ".csv":
+        rows, first = read_lines(files[name].path, "surrogateescape"), 1
+        if name.endswith(".csv"):
             rows, first = csv.DictReader(line + "\n" for line in rows), 2
         for number, row in enumerate(rows, first):
             try:
                 if row:
                     row = json.loads(row) if isinstance(row, str) else row
+                    picture = os.path.normpath(row.get("file_name") or row["image"])
                     captions = clean_captions(row)
-                    name = row.get("file_name") or row.get("image") or ""
-                    file = Path(os.path.abspath(folder / name))
-                    if not captions or not file.is_relative_to(folder) or not file.is_file():
-                        raise ValueError('it needs a "file_name" in this folder and a "text"')
-                    self.records.append(Record(name, file, 0, file.stat().st_size, captions))
-            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-                self.problems.append(f"{path.name} line {number}: {error}")
+                    if not captions or picture not in files:
+                        raise ValueError(f"{picture} is not in this folder, or it has no caption")
+                    self.records.append(replace(files[picture], captions=captions))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                self.problems.append(f'{name} line {number} needs a "file_name" and a "text" ({error})')
 
     def add_captions(self, path):
         """Give every picture a synthetic caption beside its first one (Sec. 5.2.2).
@@ -338,7 +354,7 @@ class ImageFiles:
     def picture(self, index: int) -> Image.Image:
         """RGB at its own size. Raises UnreadableImage."""
         record = self.records[index]
-        return read_image(record.path, record.name, offset=record.offset, size=record.size)
+        return read_image(record, record.name)
 
     def image(self, index: int, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3), scaled and centre-cropped. Raises UnreadableImage."""
@@ -349,8 +365,7 @@ class ImageFiles:
         record, exif = self.records[index], Image.Exif()
         for at_most in (2**16, MAX_BYTES):              # Pillow wants to see the whole of a WebP.
             with suppress(Exception), warnings.catch_warnings(action="ignore"):
-                content = read_bytes(record.path, record.offset, min(record.size, at_most))
-                image = Image.open(io.BytesIO(content), formats=FORMATS)
+                image = Image.open(io.BytesIO(record.read(at_most)), formats=FORMATS)
                 exif.load(image.info.get("exif"))       # image.getexif() would decode a PNG.
                 on_its_side = exif.get(0x0112) in (5, 6, 7, 8)        # the tag Orientation
                 return image.size if on_its_side else image.size[::-1]
@@ -368,24 +383,27 @@ def check_problems(problems: list[str], total: int, limit: float = 0.01):
                          f"(python data.py PATH):\n  {names}")
 
 
-def readable(source, height: int, width: int, limit: float = 0.01, indices=None):
+def readable(source, wanted, limit: float = 0.01):
     """Yield (index, uint8 (height, width, 3), captions) in order; threads read the next 64.
 
-    What cannot be read joins `source.problems`. ValueError names these as soon as they are more
-    than `limit` of all that was found. indices: by default, all.
+    wanted: (index, height, width) each. The array is None for a picture that cannot be read, which
+    joins `source.problems`. ValueError names these once they are over `limit` of all.
     """
-    waiting, indices = deque(), deque(range(len(source)) if indices is None else indices)
+    wanted, waiting = iter(wanted), deque()
     with ThreadPoolExecutor(8) as threads:              # Decoders let other threads run.
-        while (waiting or indices) and len(source.problems) <= limit * source.found:
-            while indices and len(waiting) < 64:
-                index = indices.popleft()
+        while len(source.problems) <= limit * source.found:
+            for index, height, width in islice(wanted, 64 - len(waiting)):
                 waiting.append((index, threads.submit(source.image, index, height, width)))
+            if not waiting:
+                break
             index, picture = waiting.popleft()
             try:
-                yield index, picture.result(), source.captions(index)
+                image = picture.result()
             except UnreadableImage as error:
+                image = None
                 if str(error) not in source.problems:   # A second pass meets it again.
                     source.problems.append(str(error))
+            yield index, image, source.captions(index)
     check_problems(source.problems, source.found, limit)
 
 
@@ -604,13 +622,14 @@ def main():
     parser.add_argument("path", help="folder, .tar, .jsonl or .csv with captioned pictures")
     source = ImageFiles(parser.parse_args().path)
     shapes = Counter()
-    for index, _, captions in readable(source, 8, 8, limit=1):
-        shapes[nearest_bucket(*source.picture_size(index), aspect_buckets(256))] += 1
-        if sum(shapes.values()) <= 5:
-            print(f"{source.name(index)}: {' / '.join(captions)}")
+    for index, image, captions in readable(source, ((i, 8, 8) for i in range(len(source))), 1):
+        if image is not None:
+            shapes[nearest_bucket(*source.picture_size(index), aspect_buckets(256))] += 1
+            if shapes.total() <= 5:
+                print(f"{source.name(index)}: {' / '.join(captions)}")
     for (height, width), count in shapes.most_common():
         print(f"{count:8} pictures are nearest to {height} x {width} px (height x width)")
-    print(f"{sum(shapes.values())} of {source.found} samples can be used")
+    print(f"{shapes.total()} of {source.found} samples can be used")
     for problem in source.problems:
         print(f"cannot be used: {problem}")
     for text in source.ignored:
