@@ -13,6 +13,7 @@ Run         python convert.py info PATH     prints what a checkpoint holds; noth
 import contextlib
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -113,8 +114,7 @@ def open_weights(file) -> tuple[dict, dict]:
     try:
         return parse_header(file, about.st_size, about.st_mtime_ns)
     except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as problem:
-        import convert
-        raise CheckpointError(convert.describe_unreadable(file, problem)) from None
+        raise CheckpointError(other_layouts().describe_unreadable(file, problem)) from None
 
 
 @functools.lru_cache(maxsize=32)
@@ -138,6 +138,11 @@ def parse_header(file, size, changed):
     return entries, config
 
 
+def other_layouts():
+    """convert.py. It imports this file, so it is imported late and by its name."""
+    return importlib.import_module("convert")
+
+
 def select(entries, prefix, table) -> dict:
     """{our name: Entry} of the entries whose key begins with `prefix`, without what is dropped."""
     found = {}
@@ -145,6 +150,15 @@ def select(entries, prefix, table) -> dict:
         if key.startswith(prefix):
             found[rename(key.removeprefix(prefix), table)] = entry
     found.pop(None, None)
+    return found
+
+
+def networks_in(entries) -> dict:
+    """{network: {our name: Entry}} of the networks in a file of the released layout."""
+    found = {}
+    for name, prefix in PREFIXES.items():
+        if any(key.startswith(prefix) for key in entries):
+            found[name] = select(entries, prefix, NAMES[name])
     return found
 
 
@@ -262,8 +276,7 @@ def find_model_file(path, hub=True) -> Path:
         return path / "model.safetensors"
     if path.is_file():
         return path
-    import convert
-    return convert.find_foreign(path, hub)
+    return other_layouts().find_foreign(path, hub)
 
 
 def open_model(path, text_encoders=(), vae=None) -> Model:
@@ -272,16 +285,14 @@ def open_model(path, text_encoders=(), vae=None) -> Model:
     model = Model(file, {}, {}, (file.parent / "tokenizers", file.parent), {})
     ours = file.is_file()
     if ours:
-        entries, model.config = open_weights(file)
-        for name, prefix in PREFIXES.items():
-            if found := select(entries, prefix, NAMES[name]):
-                model.networks[name] = found
-        other = [key for key in entries if not key.startswith(tuple(PREFIXES.values()))]
-        ours = all("logit_scale" in key for key in other)
+        entries, config = open_weights(file)
+        model.networks, model.config = networks_in(entries), dict(config)
+        for key in entries:              # Scaled float8 has a "scale" beside each weight.
+            if not key.startswith(tuple(PREFIXES.values())) or "scale" in key:
+                ours = ours and "logit_scale" in key
     run = (file.parent / "config.json").is_file()      # It names its encoders itself.
     if not ours or text_encoders or vae or (len(model.networks) < len(PREFIXES) and not run):
-        import convert
-        convert.complete(model, ours, text_encoders, vae)
+        other_layouts().complete(model, ours, text_encoders, vae)
     return model
 
 
@@ -350,7 +361,7 @@ def load_text(model, dtype, files, shapes_only) -> TextEncoders:
                 fits = tokenizers[name].vocab_size <= size                  # The table is padded.
             else:
                 tokenizers[name] = CLIPTokenizer(file, padding=0 if name == "clip_g" else None)
-                fits = tokenizers[name].end == size - 1
+                fits = tokenizers[name].vocab_size == size
         except Exception as problem:                   # `tokenizers` raises nothing more exact.
             raise CheckpointError(f"{file} cannot be used as a tokenizer ({problem})") from None
         if not fits:
@@ -390,7 +401,9 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     for name, source in (("mmdit", model), ("vae", frozen)):
         if name in wanted:
             if name not in source.networks:
-                raise CheckpointError(f"{source.path} holds no {name}; give a whole model")
+                raise CheckpointError(f"{source.path} holds no {name}, only {', '.join(source.networks)}. "
+                                      f"Give the MM-DiT's file, and others with --text-encoders "
+                                      f"and --vae")
             setattr(parts, name, read_network(name, source, dtype, shapes_only))
     if "text" in wanted:
         names = [name for name in ENCODERS if name in frozen.networks]
@@ -482,7 +495,7 @@ def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
         right = right and low <= value <= high         # false for nan
         rule = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
     if not right:
-        raise ValueError(f"{name} {str(value)[:80]!r} must be {rule}")
+        raise ValueError(f"{name} {value!r:.80} must be {rule}")
 
 
 def flag(name):
@@ -515,8 +528,9 @@ def add_options(parser, kind):
             settings = {"type": several[0], "nargs": "*"}
         if item.type is bool:
             settings = {"nargs": "?", "const": "true", "choices": ("true", "false")}
-        text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
-        flags = {flag(item.name), "--" + item.name.replace("_", "-")}
+        choices = ", ".join(item.metadata["rule"][2])
+        text = f"{item.metadata['help']}{choices and ' ('}{choices} (default: {item.default})"
+        flags = dict.fromkeys((flag(item.name), "--" + item.name.replace("_", "-")))
         parser.add_argument(*flags, dest=item.name, help=text, **settings)
 
 

@@ -1,16 +1,552 @@
-"""convert.py: a first stub; the whole follows."""
+"""convert.py: other layouts <-> the one that checkpoints.py knows.
+
+Not here    the released single file, run folders and model folders (checkpoints.py)
+Layouts     diffusers folders, both ways, here or on the hub; text encoders and VAE in files of their
+            own, also in ComfyUI's tree (checkpoints/ beside clip/, text_encoders/, vae/); scaled
+            float8. Whatever else people have is refused by name, with what to give instead.
+Loaded      by checkpoints.py, only when such a thing is named or a network is missing
+Run         python convert.py info PATH
+            python convert.py export PATH OUT --to diffusers|single-file [--dtype bf16]
+"""
+
+import argparse
+import filecmp
+import functools
+import json
+import os
+import re
+import secrets
+import shutil
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
-from checkpoints import CheckpointError
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from checkpoints import (
+    ENCODERS, NAMES, PREFIXES, CheckpointError, check_value, count_layers, fingerprint, find_path,
+    load_components, networks_in, open_model, open_weights, read_json, read_network,
+    released_tensors, rename, save_networks, select, stored_config)
+
+FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
+           "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
+TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+SEPARATE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
+            "t5": "t5xxl*.safetensors", "vae": "*.safetensors"}
+
+# The names of diffusers -> those of the single file, where q, k and v are one: `from_diffusers`.
+MMDIT_NAMES = {
+    "pos_embed.pos_embed": "pos_embed", "pos_embed.proj.": "x_embedder.proj.",
+    "time_text_embed.timestep_embedder.linear_1.": "t_embedder.mlp.0.",
+    "time_text_embed.timestep_embedder.linear_2.": "t_embedder.mlp.2.",
+    "time_text_embed.text_embedder.linear_1.": "y_embedder.mlp.0.",
+    "time_text_embed.text_embedder.linear_2.": "y_embedder.mlp.2.",
+    "norm_out.linear.": "final_layer.adaLN_modulation.1.", "proj_out.": "final_layer.linear.",
+    "transformer_blocks.": "joint_blocks.", ".norm1.linear.": ".x_block.adaLN_modulation.1.",
+    ".norm1_context.linear.": ".context_block.adaLN_modulation.1.",
+    ".attn.to_out.0.": ".x_block.attn.proj.", ".attn2.to_out.0.": ".x_block.attn2.proj.",
+    ".attn.to_add_out.": ".context_block.attn.proj.", ".ff.net.0.proj.": ".x_block.mlp.fc1.",
+    ".ff.net.2.": ".x_block.mlp.fc2.", ".ff_context.net.0.proj.": ".context_block.mlp.fc1.",
+    ".ff_context.net.2.": ".context_block.mlp.fc2.",
+    ".attn.norm_added_": ".context_block.attn.ln_", ".attn.norm_": ".x_block.attn.ln_",
+    ".attn2.norm_": ".x_block.attn2.ln_", ".attn2.to_": ".x_block.attn2.",
+    ".attn.to_": ".x_block.attn.",
+}
+for letter in "qkv":
+    MMDIT_NAMES[f".attn.add_{letter}_proj."] = f".context_block.attn.{letter}."
+VAE_NAMES = {
+    ".mid_block.resnets.0.": ".mid.block_1.", ".mid_block.resnets.1.": ".mid.block_2.",
+    ".mid_block.attentions.0.group_norm.": ".mid.attn_1.norm.",
+    ".mid_block.attentions.0.to_out.0.": ".mid.attn_1.proj_out.",
+    ".mid_block.attentions.0.to_": ".mid.attn_1.", ".conv_norm_out.": ".norm_out.",
+    ".down_blocks.": ".down.", ".up_blocks.": ".up.",  # counted from the other end: `flip_levels`
+    ".resnets.": ".block.", ".downsamplers.0.": ".downsample.", ".upsamplers.0.": ".upsample.",
+    ".conv_shortcut.": ".nin_shortcut.",
+}
+TABLES = NAMES | {"mmdit": MMDIT_NAMES, "vae": VAE_NAMES}
+
+# What the JSON file of each part of a diffusers folder must say, where it says anything.
+EXPECTED = {
+    "mmdit": {"_class_name": "SD3Transformer2DModel", "attention_head_dim": 64},
+    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "layers_per_block": 2},
+    "clip_l": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "clip_g": {"hidden_act": "gelu", "layer_norm_eps": 1e-5},
+    "t5": {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "d_kv": 64,
+           "relative_attention_max_distance": 128},
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+                  "use_dynamic_shifting": False, "use_karras_sigmas": False,
+                  "use_exponential_sigmas": False, "use_beta_sigmas": False,
+                  "invert_sigmas": False, "stochastic_sampling": False},
+}
+# {field of such a file: field of our config}. `save_diffusers` writes these beside the above.
+CLIP_FIELDS = {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
+               "num_attention_heads": "num_heads", "max_position_embeddings": "max_length",
+               "vocab_size": "vocab_size", "projection_dim": "projection_dim"}
+FIELDS = {
+    "mmdit": {"num_layers": "depth", "num_attention_heads": "num_heads",
+              "caption_projection_dim": "hidden_size", "patch_size": "patch_size",
+              "in_channels": "latent_channels", "out_channels": "latent_channels",
+              "joint_attention_dim": "context_dim", "pooled_projection_dim": "pooled_dim",
+              "pos_embed_max_size": "pos_embed_max_size"},
+    "vae": {"latent_channels": "latent_channels", "block_out_channels": "channels",
+            "norm_num_groups": "norm_groups", "scaling_factor": "vae_scale",
+            "shift_factor": "vae_shift"},
+    "clip_l": CLIP_FIELDS, "clip_g": CLIP_FIELDS,
+    "t5": {"d_model": "hidden_size", "d_ff": "ff_size", "num_heads": "num_heads",
+           "num_layers": "num_layers", "vocab_size": "vocab_size",
+           "relative_attention_num_buckets": "num_buckets"},
+}
+# What other files begin with or end in, and the advice.
+PICKLE = "a pickle, which is never opened because it can run any code; give a .safetensors file"
+UNREADABLE = (
+    (b"version https://git-lfs", ".lfs", "a Git LFS pointer, not the weights; run `git lfs pull`"),
+    (b"GGUF", ".gguf", "a GGUF file, which is not supported; give the .safetensors file"),
+    (b"PK\3\4", (".ckpt", ".pth", ".pt", ".bin"), PICKLE), (b"\x80", ".pkl", PICKLE),
+    (b"{", ".index.json", "a JSON file, not the weights; give the folder in which it lies"),
+)
+# Pieces of keys that tell what a file is, if it is not ours.
+FAMILIES = {
+    "lora": "a LoRA", "control": "a ControlNet", "double_blocks.0.": "a Flux model",
+    "conditioner.embedders.": "an SDXL model",
+    "cond_stage_model.": "a Stable Diffusion 1 or 2 model", "input_blocks.0.": "a U-Net",
+    "transformer_blocks.0.": "the transformer of a diffusers folder (give the folder above it)",
+    "down_blocks.0.": "a component of a diffusers folder (give the folder above it)",
+}
+SCALES = (".scale_weight", ".weight_scale")            # beside the weights of scaled float8
 
 
-def describe_unreadable(file, problem):
-    return f"{file} is not a whole safetensors file ({problem}); it was probably cut off"
+def describe_unreadable(file, problem) -> str:
+    """A sentence about a file that is no whole safetensors file: by its first bytes or its name."""
+    with open(file, "rb") as raw:
+        start = raw.read(32)
+    for magic, endings, advice in UNREADABLE:
+        if start.startswith(magic) or file.name.endswith(endings):
+            return f"{file} is {advice}"
+    return f"{file} is not a whole safetensors file ({problem}); fetch it again"
 
 
-def find_foreign(path, hub):
-    raise CheckpointError(f"{path}: no such file or folder. Give a run folder, a model folder or a .safetensors file.")
+# ---- What a path means ---------------------------------------------------------------------------
+
+def find_foreign(path, hub=True) -> Path:
+    """The diffusers folder that `path` is, here or on the hub."""
+    if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
+        return path
+    if (path.parent / "model_index.json").is_file():
+        raise CheckpointError(f"{path} is a part of a diffusers folder; give {path.parent}")
+    if path.is_dir():
+        raise CheckpointError(f"{path} has no model.safetensors. A run folder gets one at its first "
+                              f"save; train longer, or name the file itself")
+    owned = re.fullmatch(r"(?!(runs|out|pretrained)/)[\w-][\w.-]*/[\w.-]+", str(path))
+    if hub and owned and not path.parent.is_dir() and path.suffix != ".safetensors":
+        return from_hub(str(path))
+    raise CheckpointError(f"{path}: no such file or folder. Give a run folder, a model folder, a "
+                          f"diffusers folder or a .safetensors file")
 
 
-def complete(model, ours, text_encoders, vae):
-    """Separate text encoders and other layouts follow."""
+def from_hub(name) -> Path:
+    """Download (or find in the cache) the diffusers folder of a hub repository "owner/name"."""
+    import huggingface_hub  # comes with `tokenizers`
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+    for folder in FOLDERS.values():
+        wanted += [f"{folder}/*.json", f"{folder}/*.safetensors"]
+    reached = ""
+    try:
+        huggingface_hub.model_info(name, timeout=10)   # It tries once; downloads try for 26 s.
+    except Exception as problem:                       # whatever the HTTP library of the day raises
+        reached = f"the hub answers with {type(problem).__name__}, and its cache here"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(
+            name, allow_patterns=wanted, ignore_patterns="*.fp16*", local_files_only=bool(reached)))
+        if (folder / "model_index.json").is_file():
+            return folder
+    except Exception as problem:
+        reached = reached or f"the hub answers with {type(problem).__name__}, which"
+    raise CheckpointError(
+        f"{name}: no such file or folder here; {reached or 'its hub repository'} has no diffusers "
+        f"folder. Without a network give the path of a download; for a gated or private one accept "
+        f"its licence on its page and run `hf auth login`; or name the one that ends in -diffusers")
+
+
+def complete(model, ours, text_encoders=(), vae=None):
+    """Find the networks of a model that are not in one file of the released layout."""
+    if model.path.is_dir():
+        open_diffusers(model)
+    elif not ours:
+        networks, _ = networks_alone(model.path)
+        refuse_others(model.path, networks)
+        for name, entries in networks.items():
+            add(model, name, entries)
+    for name in SEPARATE:
+        given = [vae] if name == "vae" and vae else []
+        if name != "vae":
+            given = [find_path(path) for path in text_encoders]
+        if given or name not in model.networks:
+            add_separate(model, name, given)
+    fit_widths(model)
+
+
+def add(model, name, entries):
+    """Give a network to a model, without what float8 and T5 files hold beside the weights."""
+    extra = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant", "spiece_model")
+    model.networks[name] = {key: entries[key] for key in entries if not key.endswith(extra)}
+    model.finish.pop(name, None)
+    if any(key.endswith(SCALES) for key in entries):
+        model.finish[name] = unscale
+
+
+def unscale(tensors) -> dict:
+    """Scaled float8: each weight is to be multiplied by the scale that lies beside it."""
+    for key in [key for key in tensors if key.endswith(SCALES)]:
+        scale = tensors.pop(key).float()
+        name = key.rsplit(".", 1)[0] + ".weight"
+        tensors[name] = (tensors[name].float() * scale).to(tensors[name].dtype)
+    return tensors
+
+
+def networks_alone(file) -> tuple[dict, dict]:
+    """({network: entries}, config) of a file: by the released prefixes, or one network alone."""
+    entries, config = open_weights(file)
+    found = networks_in(entries)
+    projected = "text_projection.weight" in entries and "clip_l" not in file.name
+    signs = {"joint_blocks.0.": "mmdit", "decoder.conv_in.": "vae", "encoder.block.": "t5",
+             "text_model.": "clip_g" if projected else "clip_l"}
+    for sign, name in signs.items():
+        if not found and any(key.startswith(sign) for key in entries):
+            found[name] = select(entries, "", NAMES[name])
+    return found, config
+
+
+def refuse_others(file, networks):
+    """CheckpointError for a file of another family, or with tensors of no known network."""
+    entries, _ = open_weights(file)
+    for sign, family in FAMILIES.items():
+        for key in entries:
+            if sign in key:
+                raise CheckpointError(f"{file} is {family}, not SD3 or SD3.5: it has a {key}")
+    prefixes = tuple(PREFIXES.values())
+    other = [key for key in entries if not key.startswith(prefixes) and "scale" not in key]
+    if not networks or 0 < len(other) < len(entries):
+        raise CheckpointError(f"{file} holds {len(other)} tensor(s) of no known network: "
+                              f"{', '.join(other[:3])}. Give an SD3 or SD3.5 file.")
+
+
+def add_separate(model, name, given):
+    """Take a network from the paths in `given`, or from where other programs keep it."""
+    here = model.path if model.path.is_dir() else model.path.parent
+    places = given or [here, here / "text_encoders", here.parent / "text_encoders",
+                       here.parent / "clip"]
+    if name == "vae" and not given:
+        places = [here / "vae", here.parent / "vae"]
+    files = []
+    for place in places:
+        files += sorted(place.glob(SEPARATE[name])) if place.is_dir() else [place] if given else []
+    for file in sorted(files, key=lambda file: "fp8" in file.name):     # fp16 rather than float8
+        networks, config = networks_alone(file) if file != model.path else ({}, {})
+        if name in networks:
+            add(model, name, networks[name])
+            model.config |= {name: config[name]} if name in config else {}
+            return
+
+
+def fit_widths(model):
+    """The MM-DiT tells the widths of text encoders that are missing. Those present must fit."""
+    widths = {}
+    try:
+        mmdit = model.networks["mmdit"]
+        context_dim = mmdit["context_embedder.weight"].shape[1]
+        pooled_dim = mmdit["y_embedder.mlp.0.weight"].shape[1]
+        for name in set(ENCODERS) & model.networks.keys():
+            widths[name] = model.networks[name]["token_embedding.weight"].shape[1]
+    except (KeyError, IndexError):                     # `read_network` says what is missing.
+        return
+    t5 = widths.get("t5", context_dim)
+    clip_g = widths.get("clip_g", pooled_dim - widths.get("clip_l", 0))
+    clip_l = widths.get("clip_l", pooled_dim - clip_g)
+    if (t5, clip_l + clip_g) != (context_dim, pooled_dim):
+        raise CheckpointError(f"{model.path}: the text encoders are {clip_l}, {clip_g} and {t5} "
+                              f"wide, but its MM-DiT needs {pooled_dim} together and {context_dim}")
+    found = {"clip_l_width": clip_l, "clip_g_width": clip_g, "t5_width": t5}
+    model.config["text"] = model.config.get("text", {}) | found
+
+
+# ---- Diffusers folders ---------------------------------------------------------------------------
+
+def open_diffusers(model):
+    """What the tensors cannot tell comes from the folder's JSON files, or from our own metadata."""
+    folder = model.path
+    model.tokenizers = (folder,)
+    index = {}
+    if (folder / "model_index.json").is_file():
+        kinds = {part: list | None for part in FOLDERS.values()} | {"_class_name": str | None}
+        index = read_json(folder / "model_index.json", kinds)
+    if not index.get("_class_name", "StableDiffusion3").startswith("StableDiffusion3"):
+        raise CheckpointError(f"{folder} is a {index['_class_name']}, not a StableDiffusion3Pipeline")
+    for name, part in FOLDERS.items():
+        if (folder / part).is_dir():
+            entries = {}
+            for file in weight_files(folder / part):
+                found, config = open_weights(file)
+                entries |= found
+            add(model, name, select(entries, "", TABLES[name]))
+            model.config |= config if name == "mmdit" else {}
+            if TABLES[name] is not NAMES[name]:
+                model.finish[name] = functools.partial(from_diffusers, name)
+        elif name != "t5" and (index.get(part) or [None])[0]:
+            raise CheckpointError(f"{folder} lacks {part}/, which its model_index.json names")
+    read_configs(model)
+
+
+def weight_files(folder) -> list:
+    """The safetensors files of one component: full precision rather than ".fp16." variants."""
+    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if ".fp16" not in file.name] or files
+    for index in folder.glob("*.safetensors.index.json"):
+        names = read_json(index, {"weight_map": dict})["weight_map"].values()
+        files = [folder / Path(str(name)).name for name in sorted(set(names), key=str)]
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file; .bin files are pickles and are "
+                              f"never opened")
+    return files
+
+
+def read_configs(model):
+    """Take the VAE's numbers and the shift; refuse what a JSON file says and we do not do."""
+    for part, expected in EXPECTED.items():
+        file = model.path / FOLDERS.get(part, "scheduler") / "config.json"
+        if part == "scheduler":
+            file = file.with_name("scheduler_config.json")
+        told = read_json(file) if file.is_file() else {}
+        for key, value in expected.items():
+            if told.get(key) not in (None, value):
+                raise CheckpointError(f"{file}: {key} is {told[key]!r:.80}; only {value!r} is done")
+        for theirs in ("norm_num_groups", "scaling_factor", "shift_factor", "shift"):
+            if (value := told.get(theirs)) is not None:
+                kind = int if theirs == "norm_num_groups" else float
+                check_value(f"{file}: {theirs}", value, kind, -1e3, 1e3)
+                if part == "vae":
+                    model.config.setdefault("vae", {})[FIELDS["vae"][theirs]] = value
+                else:
+                    sampling = model.config.get("sampling", {})
+                    model.config["sampling"] = {"timestep_shift": value} | sampling
+
+
+def flip_levels(tensors) -> dict:
+    """Count the levels of the VAE's decoder from the other end. It is its own inverse."""
+    last = count_layers(tensors, "decoder.up.") - 1
+    flipped = {}
+    for key, tensor in tensors.items():
+        if level := re.match(r"decoder\.up\.(\d+)", key):
+            key = f"decoder.up.{last - int(level[1])}{key[level.end():]}"
+        flipped[key] = tensor
+    return flipped
+
+
+def swap_halves(tensors):
+    """(shift, scale) <-> (scale, shift), in place, in the final layer and in the last text block."""
+    last = count_layers(tensors, "joint_blocks.") - 1
+    names = ("final_layer.adaLN_modulation.", f"joint_blocks.{last}.context_block.adaLN_modulation.")
+    for key in tensors:
+        if key.startswith(names):
+            first, second = tensors[key].chunk(2)
+            tensors[key] = torch.cat([second, first])
+
+
+def from_diffusers(name, tensors) -> dict:
+    """Renamed tensors of a diffusers folder in the form of the single file: the VAE's attention
+    becomes 1x1 kernels, the MM-DiT's q, k and v become one matrix."""
+    if name == "vae":
+        for key, tensor in tensors.items():
+            if ".mid.attn_1." in key and tensor.dim() == 2:
+                tensors[key] = tensor[:, :, None, None]
+        return flip_levels(tensors)
+    for key in [key for key in tensors if ".q." in key]:
+        parts = [tensors.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
+        tensors[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+    swap_halves(tensors)
+    return tensors
+
+
+def to_diffusers(name, tensors) -> dict:
+    """The inverse, with the names of diffusers, for tensors by their released names."""
+    tensors = dict(tensors)
+    table = {}
+    if name == "vae":
+        for key, tensor in tensors.items():
+            if ".mid.attn_1." in key and tensor.dim() == 4:
+                tensors[key] = tensor[:, :, 0, 0]
+        tensors = flip_levels(tensors)
+    if name == "mmdit":
+        swap_halves(tensors)
+        for key in [key for key in tensors if ".qkv." in key]:
+            for letter, part in zip("qkv", tensors.pop(key).chunk(3)):
+                tensors[key.replace(".qkv.", f".{letter}.")] = part
+    if TABLES[name] is not NAMES[name]:
+        table = {ours: theirs for theirs, ours in TABLES[name].items()}
+    return {rename(key, table): tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def diffusers_config(name, config) -> dict:
+    """The config.json of one network. eos_token_id 2 stands for "pool at the largest id"."""
+    values = {theirs: getattr(config, ours) for theirs, ours in FIELDS[name].items()}
+    values |= EXPECTED[name]
+    if name == "mmdit":
+        values["qk_norm"] = "rms_norm" if config.qk_norm else None
+        values["dual_attention_layers"] = list(range(config.dual_attention_layers))
+    elif name == "vae":
+        values |= {"use_quant_conv": False, "use_post_quant_conv": False}
+        for side in ("Down", "Up"):
+            kind = f"{side}{'En' if side == 'Down' else 'De'}coderBlock2D"
+            values[f"{side.lower()}_block_types"] = len(config.channels) * [kind]
+    elif name == "t5":
+        values |= {"architectures": ["T5EncoderModel"], "model_type": "t5", "dtype": "float32",
+                   "is_encoder_decoder": True, "tie_word_embeddings": False}
+    else:
+        values |= {"architectures": ["CLIPTextModelWithProjection"], "dtype": "float32",
+                   "model_type": "clip_text_model", "intermediate_size": 4 * config.hidden_size,
+                   "projection_dim": config.projection_dim or config.hidden_size,
+                   "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    return values
+
+
+def write_json(file, value):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source, folder):
+    """Copy the files of one tokenizer. source: a folder (CLIP) or a file (T5)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("vocab.json", "merges.txt", "tokenizer.json") if source.is_dir() else (source.name,)
+    for name in names:
+        file = source / name if source.is_dir() else source
+        if file.is_file():
+            shutil.copy(file, folder)
+
+
+def tokenizer_config(name, text) -> dict:
+    """The tokenizer_config.json of one text encoder: its token count and padding."""
+    tokenizer = text.tokenizers[name]
+    if name == "t5":
+        extra = min(100, text.encoders["t5"].config.vocab_size - tokenizer.vocab_size)
+        return {"tokenizer_class": "T5Tokenizer", "model_max_length": text.config.t5_length,
+                "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": extra}
+    return {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.config.clip_length,
+            "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>", "pad_token": tokenizer.pieces([tokenizer.padding])[0]}
+
+
+def save_diffusers(out, parts, networks, dtype=None):
+    """Write a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens."""
+    clip = ["transformers", "CLIPTextModelWithProjection"]
+    classes = {"mmdit": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+               "clip_l": clip, "clip_g": clip, "t5": ["transformers", "T5EncoderModel"]}
+    index = {"_class_name": "StableDiffusion3Pipeline",
+             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    stored = stored_config(networks, parts.text.config, parts.sampling, parts.words)
+    for name, folder in FOLDERS.items():
+        present = name in networks
+        index[folder] = classes[name] if present else [None, None]
+        if name in TOKENIZERS:
+            kind = "T5TokenizerFast" if name == "t5" else "CLIPTokenizer"
+            index[TOKENIZERS[name]] = ["transformers", kind] if present else [None, None]
+        if not present:
+            continue
+        config = networks[name].config
+        write_json(out / folder / "config.json", diffusers_config(name, config))
+        tensors = to_diffusers(name, released_tensors(name, networks[name], dtype))
+        if name == "clip_l":                           # Its pooled vector passes unchanged.
+            tensors["text_projection.weight"] = torch.eye(config.hidden_size)
+        stem = "model" if name in TOKENIZERS else "diffusion_pytorch_model"
+        metadata = {"format": "pt", "config": stored}
+        save_file(tensors, out / folder / f"{stem}.safetensors", metadata)
+        if name in TOKENIZERS:
+            copy_tokenizer(parts.tokenizers[name], out / TOKENIZERS[name])
+            write_json(out / TOKENIZERS[name] / "tokenizer_config.json",
+                       tokenizer_config(name, parts.text))
+    scheduler = EXPECTED["scheduler"] | {"shift": parts.sampling.get("timestep_shift", 3.0)}
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(out / "model_index.json", index)
+
+
+def export(path, out, layout, dtype=None, tokenizers=None):
+    """Write a run or a model as one whole thing, under a name that does not exist yet.
+
+    layout: "single-file" (out is a .safetensors file; tokenizers/ comes beside it) or "diffusers"
+    (out is a folder). dtype None keeps what is stored.
+    """
+    out = Path(out)
+    single = layout == "single-file"
+    if out.exists() or (single and out.suffix != ".safetensors"):
+        raise CheckpointError(f"{out} exists already, or does not end in .safetensors as a single "
+                              f"file must; give another name")
+    parts = load_components(path, dtype=None, tokenizers=tokenizers)
+    networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
+    partial = out.with_name(f"{out.name[:40]}.{secrets.token_hex(6)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        if not single:
+            save_diffusers(partial, parts, networks, dtype)
+            os.replace(partial, out)
+            return
+        beside = out.parent / "tokenizers"
+        for name, source in parts.tokenizers.items():
+            copy_tokenizer(source, partial / "tokenizers" / ("t5" if name == "t5" else "clip"))
+        for file in (partial / "tokenizers").glob("*/*") if beside.exists() else ():
+            other = beside / file.relative_to(partial / "tokenizers")
+            if not other.is_file() or not filecmp.cmp(file, other, shallow=False):
+                raise CheckpointError(f"{other} is of another model; write {out.name} elsewhere")
+        save_networks(partial / out.name, networks, parts.text.config, parts.sampling, dtype,
+                      parts.words)
+        if not beside.exists():
+            os.replace(partial / "tokenizers", beside)
+        os.replace(partial / out.name, out)
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(f"could not write {out} ({problem}); free some space or choose "
+                              f"another place") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def info(path):
+    """Print the networks of a checkpoint: sizes, parameters, types, and what is missing."""
+    model = open_model(path)
+    print(f"{model.path}: fingerprint {fingerprint(model.path)}")
+    for name in PREFIXES:
+        if name not in model.networks:
+            print(f"  {name:7} missing")
+            continue
+        entries = model.networks[name].values()
+        kinds = Counter(entry.dtype for entry in entries)
+        network = read_network(name, model, shapes_only=True)
+        parameters = sum(x.numel() for x in network.state_dict().values()) / 1e6
+        print(f"  {name:7} {len(entries):5} tensors {parameters:10.3f} M parameters  {dict(kinds)}  "
+              f"{asdict(network.config)}")
+
+
+def main():
+    """Print what a checkpoint holds, or write it as one whole thing."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("command", choices=("info", "export"))
+    parser.add_argument("path", help="run folder, model folder, .safetensors file, hub name")
+    parser.add_argument("out", nargs="?", help="for export: what to write")
+    parser.add_argument("--to", choices=("diffusers", "single-file"), default="diffusers")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: as stored")
+    parser.add_argument("--tokenizers", help="folder with clip/ and t5/")
+    options = parser.parse_args()
+    types = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if options.command == "info":
+        info(options.path)
+    elif options.out is None:
+        parser.error("export needs a second path, OUT")
+    else:
+        export(options.path, options.out, options.to, types[options.dtype], options.tokenizers)
+        print(options.out)
+
+
+if __name__ == "__main__":
+    from devices import command
+    command(main)
