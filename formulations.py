@@ -279,9 +279,9 @@ def output_parts(output, at, sigma_data):
 class Formulation:
     """A path, what the network predicts, and a density of t.
 
-    sigma_data is the deviation of the latents: 1, as they are normalised (App. B.2). It makes F and
-    its input unit size. Differs from the paper: Eq. 16 prints EDM's 0.5, with which the size of the
-    target would go from 1 to 2 and that of the input from 2 to 1 as b grows.
+    sigma_data is the standard deviation of the latents, 1 (App. B.2). So F and its input have unit
+    size. Differs from the paper: Eq. 16 prints EDM's 0.5. With it, our targets would grow from size
+    1 to 2 with b, and our inputs shrink from 2 to 1.
     """
     process: Straight | EDM | Cosine | Linear | MatchedEDM
     output: str = "velocity"
@@ -324,8 +324,8 @@ class Formulation:
         return latent, noise
 
     def schedule(self, num_steps):
-        """N + 1 times, falling to 0. They are even, but for EDM's paths they are EDM's own levels:
-        b / a from 80 to .002, as far as the path goes, even in the seventh root (Karras et al.)."""
+        """N + 1 even times from 1 to 0. EDM's paths have EDM's levels of noise (Karras et al., 2022):
+        b from 80 to .002, as far as the path goes, even in its seventh root, then 0."""
         if self.process.last == 1:
             return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
         ends = torch.tensor([self.process.last, self.process.first], dtype=torch.float64)
@@ -385,7 +385,7 @@ def formulation(name):
                      f"rf/cosmap, rf/mode(s), rf/lognorm(m, s) or edm(P_m, P_s), with numbers")
 
 
-# Sec. 5.1: 7 even values of s in [-1, 1.75] and s = 1; 30 pairs (m, s); 15 pairs (P_m, P_s).
+# 7 even values of s in [-1, 1.75] and s = 1; 30 pairs (m, s); 15 pairs (P_m, P_s).
 FORMULATIONS = [*WITHOUT_NUMBERS, "rf/cosmap"]
 for mode_scale in ("-1.00", "-0.54", "-0.08", "0.38", "0.83", "1.00", "1.29", "1.75"):
     FORMULATIONS.append(f"rf/mode({mode_scale})")
