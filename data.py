@@ -218,10 +218,10 @@ class ImageFiles:
             self.list_folder(self.path, files)
             for name in ("metadata.csv", "metadata.jsonl"):
                 table = name if name in files else table
-        if table:
-            self.read_table(files, table)
-        else:
-            self.pair_up(files)
+        try:
+            self.read_table(files, table) if table else self.pair_up(files)
+        except (OSError, ValueError, csv.Error) as error:             # of the table as a whole
+            self.problems.append(f"{table}: {error}")
         self.found = len(self.records) + len(self.problems)
         if not self.records:
             state = "does not exist"
