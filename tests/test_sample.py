@@ -1,4 +1,4 @@
-"""prompt -> image with the shipped model: the command line, the library, and that nothing depends on the batch."""
+"""From a prompt to a picture with the shipped model: the steps, the library, the command line."""
 
 import gc
 import json
@@ -6,23 +6,25 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+import checkpoints
 import flow
 import sample
-import train
 from checkpoints import SHIPPED, CheckpointError
 from mmdit import MMDiTConfig
-from sample import Settings, encode, generate, load, pick_precision, released_settings, sample_latents
+from sample import Settings, encode, generate, load, released_settings, sample_latents
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle left of a blue square"
+PLAIN = Settings(num_steps=4, guidance_scale=1, timestep_shift=1, schedule="shifted",
+                 unconditional="zeros")
 
 
 @pytest.fixture(scope="module")
@@ -35,165 +37,200 @@ def noise():
     return torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory, pipeline):
+    """A picture that the model has drawn, as a file."""
+    file = tmp_path_factory.mktemp("photo") / "photo.png"
+    generate(pipeline, PROMPT, seed=1, num_steps=8)[0].save(file)
+    return file
+
+
 def latents(pipeline, noise, settings, **more):
     """Latents of PROMPT from this noise, and the length of the path there."""
     with torch.no_grad():
-        return sample_latents(pipeline.mmdit, *encode(pipeline.text, [PROMPT], settings), noise, settings, **more)
+        text = encode(pipeline.text, [PROMPT], settings)
+        return sample_latents(pipeline.mmdit, *text, noise, settings, **more)
 
 
-PLAIN = Settings(num_steps=4, guidance_scale=1, timestep_shift=1, schedule="shifted", unconditional="zeros")
+def calls_of(pipeline, noise, settings, **more):
+    """What the network was called with: [(z, t, rows, skipped blocks)]."""
+    calls = []
+
+    def note(module, inputs, named):
+        calls.append((inputs[0], round(float(inputs[1][0]), 4), len(inputs[0]),
+                      named.get("skip_layers", ())))
+    hook = pipeline.mmdit.register_forward_pre_hook(note, with_kwargs=True)
+    latents(pipeline, noise, settings, **more)
+    hook.remove()
+    return calls
 
 
 def pixels(picture):
     return np.asarray(picture, dtype=int)
 
 
-def run_sample(*options):
-    return subprocess.run([sys.executable, "sample.py", "--device", "cpu", "--num-steps", "2", *map(str, options)], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+def run_main(monkeypatch, *options):
+    """The command line in this process. Returns the files that it wrote."""
+    written = []
+    save = sample.save_png
 
+    def save_and_note(picture, file, record):
+        save(picture, file, record)
+        written.append(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, options)])
+        patch.setattr(sample, "save_png", save_and_note)
+        sample.main()
+    return written
+
+
+# ---- The steps -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("unconditional", ["zeros", "empty"])
+def test_sampling_is_eulers_method_on_the_guided_velocity(pipeline, noise, unconditional):
+    """Eq. 1 written out here, with v = v_uncond + 3 (v_cond - v_uncond); Table 6's path length."""
+    settings = replace(PLAIN, num_steps=5, guidance_scale=3, unconditional=unconditional)
+    ours, length = latents(pipeline, noise, settings)
+    cond = pipeline.text([PROMPT])
+    uncond = pipeline.text([""]) if unconditional == "empty" else [0 * x for x in cond]
+    z = noise
+    expected = 0
+    with torch.no_grad():
+        for t in (1.0, 0.8, 0.6, 0.4, 0.2):
+            v_cond = pipeline.mmdit(z, torch.tensor([t]), *cond)
+            v_uncond = pipeline.mmdit(z, torch.tensor([t]), *uncond)
+            v = v_uncond + 3 * (v_cond - v_uncond)
+            z = z - 0.2 * v
+            expected += 0.2 * v.square().sum().sqrt()
+    torch.testing.assert_close(ours, z, rtol=0, atol=1e-3)            # fp32 rounding, five steps on
+    torch.testing.assert_close(length, expected[None], rtol=1e-4, atol=1e-4)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
+    settings = replace(PLAIN, guidance_scale=4, negative_prompt="two green stars")
+    context, pooled = encode(pipeline.text, [PROMPT, "a heart"], settings)
+    expected = pipeline.text([PROMPT, "a heart", "two green stars", "two green stars"])
+    torch.testing.assert_close((context, pooled), tuple(expected))
+
+
+def test_guidance_one_needs_no_unconditional_pass(pipeline, noise):
+    for scale, rows in ((1.0, 1), (2.0, 2)):
+        calls = calls_of(pipeline, noise, replace(PLAIN, num_steps=2, guidance_scale=scale))
+        assert [call[2] for call in calls] == [rows, rows]
+
+
+def test_skip_layer_guidance_is_on_in_its_part_of_the_steps(pipeline, noise):
+    """SD3.5-medium's numbers: of 20 steps those with 0.2 < i < 4, and conditional rows only."""
+    settings = replace(PLAIN, num_steps=20, guidance_scale=4, skip_layers=(1, 2))
+    calls = calls_of(pipeline, noise, settings)
+    skipped = [(t, rows) for _, t, rows, blocks in calls if blocks == (1, 2)]
+    assert skipped == [(0.95, 1), (0.9, 1), (0.85, 1)]
+    assert len(calls) == 23
+
+
+def test_skip_layer_guidance_is_its_formula(pipeline, noise, monkeypatch):
+    """v + 2.5 (v - v without block 1), in the second of two steps."""
+    monkeypatch.setattr(sample, "SKIP_END", 1.0)
+    settings = replace(PLAIN, num_steps=2, skip_layers=(1,))
+    context, pooled = pipeline.text([PROMPT])
+    with torch.no_grad():
+        z = noise - 0.5 * pipeline.mmdit(noise, torch.ones(1), context, pooled)
+        half = torch.tensor([0.5])
+        v = pipeline.mmdit(z, half, context, pooled)
+        without = pipeline.mmdit(z, half, context, pooled, skip_layers=(1,))
+        assert (v - without).abs().mean() > 1e-3
+        expected = z - 0.5 * (v + 2.5 * (v - without))
+    torch.testing.assert_close(latents(pipeline, noise, settings)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_cards_of_sd35_give_the_defaults():
+    medium = MMDiTConfig(depth=24, dual_attention_layers=13, pos_embed_max_size=384)
+    assert released_settings(medium, "any") == {
+        "num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}
+    assert (sample.SKIP_SCALE, sample.SKIP_START, sample.SKIP_END) == (2.5, 0.01, 0.2)
+    turbo = released_settings(MMDiTConfig(depth=38), "models/sd3.5_large_turbo.safetensors")
+    assert turbo == {"num_steps": 4, "guidance_scale": 1.0}
+    large = released_settings(MMDiTConfig(depth=38), "sd3.5_large.safetensors")
+    assert large == {"guidance_scale": 3.5}
+    assert released_settings(MMDiTConfig(qk_norm=False), "sd3_medium.safetensors") == {}
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpm++2m"])
+def test_second_order_solvers_come_closer_than_euler(pipeline, noise, solver):
+    """The reference is Heun's method with 64 steps."""
+    ends = {}
+    for name, steps in ((solver, 16), ("euler", 16), ("heun", 64)):
+        settings = replace(PLAIN, num_steps=steps, guidance_scale=2, solver=name)
+        ends[name, steps] = latents(pipeline, noise, settings)[0]
+    exact = ends["heun", 64]
+    assert (ends[solver, 16] - exact).norm() < 0.7 * (ends["euler", 16] - exact).norm()
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
 
 def test_a_picture_does_not_depend_on_its_batch(pipeline):
     """Picture i starts from seed + i, so alone with that seed it is the same picture."""
     both = generate(pipeline, [PROMPT, "three green hearts"], seed=5, num_steps=4)
-    alone = generate(pipeline, ["three green hearts"], seed=6, num_steps=4)
-    assert np.abs(np.asarray(both[1], dtype=int) - np.asarray(alone[0], dtype=int)).max() <= 1
+    alone = generate(pipeline, "three green hearts", seed=6, num_steps=4)
+    assert np.abs(pixels(both[1]) - pixels(alone[0])).max() <= 1
+    other = generate(pipeline, "three green hearts", seed=7, num_steps=4)
+    assert np.abs(pixels(other[0]) - pixels(alone[0])).max() > 30
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_seed_another(pipeline):
-    first, again, other = (np.asarray(generate(pipeline, [PROMPT], seed=seed, num_steps=3)[0]) for seed in (1, 1, 2))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+def is_red_circle_on_white(picture):
+    """White corners, and red in a thirtieth to a third of the pixels. Decoded noise is not that."""
+    picture = pixels(picture)
+    red = (picture[..., 0] > 150) & (picture[..., 1] < 110) & (picture[..., 2] < 110)
+    corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]]
+    return corners.min() > 200 and (picture.min(axis=-1) > 200).mean() > 0.5 and 0.03 < red.mean() < 0.33
 
 
-def test_prepared_modulations_give_the_latents_of_the_plain_network(pipeline, noise):
-    """sample_latents computes what does not depend on z once; the plain loop of Eq. 1 gives the same."""
-    ours, length = latents(pipeline, noise, replace(PLAIN, num_steps=5, guidance_scale=3))
-    context, pooled = pipeline.text([PROMPT])
-    empty, empty_pooled = pipeline.text.unconditional(1)
-    times, velocities, z = flow.make_schedule("shifted", 5, 1.0), [], noise
+@pytest.mark.parametrize("without", [(), ("t5",)])
+def test_the_shipped_model_draws_what_is_asked_for(pipeline, noise, without):
+    """Also without T5 (Sec. 5.3.3)."""
+    prompt = "a large red circle on a white background"
+    assert is_red_circle_on_white(
+        generate(pipeline, prompt, seed=3, num_steps=20, without=without)[0])
     with torch.no_grad():
-        for t, t_next in zip(times[:-1], times[1:]):
-            v = flow.guide(pipeline.mmdit(z, t[None], context, pooled), pipeline.mmdit(z, t[None], empty, empty_pooled), 3.0)
-            velocities.append(v)
-            z = z + (t_next - t) * v
-    torch.testing.assert_close(ours, z, rtol=0, atol=1e-3)                 # fp32 rounding, five steps on
-    torch.testing.assert_close(length, flow.path_length(velocities, times), rtol=1e-4, atol=1e-4)
+        assert not is_red_circle_on_white(sample.from_tensor(pipeline.vae.decode(noise)[0]))
 
 
-def calls_of(pipeline, noise, settings):
-    """(time, rows, blocks left out) of every call of the network."""
-    calls = []
-
-    def note(module, inputs, named):
-        calls.append((round(float(inputs[1][0]), 4), len(inputs[0]), named.get("skip_layers", ())))
-    hook = pipeline.mmdit.register_forward_pre_hook(note, with_kwargs=True)
-    latents(pipeline, noise, settings)
-    hook.remove()
-    return calls
-
-
-def test_guidance_one_needs_no_unconditional_pass(pipeline, noise):
-    rows = lambda scale: [n for _, n, _ in calls_of(pipeline, noise, replace(PLAIN, num_steps=2, guidance_scale=scale))]
-    assert rows(1.0) == [1, 1] and rows(2.0) == [2, 2]
-
-
-def test_guidance_is_on_in_its_interval_of_t_only(pipeline, noise):
-    settings = replace(PLAIN, guidance_scale=4, guidance_start=0.8, guidance_end=0.4)
-    assert [(t, n) for t, n, _ in calls_of(pipeline, noise, settings)] == [(1.0, 1), (0.75, 2), (0.5, 2), (0.25, 1)]
-
-
-def test_rescaled_guidance_takes_the_added_spread_away(pipeline, noise):
-    """With one step the latent is noise - velocity, so that its velocity can be read off: it has the spread of the other."""
-    one = replace(PLAIN, num_steps=1)
-    velocity = lambda settings: noise - latents(pipeline, noise, settings)[0]
-    plain, guided, rescaled = (velocity(replace(one, **change)) for change in (
-        {}, {"guidance_scale": 8}, {"guidance_scale": 8, "guidance_rescale": 1}))
-    assert guided.std() > 1.01 * plain.std()
-    torch.testing.assert_close(rescaled.std(), plain.std(), rtol=1e-4, atol=0)
-
-
-def test_skip_layer_guidance_leaves_the_blocks_out_between_its_shares_of_the_steps(pipeline, noise):
-    """SD3.5-medium's numbers: of 20 steps those with 0.2 < i < 4, conditional rows only."""
-    settings = replace(PLAIN, num_steps=20, guidance_scale=4, skip_layers=(1, 2))
-    calls = calls_of(pipeline, noise, settings)
-    assert [(t, n) for t, n, skipped in calls if skipped == (1, 2)] == [(0.95, 1), (0.9, 1), (0.85, 1)]
-    assert sum(not skipped for _, _, skipped in calls) == 20
-
-
-def test_skip_layer_guidance_is_its_formula(pipeline, noise):
-    settings = replace(PLAIN, num_steps=2, skip_layers=(1,), skip_start=0.1, skip_end=1.0, skip_scale=2.5)
-    context, pooled = pipeline.text([PROMPT])
-    network = lambda z, t, **more: pipeline.mmdit(z, torch.tensor([t]), context, pooled, **more)
-    with torch.no_grad():
-        z = noise - 0.5 * network(noise, 1.0)                                     # step 0 is before the start
-        cond, skipped = network(z, 0.5), network(z, 0.5, skip_layers=(1,))
-        assert (cond - skipped).abs().mean() > 1e-3
-        expected = z - 0.5 * (cond + 2.5 * (cond - skipped))
-    torch.testing.assert_close(latents(pipeline, noise, settings)[0], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_family_of_a_released_model_gives_its_defaults():
-    """Published: SD3.5-medium with blocks 7, 8, 9 left out at scale 2.5 from .01 to .2; turbo in 4 steps without guidance."""
-    medium = Settings(**released_settings(MMDiTConfig(dual_attention_layers=13, pos_embed_max_size=384), "any name"))
-    assert (medium.skip_layers, medium.skip_scale, medium.skip_start, medium.skip_end) == ((7, 8, 9), 2.5, 0.01, 0.2)
-    turbo = Settings(**released_settings(MMDiTConfig(depth=38), "models/sd3.5_large_turbo.safetensors"))
-    assert (turbo.num_steps, turbo.guidance_scale) == (4, 1) and not turbo.skip_layers
-    assert released_settings(MMDiTConfig(depth=38), "sd3.5_large.safetensors")["guidance_scale"] == 3.5
-    assert released_settings(MMDiTConfig(qk_norm=False), "sd3_medium.safetensors") == {}
-
-
-def test_any_encoder_can_be_left_out(pipeline):
-    """Sec. 5.3.3: the picture changes, but it is still one."""
-    full, without = (np.asarray(generate(pipeline, [PROMPT], num_steps=4, without=names)[0], dtype=float)
-                     for names in ((), ("t5", "clip_g")))
-    assert 0 < np.abs(full - without).mean() and without.std() > 1
-
-
-@pytest.mark.parametrize("solver", ["heun", "rk4", "dpm++2m"])
-def test_every_solver_goes_to_the_same_picture(pipeline, noise, solver):
-    """At many steps all of them approach the one solution of Eq. 1; Euler is the furthest from it."""
-    end = lambda solver, n: latents(pipeline, noise, replace(PLAIN, num_steps=n, guidance_scale=2, solver=solver))[0]
-    exact = end("rk4", 24)
-    assert (end(solver, 16) - exact).norm() < (end("euler", 16) - exact).norm()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# From a picture to a picture
-# ------------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory, pipeline):
-    """A picture the model has drawn, as a file."""
-    file = tmp_path_factory.mktemp("photo") / "photo.png"
-    generate(pipeline, [PROMPT], seed=1, num_steps=8)[0].save(file)
-    return file
+@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5"])
+def test_an_encoder_that_is_left_out_gives_zeros_and_the_others_stay(pipeline, name):
+    config = pipeline.text.config
+    context, pooled = encode(pipeline.text, [PROMPT], replace(PLAIN, without=(name,)))
+    full, full_pooled = encode(pipeline.text, [PROMPT], PLAIN)
+    rows = slice(config.clip_length, None) if name == "t5" else slice(0, config.clip_length)
+    first = config.clip_l_width if name == "clip_g" else 0
+    width = {"clip_l": config.clip_l_width, "clip_g": config.clip_g_width, "t5": config.t5_width}
+    columns = slice(first, first + width[name])
+    assert full[:, rows, columns].abs().sum() > 0
+    full[:, rows, columns] = 0
+    if name != "t5":
+        full_pooled[:, columns] = 0
+    assert torch.equal(context, full) and torch.equal(pooled, full_pooled)
 
 
 def test_strength_is_the_share_of_the_steps_that_are_walked(pipeline, noise):
-    """int(steps * (1 - strength)) steps are left out; z begins on the straight path (Eq. 13)."""
-    latent, calls = torch.full_like(noise, 0.5), []
-    settings = replace(PLAIN, num_steps=5, strength=0.5)
-    hook = pipeline.mmdit.register_forward_pre_hook(lambda module, inputs: calls.append((inputs[0], float(inputs[1][0]))))
-    latents(pipeline, noise, settings, latent=latent)
-    hook.remove()
-    assert [round(t, 4) for _, t in calls] == [0.6, 0.4, 0.2]
+    """z begins on the straight path (Eq. 13) between the image and the noise."""
+    latent = torch.full_like(noise, 0.5)
+    calls = calls_of(pipeline, noise, replace(PLAIN, num_steps=5, strength=0.5), latent=latent)
+    assert [call[1] for call in calls] == [0.6, 0.4, 0.2]
     torch.testing.assert_close(calls[0][0], 0.4 * latent + 0.6 * noise)
-    for num_steps, strength, walked in ((10, 0.9, 9), (5, 0.8, 4), (100, 0.07, 7)):     # 10 (1 - .9) is .999... in binary
-        calls.clear()
-        hook = pipeline.mmdit.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
-        latents(pipeline, noise, replace(PLAIN, num_steps=num_steps, strength=strength), latent=latent)
-        hook.remove()
-        assert len(calls) == walked
+    for num_steps, strength, walked in ((10, 0.9, 9), (5, 0.8, 4), (100, 0.07, 7), (3, 0, 0)):
+        settings = replace(PLAIN, num_steps=num_steps, strength=strength)
+        assert len(calls_of(pipeline, noise, settings, latent=latent)) == walked
 
 
 def test_strength_zero_gives_the_picture_back_and_one_another(pipeline, photo):
+    near = generate(pipeline, "two green stars", image=photo, strength=0, num_steps=4)[0]
+    far = generate(pipeline, "two green stars", image=photo, strength=1, num_steps=4)[0]
     original = pixels(Image.open(photo))
-    near, far = (pixels(generate(pipeline, ["two green stars"], image=photo, strength=s, num_steps=4)[0]) for s in (0, 1))
-    assert np.abs(near - original).mean() < 12 < np.abs(far - original).mean()    # the autoencoder's own error, and more
+    assert np.abs(pixels(near) - original).mean() < 12 < np.abs(pixels(far) - original).mean()
 
 
 @pytest.mark.parametrize("solver", flow.SOLVERS)
-def test_what_is_not_repainted_arrives_at_the_pictures_latent(pipeline, noise, solver):
+def test_what_is_not_repainted_arrives_at_the_latent_of_the_image(pipeline, noise, solver):
     latent = torch.linspace(-1, 1, noise.numel()).view_as(noise)
     repaint = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     repaint[..., :4] = True
@@ -203,197 +240,332 @@ def test_what_is_not_repainted_arrives_at_the_pictures_latent(pipeline, noise, s
     assert (z[..., :4] - latent[..., :4]).abs().mean() > 0.1
 
 
-def test_outside_the_mask_every_pixel_stays(pipeline, photo, tmp_path):
-    mask = np.zeros((64, 64), np.uint8)
-    mask[10:30, 20:50] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_outside_the_mask_every_pixel_stays(pipeline, photo, tmp_path, mode):
+    """RGBA: white strokes on a transparent layer, as drawing programs save them."""
+    white = np.zeros((64, 64), np.uint8)
+    white[10:30, 20:50] = 255
+    mask = Image.fromarray(white)
+    if mode == "RGBA":
+        mask = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+        mask.putalpha(Image.fromarray(white))
+    mask.save(tmp_path / "mask.png")
+    painted = pixels(generate(pipeline, "a green star", image=photo, mask=tmp_path / "mask.png",
+                              strength=1, num_steps=4)[0])
     original = pixels(Image.open(photo))
-    painted = pixels(generate(pipeline, ["a green star"], image=photo, mask=tmp_path / "mask.png", strength=1, num_steps=4)[0])
-    assert np.array_equal(painted[mask == 0], original[mask == 0])
-    assert np.abs(painted - original)[mask > 0].mean() > 5
-    with pytest.raises(ValueError, match="give the image as well"):
-        generate(pipeline, [PROMPT], mask=tmp_path / "mask.png")
+    assert np.array_equal(painted[white == 0], original[white == 0])
+    assert np.abs(painted - original)[white > 0].mean() > 5
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Memory, precision, sizes
-# ------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("memory", ["offload", "one"])
-def test_networks_that_take_turns_draw_the_same_picture(pipeline, memory):
-    turns = load(SHIPPED, device="cpu", precision="fp32", memory=memory)
-    settings = {"prompts": [PROMPT], "num_steps": 2, "t5_length": 12}
-    assert np.array_equal(pixels(generate(turns, **settings)[0]), pixels(generate(pipeline, **settings)[0]))
-    if memory == "one":                                                           # nothing is left in memory
-        assert all(p.is_meta for network in (turns.mmdit, turns.vae, turns.text) for p in network.parameters())
+def test_a_mask_has_an_image_and_its_proportions(pipeline, photo, tmp_path):
+    Image.new("L", (64, 48), 255).save(tmp_path / "flat.png")
+    Image.new("L", (33, 33), 255).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match="64x48 px and --image 64x64 px; give a mask with the prop"):
+        generate(pipeline, PROMPT, image=photo, mask=tmp_path / "flat.png")
+    with pytest.raises(ValueError, match="give --image as well"):
+        generate(pipeline, PROMPT, mask=tmp_path / "small.png")
+    assert generate(pipeline, PROMPT, image=photo, mask=tmp_path / "small.png", num_steps=1)
 
 
-def test_one_network_at_a_time_is_alive(monkeypatch):
-    """With memory="one" the one before is gone when the next is read."""
-    pipeline = load(SHIPPED, device="cpu", precision="fp32", memory="one")
-    read, seen = pipeline.read, []
+# ---- Memory, precision, limits -------------------------------------------------------------------
 
-    def watched(name):
+def test_networks_that_take_turns_draw_the_same_picture(pipeline):
+    """With memory="one" the text encoders are gone when the MM-DiT is read."""
+    turns = load(SHIPPED, device="cpu", precision="fp32", memory="one", t5_length=12)
+    assert all(p.is_meta for n in (turns.mmdit, turns.vae, turns.text) for p in n.parameters())
+    read = turns.read
+    seen = []
+
+    def watched(wanted):
         gc.collect()
-        assert all(reference() is None for reference in seen), f"{name} is read while another is still there"
-        network = read(name)
-        seen.append(weakref.ref(network))
-        return network
-    pipeline.read = watched
-    generate(pipeline, [PROMPT, "two green stars"], num_steps=1, batch_size=1)
-    assert len(seen) == 3
+        if wanted == ("mmdit",):
+            assert seen[0]() is None
+        parts = read(wanted=wanted)
+        seen.append(weakref.ref(getattr(parts, wanted[0])))
+        return parts
+    turns.read = watched
+    prompts = [PROMPT, "two green stars"]
+    pictures = generate(turns, prompts, num_steps=1, batch_size=1)
+    assert len(seen) == 3                                             # one reading for two batches
+    whole = load(SHIPPED, device="cpu", precision="fp32", t5_length=12)
+    expected = generate(whole, prompts, num_steps=1, batch_size=1)
+    assert np.array_equal(pixels(pictures[1]), pixels(expected[1]))
+
+
+def test_a_file_header_is_parsed_once(monkeypatch, tmp_path):
+    checkpoints.parse_header.cache_clear()
+    run_main(monkeypatch, "--prompt", PROMPT, "--num-steps", 1, "--out", tmp_path)
+    assert checkpoints.parse_header.cache_info().misses == 1
 
 
 def test_t5_never_computes_in_fp16_because_large_activations_overflow_it():
-    """The gated product of the feed-forward goes beyond fp16's 65504 in T5-XXL; here it is made to."""
-    pipeline = load(SHIPPED, device="cpu", precision="fp16")
-    assert pipeline.mmdit.joint_blocks[0].x_block.mlp.fc1.weight.dtype == torch.float16
-    t5 = pipeline.text.encoders["t5"]
-    types = {p.dtype for name, p in t5.named_parameters() if "layers" in name and p.dim() == 2}
-    assert types == {torch.bfloat16}
-    exact = load(SHIPPED, device="cpu", precision="fp32").text.encoders["t5"]
-    for network in (t5, exact):
-        network.layers[0].feed_forward.up.weight.mul_(3e5)
-        network.layers[0].feed_forward.down.weight.div_(3e5)
+    """The gated product of T5-XXL's feed-forward goes beyond 65504; here it is made to."""
+    half = load(SHIPPED, device="cpu", precision="fp16")
+    assert half.mmdit.joint_blocks[0].x_block.mlp.fc1.weight.dtype == torch.float16
+    exact = load(SHIPPED, device="cpu", precision="fp32")
     seen = []
-    hook = t5.layers[0].feed_forward.down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max()))
-    given, _ = pipeline.use("text", lambda text: encode(text, [PROMPT], Settings(unconditional="zeros")))
-    hook.remove()
-    assert seen[0] > 65504 and given[0].isfinite().all()
-    length = pipeline.text.config.clip_length
-    expected = exact(pipeline.text.tokenize([PROMPT])["t5"])
-    assert (given[0][:, length:] - expected).norm() < 0.05 * expected.norm()
+    for pipeline in (half, exact):
+        layer = pipeline.text.encoders["t5"].layers[0].feed_forward
+        layer.up.weight.mul_(3e5)
+        layer.down.weight.div_(3e5)
+        layer.down.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].abs().max()))
+    pictures = []
+    for pipeline in (half, exact):
+        pictures.append(pixels(generate(pipeline, PROMPT, num_steps=4)[0]))
+    assert min(seen) > 65504
+    assert np.abs(pictures[0] - pictures[1]).mean() < 4
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_draws_nearly_the_same_picture(pipeline, precision):
-    half = load(SHIPPED, device="cpu", precision=precision)
-    settings = {"prompts": [PROMPT], "num_steps": 4}
-    assert np.abs(pixels(generate(half, **settings)[0]) - pixels(generate(pipeline, **settings)[0])).mean() < 4
+def test_bf16_draws_nearly_the_same_picture(pipeline):
+    half = load(SHIPPED, device="cpu", precision="bf16")
+    ours = pixels(generate(half, PROMPT, num_steps=4)[0])
+    assert np.abs(ours - pixels(generate(pipeline, PROMPT, num_steps=4)[0])).mean() < 4
 
 
-def test_t5_length_is_an_argument(pipeline):
-    lengths = {n: encode(pipeline.text, [PROMPT], Settings(t5_length=n))[0][0].shape[1] for n in (0, 12, 40)}
+def test_t5_length_is_an_argument_of_load(pipeline):
     clip = pipeline.text.config.clip_length
-    assert lengths == {0: clip + 20, 12: clip + 12, 40: clip + 40} and pipeline.text.config.t5_length == 20
+    for length, expected in ((0, 20), (12, 12), (40, 40)):
+        text = load(SHIPPED, device="cpu", precision="fp32", t5_length=length).text
+        assert text([PROMPT])[0].shape[1] == clip + expected
 
 
-def test_decoding_in_tiles_gives_the_same_picture(pipeline):
-    settings = {"prompts": [PROMPT], "num_steps": 2, "height": 96, "width": 128}
-    whole, tiles = (pixels(generate(pipeline, tile=tile, **settings)[0]) for tile in (0, 64))
-    assert np.abs(whole - tiles).max() <= 1
+@pytest.mark.parametrize("wrong, words", [
+    ({"strength": 1.5}, "--strength 1.5 must be a number from 0 to 1"),
+    ({"guidance_scale": float("nan")}, "--guidance-scale nan"),
+    ({"guidance_scale": float("inf")}, "--guidance-scale inf"),
+    ({"guidance_scale": 1e39}, "--guidance-scale"),
+    ({"timestep_shift": 0}, "--shift"),
+    ({"num_steps": 0}, "--num-steps"),
+    ({"num_steps": 10**9}, "--num-steps"),
+    ({"num_steps": "4"}, "--num-steps"),
+    ({"solver": "rk4"}, "one of euler"),
+    ({"schedule": "linear"}, "one of shifted"),
+    ({"unconditional": "none"}, "one of zeros, empty"),
+    ({"without": ("t6",)}, "one of clip_l"),
+    ({"skip_layers": [7, 99]}, "this model's blocks are 0 to"),
+    ({"height": 40}, "multiples of 16 px"),
+    ({"height": 1024, "width": 1024}, "at most 256x256 px")])
+def test_impossible_settings_are_named(pipeline, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        generate(pipeline, PROMPT, **wrong)
 
 
-def test_unknown_and_impossible_settings_are_named(pipeline):
-    with pytest.raises(ValueError, match="unknown setting 'num_step'"):
-        generate(pipeline, [PROMPT], num_step=4)
-    with pytest.raises(ValueError, match="strength=1.5; give a number from 0 to 1"):
-        generate(pipeline, [PROMPT], strength=1.5)
-    with pytest.raises(ValueError, match="this model's blocks are 0 to"):
-        generate(pipeline, [PROMPT], skip_layers=[7, 99], num_steps=1)
-    for wrong in ({"unconditional": "none"}, {"solver": "dopri"}, {"schedule": "linear"}):
-        with pytest.raises(ValueError, match="choose "):
-            generate(pipeline, [PROMPT], **wrong)
-    for wrong in ({"num_steps": 0}, {"t5_length": -3}, {"timestep_shift": 0}):
-        with pytest.raises(ValueError, match="give numbers above 0"):
-            generate(pipeline, [PROMPT], **wrong)
-    with pytest.raises(ValueError, match="multiple of 8 px"):
-        generate(pipeline, [PROMPT], tile=100)
+def test_there_are_at_most_12_settings(pipeline):
+    assert len(fields(Settings)) <= 12
+    with pytest.raises(TypeError, match="num_step"):
+        generate(pipeline, PROMPT, num_step=4)
 
 
-def test_other_sizes_and_their_limits(pipeline):
-    assert generate(pipeline, [PROMPT], height=32, width=96, num_steps=2)[0].size == (96, 32)
-    with pytest.raises(ValueError, match="multiples of 16"):
-        generate(pipeline, [PROMPT], height=40, width=64)
-    with pytest.raises(ValueError, match="at most 256x256 px"):
-        generate(pipeline, [PROMPT], height=1024, width=1024, num_steps=1)
+def test_other_sizes(pipeline):
+    assert generate(pipeline, PROMPT, height=32, width=96, num_steps=2)[0].size == (96, 32)
 
 
-def test_the_shipped_model_draws_what_is_asked_for(pipeline):
-    """A red circle on white: the most saturated pixels are red, and there are neither too few nor too many of them."""
-    picture = np.asarray(generate(pipeline, ["a large red circle on a white background"], seed=3, num_steps=20)[0], dtype=int)
-    red = (picture[..., 0] > 150) & (picture[..., 1] < 110) & (picture[..., 2] < 110)
-    assert 0.03 < red.mean() < 0.3
+@pytest.mark.parametrize("network", ["mmdit", "vae"])
+def test_numbers_that_are_not_finite_are_no_picture(network):
+    """They used to become an all-black PNG."""
+    pipeline = load(SHIPPED, device="cpu")
+    next(p for n, p in getattr(pipeline, network).named_parameters() if "encoder" not in n).fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        generate(pipeline, PROMPT, num_steps=1)
 
 
-def test_precision_is_chosen_by_the_hardware():
-    assert pick_precision("fp32", torch.device("cpu")) == torch.float32
-    assert pick_precision("bf16", torch.device("cpu")) == torch.bfloat16
-    assert pick_precision("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+# ---- The command line ----------------------------------------------------------------------------
+
+def record_of(file):
+    return json.loads(Image.open(file).text["rectified-flow"])
 
 
-def run_main(monkeypatch, *options):
-    """The command line in this process; the files it wrote."""
-    written, save = [], sample.save_png
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, options)])
-        patch.setattr(sample, "save_png", lambda picture, file, record: (save(picture, file, record), written.append(file)))
-        sample.main()
-    return written
+def test_from_png_repeats_one_of_several_pictures_bit_for_bit(tmp_path, photo, monkeypatch):
+    """With an image to begin from, which must be given again and be the same."""
+    options = ("--image", photo, "--strength", 0.9, "--guidance-scale", 3, "--seed", 5,
+               "--num-steps", 3, "--precision", "fp32", "--t5-length", 12)
+    first = run_main(monkeypatch, "--prompt", PROMPT, "two green stars", *options, "--out", tmp_path)
+    again = ("--from-png", first[1], "--out", tmp_path / "again.png")
+    second, = run_main(monkeypatch, *again, "--image", photo)
+    assert second.read_bytes() == first[1].read_bytes()
+    other, = run_main(monkeypatch, *again, "--image", photo, "--seed", 7)
+    assert not np.array_equal(pixels(Image.open(other)), pixels(Image.open(first[1])))
+    for wrong in ((), ("--image", first[0])):
+        with pytest.raises(ValueError, match="was made with another --image or --mask"):
+            run_main(monkeypatch, *again, *wrong)
 
 
-def test_the_png_says_how_it_was_made(tmp_path):
-    result = run_sample("--prompt", PROMPT, "--seed", 7, "--out", tmp_path / "x.png")
-    assert result.returncode == 0, result.stderr
-    record = json.loads(Image.open(tmp_path / "x.png").text["rectified-flow"])
-    assert record["prompt"] == PROMPT and record["seed"] == 7 and record["settings"]["num_steps"] == 2
-    assert record["checkpoint"] == "pretrained/tiny" and len(record["fingerprint"]) == 16
+def test_the_png_says_how_it_was_made_and_names_no_file(tmp_path, photo, monkeypatch):
+    file, = run_main(monkeypatch, "--prompt", PROMPT, "--image", photo, "--mask", photo,
+                     "--num-steps", 2, "--checkpoint", SHIPPED, "--out", tmp_path / "x.PNG")
+    record = record_of(file)
+    assert record["options"]["prompt"] == [PROMPT] and record["options"]["num_steps"] == 2
+    assert record["options"].keys() >= asdict(Settings()).keys() | {"seed", "precision", "t5_length"}
+    assert str(tmp_path) not in json.dumps(record) and str(SHIPPED) not in json.dumps(record)
+    assert "photo" not in json.dumps(record)
 
 
-def test_from_png_repeats_a_picture_of_a_batch_to_the_pixel(tmp_path, photo, monkeypatch, capsys):
-    """With an image to begin from, which must still be the same."""
-    Image.open(photo).save(tmp_path / "photo.png")
-    options = ("--image", tmp_path / "photo.png", "--strength", 0.9, "--guidance-scale", 3, "--seed", 5, "--num-steps", 3)
-    first = run_main(monkeypatch, "--prompt", PROMPT, "two green stars", "a red heart", *options, "--out", tmp_path / "first")
-    assert len(first) == 3
-    again, = run_main(monkeypatch, "--from-png", first[1], "--out", tmp_path / "again.png")
-    assert np.array_equal(pixels(Image.open(first[1])), pixels(Image.open(again)))
-    assert Image.open(first[1]).text == Image.open(again).text
-    other, = run_main(monkeypatch, "--from-png", first[1], "--seed", 6, "--out", tmp_path / "other.png")
-    assert not np.array_equal(pixels(Image.open(other)), pixels(Image.open(again)))
-    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
-    with pytest.raises(ValueError, match="photo.png is not the picture that --from-png was made with"):
-        run_main(monkeypatch, "--from-png", first[1], "--out", tmp_path / "never.png")
-
-
-def test_from_png_repeats_a_grid_and_refuses_another_checkpoint(tmp_path, monkeypatch):
-    first, = run_main(monkeypatch, "--prompt", PROMPT, "two green stars", "--grid", "--num-steps", 1, "--out", tmp_path)
+def test_from_png_repeats_a_grid_and_refuses_another_model(tmp_path, monkeypatch):
+    options = ("--prompt", PROMPT, "two green stars", "--grid", "--num-steps", 1, "--out", tmp_path)
+    first, = run_main(monkeypatch, *options)
     again, = run_main(monkeypatch, "--from-png", first, "--out", tmp_path / "again.png")
-    assert np.array_equal(pixels(Image.open(first)), pixels(Image.open(again)))
-    monkeypatch.setattr(sample, "fingerprint", lambda file: "another")
-    with pytest.raises(CheckpointError, match="is not the file that --from-png"):
-        run_main(monkeypatch, "--from-png", first, "--out", tmp_path / "never.png")
+    assert first.read_bytes() == again.read_bytes()
+    write_record(tmp_path / "other.png", record_of(first) | {"fingerprint": "another"})
+    with pytest.raises(CheckpointError, match="name its model with --checkpoint"):
+        run_main(monkeypatch, "--from-png", tmp_path / "other.png", "--out", tmp_path / "no.png")
+    assert run_main(monkeypatch, "--from-png", tmp_path / "other.png", "--checkpoint", SHIPPED,
+                    "--out", tmp_path / "yes.png")
 
 
-def test_another_programs_png_is_refused(tmp_path, monkeypatch):
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+def write_record(file, record):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("rectified-flow", record if isinstance(record, str) else json.dumps(record))
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+
+
+@pytest.mark.parametrize("change", [
+    {"prompt": "a heart"}, {"prompt": [5]}, {"seed": "7"}, {"seed": -1}, {"seed": 1.5},
+    {"num_steps": 10**9}, {"num_steps": True}, {"height": 10**9}, {"guidance_scale": "nan"},
+    {"guidance_scale": float("nan")}, {"without": "t5"}, {"enlarge": 10**9}, {"t5_length": 10**9},
+    {"skip_layers": [[1]]}, {"grid": 1}])
+def test_wrong_types_in_a_strangers_png_are_one_sentence(tmp_path, monkeypatch, change):
+    options = asdict(Settings()) | {"prompt": [PROMPT]} | change
+    record = {"options": options, "fingerprint": "", "inputs": ["", ""]}
+    write_record(tmp_path / "x.png", record)
     with pytest.raises(ValueError, match="not a PNG that sample.py wrote"):
         run_main(monkeypatch, "--from-png", tmp_path / "x.png")
 
 
-def test_prompts_from_a_file_make_a_grid(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue stars\n")
-    result = run_sample("--prompts-file", tmp_path / "prompts.txt", "--grid", "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.width > 2 * 160 and json.loads(grid.text["rectified-flow"])["prompts"] == ["a red circle", "two blue stars"]
+@pytest.mark.parametrize("content", [
+    "[" * 100_000, "5", "{}", '{"options": 5}', '{"options": {"prompt": ["x"]}}', "\x00"])
+def test_damaged_records_are_one_sentence(tmp_path, monkeypatch, content):
+    write_record(tmp_path / "x.png", content)
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("no picture")
+    os.mkfifo(tmp_path / "fifo.png")
+    for name in ("x.png", "plain.png", "text.png", "fifo.png", "missing.png"):
+        with pytest.raises(ValueError, match="not a PNG that sample.py wrote"):
+            run_main(monkeypatch, "--from-png", tmp_path / name)
+
+
+def test_a_strangers_png_names_no_file_and_no_checkpoint(tmp_path, monkeypatch):
+    """A PNG may not open paths or reach for the hub: what it says of files is left out."""
+    mine, = run_main(monkeypatch, "--prompt", PROMPT, "--num-steps", 1, "--out", tmp_path / "a.png")
+    record = record_of(mine)
+    for name in ("checkpoint", "image", "mask", "vae", "tokenizers", "prompts_file", "out"):
+        record["options"][name] = "/etc/passwd"
+    record["options"] |= {"checkpoint": "someone/repo", "device": "cuda:9"}
+    write_record(tmp_path / "evil.png", record)
+    again, = run_main(monkeypatch, "--from-png", tmp_path / "evil.png", "--out", tmp_path / "b.png")
+    assert again.read_bytes() == mine.read_bytes()
+
+
+def test_prompts_from_a_file_make_a_grid(tmp_path, monkeypatch):
+    """A byte order mark is no part of a prompt, and U+2028 does not end a line."""
+    text = "\ufeffa red circle\r\n\r\ntwo blue\u2028stars\n"
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8", newline="")
+    grid, = run_main(monkeypatch, "--prompts-file", tmp_path / "prompts.txt", "--grid",
+                     "--num-steps", 1, "--out", tmp_path)
+    assert record_of(grid)["options"]["prompt"] == ["a red circle", "two blue\u2028stars"]
+    assert Image.open(grid).width >= 2 * 160                          # Small pictures are enlarged.
+
+
+def test_enlarging_repeats_every_pixel(tmp_path, monkeypatch):
+    options = ("--prompt", PROMPT, "--num-steps", 1, "--out")
+    small, = run_main(monkeypatch, *options, tmp_path / "small.png")
+    large, = run_main(monkeypatch, *options, tmp_path / "large.png", "--enlarge", 4)
+    expected = pixels(Image.open(small)).repeat(4, axis=0).repeat(4, axis=1)
+    assert np.array_equal(pixels(Image.open(large)), expected)
+
+
+@pytest.mark.parametrize("prompt, name", [
+    ("a red circle!", "a-red-circle-0.png"), ("", "picture-0.png"), ("../x", "x-0.png"),
+    ("\u732b" * 200, "\u732b" * 20 + "-0.png")])
+def test_file_names_are_short_in_bytes(tmp_path, monkeypatch, prompt, name):
+    file, = run_main(monkeypatch, "--prompt", prompt, "--num-steps", 1, "--out", tmp_path)
+    assert file == tmp_path / name
+
+
+@pytest.mark.parametrize("out, words", [
+    ("x.jpg", "ends in .png"), ("x.webp", "ends in .png"), ("x" * 300 + ".png", "at most 200 bytes"),
+    ("\u732b" * 90 + ".png", "at most 200 bytes"), ("several.png", "for one picture or a grid")])
+def test_out_is_checked_before_the_work(tmp_path, monkeypatch, out, words):
+    monkeypatch.setattr(sample, "load", None)
+    prompts = ("a heart", "a star") if out == "several.png" else ("a heart",)
+    with pytest.raises(ValueError, match=words):
+        run_main(monkeypatch, "--prompt", *prompts, "--out", tmp_path / out)
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "draw", None)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "x.png", "/proc/x"):
+        with pytest.raises((OSError, ValueError)):
+            run_main(monkeypatch, "--prompt", PROMPT, "--out", place)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_an_interrupt_keeps_what_is_drawn(tmp_path, monkeypatch, grid):
+    decode = sample.from_tensor
+    drawn = []
+
+    def interrupted(image):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(image)
+        return decode(image)
+    monkeypatch.setattr(sample, "from_tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, "--prompt", "a heart", "a star", "--num-steps", 1, "--out", tmp_path,
+                 "--grid", str(grid).lower())
+    name = "grid.png" if grid else "a-heart-0.png"
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_one_bar_counts_the_steps_of_all_pictures(tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, "--prompt", "a heart", "a star", "--num-steps", 2, "--out", tmp_path)
+    shown = capsys.readouterr().err
+    assert "4/4" in shown and "2/2" not in shown
+
+
+def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monkeypatch, capsys):
+    """Unknown words, a size that it was never trained on, a missing T5."""
+    load_it = sample.load
+
+    def load_with_words(*options):
+        pipeline = load_it(*options)
+        pipeline.parts.words = ("a", "red", "circle")
+        pipeline.parts.missing = ("t5",)
+        return pipeline
+    monkeypatch.setattr(sample, "load", load_with_words)
+    options = ("--num-steps", 1, "--out", tmp_path)
+    files = run_main(monkeypatch, "--prompt", "A red cat!", "a cat", *options, "--width", 96)
+    assert len(files) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert said[0].startswith("note: the model's T5 is missing")
+    assert "words cat; it knows only a, circle, red" in said[1]
+    assert "pictures of 64x64 px" in said[2] and len(said) == 3
+    run_main(monkeypatch, "--prompt", "A red circle!", *options)
+    assert capsys.readouterr().err.count("note:") == 1                # T5 alone
 
 
 @pytest.mark.parametrize("options, words", [
-    ((), "nothing to draw"), (("--prompt", "x", "--width", 70), "multiples of 16"),
+    ((), "nothing says what to draw"), (("--image", "photo.png"), "with --image or not; give --prompt"),
+    (("--prompt", "x", "--width", "70"), "multiples of 16"),
+    (("--prompt", "x", "--image", "/dev/zero"), "/dev/zero"),
+    (("--prompt", "x", "--num-steps", "1e9"), "--num-steps"),
+    (("--prompt", "x", "--t5-length", "1000000000"), "--t5-length"),
+    (("--prompt", "x", "--guidance-scale", "nan"), "--guidance-scale"),
+    (("--prompt", "x", "--device", "foo"), "--device foo"),
     (("--prompt", "x", "--checkpoint", "/no/such"), "o such file or folder"),
-    (("--prompts-file", "/no/such.txt"), "o such file")])
-def test_what_cannot_work_is_answered_in_one_sentence(tmp_path, options, words):
-    result = run_sample(*options, "--out", tmp_path / "out")
-    assert result.returncode != 0 and words in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
+    (("--prompts-file", "/no/such.txt"), "/no/such.txt")])
+def test_what_cannot_work_is_answered_in_one_sentence(monkeypatch, tmp_path, capsys, options, words):
+    with pytest.raises((ValueError, OSError, SystemExit)) as problem:
+        run_main(monkeypatch, *options, "--out", tmp_path / "out")
+    assert words in str(problem.value) + capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_long_prompt_is_cut_and_this_is_said_once(tmp_path):
-    result = run_sample("--prompt", "red " * 200, "blue " * 200, "--out", tmp_path)
-    assert result.returncode == 0 and result.stderr.count("is cut to") == 1
-
-
-def test_every_setting_says_what_it_is_in_the_help():
-    assert sample.field_comments(Settings).keys() == {field.name for field in fields(Settings)}
-    assert train.field_comments(train.TrainConfig).keys() == {field.name for field in fields(train.TrainConfig)}
+def test_the_command_ends_with_one_sentence_and_a_code(tmp_path):
+    command = [sys.executable, "sample.py", "--prompt", "red " * 200, "blue " * 200,
+               "--device", "cpu", "--num-steps", "1", "--out"]
+    good = subprocess.run([*command, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert good.returncode == 0 and good.stderr.count("are cut") == 1
+    bad = subprocess.run([*command, tmp_path / "x.jpg"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1 and bad.stderr.startswith("sample.py: --out x.jpg")
+    assert len(bad.stderr.splitlines()) == 1
