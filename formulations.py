@@ -5,8 +5,8 @@ Not here    Eq. 1, 13 and 19 to 25 (flow.py); the study itself (experiments/)
 Shapes      B batch   M number of noises   D size of one sample; (B, ...) is any batch of latents
 Run         python formulations.py     the samplers on a flow with a known answer
 
-The paper's letters: x_0 is `latent`, epsilon `noise`, lambda_t `log_snr`; P_m and P_s of Eq. 14 are
-`log_mean` and `log_std`. |x|^2 is a mean over the numbers of one sample.
+The paper's x_0 is `latent`, epsilon `noise`, lambda_t `log_snr`; P_m and P_s of Eq. 14 are `log_mean`
+and `log_std`. |x|^2 is a mean over the numbers of one sample.
 """
 
 import math
@@ -19,7 +19,7 @@ from flow import Uniform, density, normal_density, parse_name, per_sample
 
 @dataclass(frozen=True)
 class Scales:
-    """a_t, b_t, a'_t, b'_t, shaped to multiply latents. Below, `at` is always one of these."""
+    """a_t, b_t, a'_t, b'_t as process.at(t) gives them, in the shape of t. Below, they are `at`."""
     a: torch.Tensor
     b: torch.Tensor
     a_slope: torch.Tensor
@@ -55,8 +55,7 @@ def diffuse(latent, noise, at):
 
 def conditional_density(z, noise, at, data_density):
     """p_t(z | eps): the data's density, stretched by a_t and moved by b_t eps. (M, D) -> (M,)"""
-    latent = psi_inverse(z, noise, at)
-    return data_density(latent) / at.a ** z.shape[1]
+    return data_density(psi_inverse(z, noise, at)) / at.a ** z.shape[1]
 
 
 def marginal_density(z, noise, at, data_density):
@@ -84,9 +83,8 @@ def marginal_velocity(z, noise, at, data_density):
     """Eq. 6: u_t(z) = E_eps [u_t(z | eps) p_t(z | eps) / p_t(z)]. As Eq. 3; (1, D) -> (D,)."""
     z = z.expand_as(noise)                                            # (M, D)
     weight = conditional_density(z, noise, at, data_density)          # (M,)
-    weight = weight / weight.mean()
     velocity = conditional_velocity(z, noise, at)                     # (M, D)
-    return (weight[:, None] * velocity).mean(dim=0)
+    return (weight[:, None] * velocity).mean(dim=0) / weight.mean()
 
 
 def flow_matching_loss(velocity_pred, marginal):
@@ -128,25 +126,24 @@ def noise_from_velocity(velocity_pred, z, at):
 def weighted_loss(noise_pred, noise, at, weight):
     """L_w (no number): -1/2 w_t lambda'_t |eps_Theta - eps|^2, for t ~ U(0, 1). (B,)
 
-    weight is w_t, shaped like at.a. w_t = -1/2 lambda'_t b_t^2 gives Eq. 12.
+    weight, shaped like at.a, is w_t. With -1/2 lambda'_t b_t^2 for w_t it is Eq. 12.
     """
     factor = -weight / 2 * at.log_snr_slope
     return (factor * (noise_pred - noise).square()).flatten(1).mean(dim=1)
 
 
 # --- Sec. 3: the paths and their weights (Eq. 13 to 18) -------------------------------------------
-#
-# process.at(t) gives the Scales, finite for first <= t <= last; time_at(b / a) gives t back.
 
 class Straight:
     """Rectified flow, Eq. 13: z_t = (1 - t) x_0 + t eps."""
-    first, last = 0.0, 1.0
+    first, last = 0.0, 1.0                                            # where all scales are finite
 
     def at(self, t):
         one = torch.ones_like(t)
         return Scales(a=1 - t, b=t, a_slope=-one, b_slope=one)
 
     def time_at(self, ratio):
+        """The t at which b / a is `ratio`."""
         return ratio / (1 + ratio)
 
 
@@ -155,12 +152,11 @@ class EDM:
     """Eq. 14: z_t = x_0 + b_t eps, b_t = exp F^-1(t), F^-1(t) the quantile of N(P_m, P_s^2)."""
     log_mean: float
     log_std: float
-    first, last = 1e-5, 1 - 1e-5                                      # b is infinite at t = 1
+    first, last = 1e-5, 1 - 1e-5                                      # b is infinite at 1
 
     def __post_init__(self):
         if not (math.isfinite(self.log_mean) and 0 < self.log_std < math.inf):
-            raise ValueError(f"edm({self.log_mean}, {self.log_std}) is no path; "
-                             f"give a finite P_m and a P_s greater than 0")
+            raise ValueError(f"{self} needs a finite P_m and a P_s greater than 0")
 
     def at(self, t):
         quantile = torch.special.ndtri(t)
@@ -181,11 +177,10 @@ def edm_log_snr_density(log_snr, log_mean, log_std):
 def edm_weight(log_snr, log_mean, log_std, sigma_data=0.5):
     """Eq. 16: N(lambda; -2 P_m, (2 P_s)^2) (e^-lambda + 0.5^2).
 
-    For uniform t, the density is -1 / lambda' and cancels lambda' in L_w. What is left is the plain
-    square error of F (see `output_parts`), so training applies neither factor again.
+    N is -1 / lambda' for uniform t and cancels lambda' in L_w. What is left is the plain square
+    error of F (see `output_parts`), so training applies neither factor again.
     """
-    density = edm_log_snr_density(log_snr, log_mean, log_std)
-    return density * (torch.exp(-log_snr) + sigma_data**2)
+    return edm_log_snr_density(log_snr, log_mean, log_std) * (torch.exp(-log_snr) + sigma_data**2)
 
 
 class Cosine:
@@ -216,8 +211,7 @@ class Linear:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=t.dtype).square()
         changes = torch.log1p(-betas)                                 # of log a^2, in each step
         step = (1000 * t).ceil().long().clamp(1, 1000) - 1            # the step that t is in
-        before = changes.cumsum(0)[step] - changes[step]
-        log_a2 = before + changes[step] * (1000 * t - step)
+        log_a2 = changes.cumsum(0)[step] - changes[step] * (step + 1 - 1000 * t)
         a = torch.exp(log_a2 / 2)
         b = torch.sqrt(-torch.expm1(log_a2.clamp(max=0)))
         a_slope = a * 500 * changes[step]
@@ -239,7 +233,7 @@ class MatchedEDM:
     e^(-lambda / 2), but Table 1 ranks the two apart. So we match the log-SNR at every t.
     """
     other: Straight | Cosine
-    first, last = 1e-5, 1 - 1e-5                                      # b is infinite at t = 1
+    first, last = 1e-5, 1 - 1e-5                                      # b is infinite at 1
 
     def at(self, t):
         other = self.other.at(t)
@@ -289,7 +283,7 @@ class Formulation:
     name: str = field(default="", compare=False)
     sigma_data: float = 1.0
 
-    def times(self, t):
+    def clamp(self, t):
         """float64 times at which the path is finite and, for eps, z_t still shows x_0."""
         last = self.process.last
         if self.output == "eps":
@@ -298,16 +292,16 @@ class Formulation:
 
     def network_input(self, z, at):
         """z_t, which EDM divides by its size. (B, ...)"""
-        if self.output == "F":
-            return z / input_size(at, self.sigma_data)
-        return z
+        if self.output != "F":
+            return z
+        return z / input_size(at, self.sigma_data)
 
     def loss(self, model, latent, context, pooled, t, noise):
         """The mean square error of the output, not weighted: for rf it is `rectified_flow_loss`.
 
         model(z_t, t, context, pooled) -> output. latent, noise (B, C, H, W); t (B,) -> (B,) fp32.
         """
-        t = self.times(t)                                             # (B,)
+        t = self.clamp(t)                                             # (B,)
         at = self.process.at(per_sample(t, latent.dim())).to(latent)  # (B, 1, 1, 1) each
         z_t = diffuse(latent, noise, at)                              # (B, C, H, W)  Eq. 2
         latent_part, noise_part = output_parts(self.output, at, self.sigma_data)
@@ -324,7 +318,7 @@ class Formulation:
         return latent, noise
 
     def schedule(self, num_steps):
-        """N + 1 even times from 1 to 0. EDM's paths have EDM's levels of noise (Karras et al., 2022):
+        """N + 1 even times from 1 to 0. EDM's paths take the levels of Karras et al. (2022):
         b from 80 to .002, as far as the path goes, even in its seventh root, then 0."""
         if self.process.last == 1:
             return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
@@ -340,15 +334,13 @@ class Formulation:
         App. B.3 samples by "a Euler discretization of Equation 1". In EDM's own t that diverges:
         b' is infinite at t = 1. So a step holds x_0 and eps fixed and changes a and b only, like
         DDIM. That is Euler's step along the straight path. literal=True takes it in the path's own
-        t. It matters: in 5 steps for data N(0, .5^2), noise 1 ends at .364 for v/cos, or .481 if
-        literal, and at .369 for rf both ways. The answer is .5.
+        t. In 5 steps of v/cos for N(0, .5^2), noise 1 ends at .364, or literally at .481, not .5.
         """
         if literal and self.process.last < 1:
             raise ValueError(f"{self.name} has no finite Eq. 1; sample without literal=True")
-        start = self.process.at(self.times(times[0]))
-        z = noise * input_size(start, self.sigma_data)
+        z = noise * input_size(self.process.at(self.clamp(times[0])), self.sigma_data)
         for t, t_next in zip(times[:-1], times[1:]):
-            t = self.times(t)                                         # one number for all samples
+            t = self.clamp(t)                                         # one number for all samples
             at = self.process.at(t)
             t_batch = t.expand(len(z)).to(z)                          # (B,)
             prediction = predict(self.network_input(z, at), t_batch).to(z)
@@ -407,7 +399,7 @@ def gaussian_network(form, std):
             z = z * input_size(at, form.sigma_data)
         latent_part, noise_part = output_parts(form.output, at, form.sigma_data)
         covariance = latent_part * at.a * std**2 + noise_part * at.b  # of output and z_t
-        return covariance / ((at.a * std) ** 2 + at.b**2) * z
+        return covariance / input_size(at, std) ** 2 * z
     return predict
 
 
