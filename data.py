@@ -1,10 +1,8 @@
-"""data.py: pictures, captions, encoded shards, batches (SD3, arXiv:2403.03206v1, Sec. 5.3, App. E.1).
+"""data.py: pictures, captions, encoded shards, batches (SD3, arXiv:2403.03206v1, App. E.1).
 
 Read with   App. E.1: every picture is resized, cropped at its centre and encoded once, without
             random augmentation. Sec. 5.3.2: all pictures of a batch have one size.
 Not here    the networks (vae.py, text_encoders.py), the making of shards (encode.py)
-Sources     ImageFiles reads a folder with .txt captions, metadata.jsonl or .csv, or .tar shards in
-            WebDataset's layout. scenes.Scenes has the same methods, and draws.
 Shapes      B batch   C latent channels   H W latent height, width   L CLIP tokens   L' T5 tokens
             Pictures are uint8 RGB (height, width, 3); tensors are (3, height, width) in [-1, 1].
 Run         python data.py PATH     counts your pictures and names every file that cannot be used
@@ -18,11 +16,10 @@ import io
 import json
 import math
 import os
-import re
 import sys
 import tarfile
 import warnings
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,13 +34,14 @@ from safetensors import SafetensorError, safe_open
 from text_encoders import combine, drop_encoders
 from vae import normalize, sample_code
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")       # No other decoder sees a foreign file.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # No other decoder sees a foreign file.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 2**27                                            # 134 million, by the header
-MAX_BYTES = 2**30                                             # the largest picture file
-MAX_TEXT = 2**20                                              # the longest line or caption file
+MAX_PIXELS = 2**27                                       # 134 million, by the header
+MAX_BYTES = 2**30                                        # the largest picture file
+MAX_TEXT = 2**20                                         # the longest line or caption file
+PROBLEMS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
 
-# ---------------------------------------------------------------------------------- One picture
+# ---- One picture ---------------------------------------------------------------------------------
 
 
 class UnreadableImage(ValueError):
@@ -55,24 +53,17 @@ class Part:
     """A file, or `size` bytes of one from `offset`. That of a picture holds its captions."""
     name: str                       # for messages: shard.tar/000001.jpg, or the path in the folder
     path: Path
-    offset: int
-    size: int
+    offset: int = 0
+    size: int = MAX_BYTES
     captions: tuple[str, ...] = ()
 
     def read(self, at_most: int = MAX_BYTES) -> bytes:
         """The first bytes. Every call opens the file, so threads do not share a position."""
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError("it is a folder, a pipe or a device")
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(min(self.size, at_most))
-
-
-def regular_file(path, name="") -> Part:
-    """A file as a Part. A missing one is an OSError, a folder, pipe or device a ValueError."""
-    path = Path(path).expanduser()
-    size = path.stat().st_size
-    if not path.is_file():
-        raise ValueError("it is a folder, a pipe or a device")
-    return Part(name or str(path), path, 0, size)
 
 
 def read_image(source, name="", background="white") -> Image.Image:
@@ -81,11 +72,11 @@ def read_image(source, name="", background="white") -> Image.Image:
     source: a path or a Part. name: what errors call it. background: the colour behind transparent
     pixels. Raises UnreadableImage.
     """
-    content, part = b"", source
+    content = b""
+    if not isinstance(source, Part):
+        source = Part(name or str(source), Path(source).expanduser())
     try:
-        if not isinstance(source, Part):
-            part = regular_file(source)
-        content = part.read()
+        content = source.read()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header only
@@ -98,9 +89,8 @@ def read_image(source, name="", background="white") -> Image.Image:
     except Image.UnidentifiedImageError:
         reason = f"not a {', '.join(FORMATS)} file, it begins with {content[:12]}"
     except Exception as error:                          # Decoders raise errors of many types.
-        reason = getattr(error, "strerror", None)
-        reason = reason or f"cannot be decoded ({error}); fetch it again or leave it out"
-    raise UnreadableImage(f"{name or source}: {reason}")
+        reason = getattr(error, "strerror", None) or f"cannot be decoded ({error}); fetch it again"
+    raise UnreadableImage(f"{source.name}: {reason}")
 
 
 def to_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -157,18 +147,17 @@ def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> t
     return min(buckets, key=lambda size: abs(math.log(size[0] / size[1] * width / height)))
 
 
-# ----------------------------------------- Captioned pictures, in files of any layout; only read
+# ---- Captioned pictures, in files of any layout: nothing is unpacked or written ------------------
 
 
 def read_lines(path, errors="strict") -> list[str]:
     """The lines of a UTF-8 file, split at newlines only and without a byte order mark.
 
     errors="surrogateescape" keeps wrong bytes, so that a bad line does not spoil the others.
-    ValueError names a file that is not UTF-8 or has a line of over MAX_TEXT characters.
     """
-    lines = []
+    lines, path = [], Path(path).expanduser()
     try:
-        with open(Path(path).expanduser(), encoding="utf-8-sig", errors=errors, newline="\n") as file:
+        with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
             while line := file.readline(MAX_TEXT):
                 if len(line) == MAX_TEXT:
                     raise ValueError(f"{path} line {len(lines) + 1} has over {MAX_TEXT} characters")
@@ -197,70 +186,62 @@ def clean_captions(found) -> tuple[str, ...]:
 
 
 class ImageFiles:
-    """The captioned pictures of a path: a folder, or one .tar, .jsonl or .csv file.
+    """Captioned pictures: a folder of pictures with .txt or .json files of the same names, or with
+    metadata.jsonl or .csv; tar files of such pairs (WebDataset); one .tar, .jsonl or .csv file.
 
-    `problems` names what cannot be used, a sentence each; `found` counts samples with these.
-    `ignored` names texts without a picture, such as README.txt.
+    `problems` names what cannot be used; `found` counts samples with these. A text without a
+    picture (README.txt) is left alone. scenes.Scenes has the same methods.
     """
 
     def __init__(self, path):
-        self.path, files, table = Path(path).expanduser(), {}, ""
-        self.problems, self.ignored, self.records = [], [], []
-        tars = [file for file in sorted(self.path.glob("*.tar")) if not file.is_dir()]
-        if self.path.suffix == ".tar" and self.path.is_file():
-            tars = [self.path]
+        self.path, self.problems, self.records, files = Path(path).expanduser(), [], [], {}
+        tables = [self.path, self.path / "metadata.jsonl", self.path / "metadata.csv"]
+        tables = [file for file in tables if file.suffix in (".jsonl", ".csv") and file.is_file()]
+        tars = [self.path, *sorted(self.path.glob("*.tar"))]
+        tars = [file for file in tars if file.suffix == ".tar" and not file.is_dir()]
         for tar in tars:
             self.list_tar(tar, files)
-        if self.path.suffix in (".jsonl", ".csv") and self.path.is_file():
-            table = self.path.name
-            self.list_folder(self.path.parent, files)
+        if tables and not tars:
+            self.read_table(tables[0])
         elif not tars:
-            self.list_folder(self.path, files)
-            for name in ("metadata.csv", "metadata.jsonl"):
-                table = name if name in files else table
-        try:
-            self.read_table(files, table) if table else self.pair_up(files)
-        except (OSError, ValueError, csv.Error) as error:             # of the table as a whole
-            self.problems.append(f"{table}: {error}")
+            self.list_folder(files)
+        self.pair_up(files)
         self.found = len(self.records) + len(self.problems)
         if not self.records:
-            state = "does not exist"
-            if self.path.exists():
-                state = "holds no usable picture with a caption"
+            state = "holds no usable" if self.path.exists() else "does not exist:"
             raise ValueError("\n  ".join([
-                f"{path} {state}. Expected: a folder with tar shards, metadata.jsonl or .csv, or "
-                f"pictures with .txt captions; or one shard or table.", *self.problems[:10]]))
+                f"{path} {state} picture with a caption. Expected: a folder with tar shards, "
+                f"metadata.jsonl or .csv, or pictures with .txt captions; or one shard or table.",
+                *self.problems[:10]]))
 
-    def list_folder(self, folder: Path, files: dict):
+    def list_folder(self, files: dict):
         """Add every file at any depth to `files` {name: Part}; links are followed."""
         seen = set()
-        for place, folders, names in os.walk(folder, followlinks=True):
+        for place, folders, names in os.walk(self.path, followlinks=True):
             folders.sort()
-            real = os.path.realpath(place)
-            if real in seen:                                          # Links can form a circle.
+            if os.path.realpath(place) in seen:                       # Links can form a circle.
                 folders.clear()
                 continue
-            seen.add(real)
+            seen.add(os.path.realpath(place))
             for file in sorted(Path(place, name) for name in names):
-                name = file.relative_to(folder).as_posix()
-                try:
-                    files[name] = regular_file(file, name)
-                except (OSError, ValueError) as error:
-                    self.problems.append(f"{name}: {error}")
+                name = file.relative_to(self.path).as_posix()
+                if file.is_file():
+                    files[name] = Part(name, file, 0, file.stat().st_size)
+                else:
+                    self.problems.append(f"{name}: a pipe, a device or a link that leads nowhere")
 
     def list_tar(self, path: Path, files: dict):
         """Add the files of one WebDataset shard, an uncompressed tar."""
-        end, file_size = 0, 0
+        end = 0
         try:
-            file_size = regular_file(path).size
+            file_size = len(Part("", path).read(1)) and path.stat().st_size
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     end = tar.offset                                  # where the next header begins
-                    name, start, size = f"{path.name}/{member.name}", member.offset_data, member.size
-                    if name in files:
-                        self.problems.append(f"{name}: a second file of this name")
-                    elif member.isreg() and not member.issparse() and start + size <= file_size:
-                        files[name] = Part(name, path, start, size)
+                    part = Part(f"{path.name}/{member.name}", path, member.offset_data, member.size)
+                    if member.isreg() and not member.issparse() and end <= file_size:
+                        if files.setdefault(part.name, part) is not part:
+                            self.problems.append(f"{part.name}: a second file of this name")
             # tarfile takes a header that it cannot read for the end. A real end is all zeros.
             if end > file_size or any(Part("", path, end, 2 * tarfile.RECORDSIZE).read()):
                 raise ValueError(f"nothing to read at byte {end} of {file_size}")
@@ -268,55 +249,48 @@ class ImageFiles:
             self.problems.append(f"{path.name}: damaged or not an uncompressed tar ({error})")
 
     def pair_up(self, files: dict):
-        """Join files that share a name up to the suffix: cat.jpg with cat.json or cat.txt."""
-        samples = {}
-        for name, part in files.items():
+        """Join files that share a name up to the suffix: cat.jpg with cat.json, or with cat.txt."""
+        for name, picture in files.items():
             key, suffix = os.path.splitext(name)
-            kind = "picture" if suffix.lower() in SUFFIXES else suffix.lower()
-            hidden = re.search(r"(^|/)\.[^./]", name)                 # as macOS's ._cat.jpg
-            if kind in ("picture", ".txt", ".json") and not hidden:
-                first = samples.setdefault(key, {}).setdefault(kind, part)
-                if first is not part:
-                    self.problems.append(f"{name}: {first.name} has the same name and is used")
-        for parts in samples.values():
-            texts = [parts[kind] for kind in (".json", ".txt") if kind in parts]
-            if "picture" in parts:
-                self.keep(parts["picture"], texts)
-            else:
-                self.ignored.append(f"{texts[0].name}: a text without a picture")
+            hidden = "/." in f"/{name}".replace("/../", "/")          # as macOS's ._cat.jpg
+            if hidden or suffix.lower() not in SUFFIXES:
+                continue
+            captions = ()
+            try:
+                for text in (files.get(key + ".json"), files.get(key + ".txt")):
+                    if text and not captions:
+                        name = text.name
+                        if text.size > MAX_TEXT:
+                            raise ValueError(f"a caption file of {text.size} bytes")
+                        content = text.read().decode("utf-8-sig", "surrogateescape")
+                        if name.endswith(".json"):
+                            content = json.loads(content)
+                        captions = clean_captions(content)
+                if not captions:
+                    raise ValueError("there is no caption, in a .txt or .json of the same name")
+                self.records.append(replace(picture, captions=captions))
+            except PROBLEMS as error:
+                self.problems.append(f"{name}: {error}")
 
-    def keep(self, picture: Part, texts: list[Part]):
-        """Keep a picture with the captions of the first text that has some."""
-        try:
-            captions, current = (), picture
-            for current in texts:
-                if current.size > MAX_TEXT:
-                    raise ValueError(f"a caption file of {current.size} bytes")
-                text = current.read().decode("utf-8-sig", "surrogateescape")
-                is_json = current.name.lower().endswith(".json")
-                captions = captions or clean_captions(json.loads(text) if is_json else text)
-            if not captions:
-                raise ValueError("there is no caption, in a .txt or .json of the same name")
-            self.records.append(replace(picture, captions=captions))
-        except (OSError, ValueError, RecursionError) as error:
-            self.problems.append(f"{current.name}: {error}")
-
-    def read_table(self, files: dict, name: str):
+    def read_table(self, table: Path):
         """A picture a line: file_name (or image) in the table's folder, and text (or captions)."""
-        rows, first = read_lines(files[name].path, "surrogateescape"), 1
-        if name.endswith(".csv"):
-            rows, first = csv.DictReader(line + "\n" for line in rows), 2
-        for number, row in enumerate(rows, first):
+        folder, rows = Path(os.path.abspath(table.parent)), read_lines(table, "surrogateescape")
+        if table.suffix == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            rows = ["", *csv.DictReader(line + "\n" for line in rows)]     # Its first line is gone.
+        for number, row in enumerate(rows, 1):
             try:
                 if row:
                     row = json.loads(row) if isinstance(row, str) else row
-                    picture = os.path.normpath(row.get("file_name") or row["image"])
+                    file = Path(os.path.abspath(folder / (row.get("file_name") or row["image"])))
                     captions = clean_captions(row)
-                    if not captions or picture not in files:
-                        raise ValueError(f"{picture} is not in this folder, or it has no caption")
-                    self.records.append(replace(files[picture], captions=captions))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                self.problems.append(f'{name} line {number} needs a "file_name" and a "text" ({error})')
+                    if not captions or not file.is_relative_to(folder) or not file.is_file():
+                        raise ValueError(f"{file} is not in this folder, or it has no caption")
+                    name, size = file.relative_to(folder).as_posix(), file.stat().st_size
+                    self.records.append(Part(name, file, 0, size, captions))
+            except PROBLEMS as error:
+                self.problems.append(
+                    f'{table.name} line {number} needs a "file_name" and a "text" ({error})')
 
     def add_captions(self, path):
         """Give every picture a synthetic caption beside its first one (Sec. 5.2.2).
@@ -327,11 +301,10 @@ class ImageFiles:
         added = {}
         for number, line in enumerate(read_lines(path), 1):
             try:
-                if line:
-                    entry = json.loads(line)
-                    added[entry["file_name"]] = clean_captions(entry)[0]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                raise ValueError(f'{path} line {number} needs a "file_name" and a "caption"') from None
+                entry = json.loads(line)
+                added[entry["file_name"]] = clean_captions(entry)[0]
+            except PROBLEMS:
+                raise ValueError(f'{path} line {number}: no "file_name" and "caption"') from None
         for i, record in enumerate(self.records):
             if record.name not in added:
                 raise ValueError(f"{path} has no caption for {record.name}")
@@ -346,15 +319,9 @@ class ImageFiles:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.records[index].captions
 
-    def stamp(self, index: int) -> str:
-        """A text that changes when the picture's file does: place, size, time of change."""
-        record, about = self.records[index], self.records[index].path.stat()
-        return f"{record.offset} {record.size} {about.st_size} {about.st_mtime_ns}"
-
     def picture(self, index: int) -> Image.Image:
         """RGB at its own size. Raises UnreadableImage."""
-        record = self.records[index]
-        return read_image(record, record.name)
+        return read_image(self.records[index])
 
     def image(self, index: int, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3), scaled and centre-cropped. Raises UnreadableImage."""
@@ -362,10 +329,10 @@ class ImageFiles:
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(height, width) of the upright picture, from its header. Raises UnreadableImage."""
-        record, exif = self.records[index], Image.Exif()
         for at_most in (2**16, MAX_BYTES):              # Pillow wants to see the whole of a WebP.
             with suppress(Exception), warnings.catch_warnings(action="ignore"):
-                image = Image.open(io.BytesIO(record.read(at_most)), formats=FORMATS)
+                content = io.BytesIO(self.records[index].read(at_most))
+                image, exif = Image.open(content, formats=FORMATS), Image.Exif()
                 exif.load(image.info.get("exif"))       # image.getexif() would decode a PNG.
                 on_its_side = exif.get(0x0112) in (5, 6, 7, 8)        # the tag Orientation
                 return image.size if on_its_side else image.size[::-1]
@@ -375,12 +342,12 @@ class ImageFiles:
 def check_problems(problems: list[str], total: int, limit: float = 0.01):
     """Say on stderr how many of `total` samples are unusable; ValueError if over `limit` are."""
     summary = f"{len(problems)} of {total} samples cannot be used"
-    if problems:
-        print(f"{summary}, the first: {problems[0]}", file=sys.stderr)
     if len(problems) > limit * total:
         names = "\n  ".join(problems[:10])
         raise ValueError(f"{summary}, over {100 * limit:g} %. Mend or remove them "
                          f"(python data.py PATH):\n  {names}")
+    if problems:
+        print(f"{summary}, the first: {problems[0]}", file=sys.stderr)
 
 
 def readable(source, wanted, limit: float = 0.01):
@@ -392,84 +359,82 @@ def readable(source, wanted, limit: float = 0.01):
     wanted, waiting = iter(wanted), deque()
     with ThreadPoolExecutor(8) as threads:              # Decoders let other threads run.
         while len(source.problems) <= limit * source.found:
-            for index, height, width in islice(wanted, 64 - len(waiting)):
-                waiting.append((index, threads.submit(source.image, index, height, width)))
+            for index, *size in islice(wanted, 64 - len(waiting)):
+                waiting.append((index, threads.submit(source.image, index, *size)))
             if not waiting:
                 break
             index, picture = waiting.popleft()
+            image = None
             try:
                 image = picture.result()
             except UnreadableImage as error:
-                image = None
-                if str(error) not in source.problems:   # A second pass meets it again.
-                    source.problems.append(str(error))
+                source.problems.append(str(error))
             yield index, image, source.captions(index)
     check_problems(source.problems, source.found, limit)
 
 
-# ------------------------------------------------------------------- Encoded shards (App. E.1)
+# ---- Encoded shards (App. E.1) -------------------------------------------------------------------
 
 
 class EncodedFolder:
-    """The shards of a folder that encode.py made. A row is read from the disk when it is asked for.
+    """The shards of a folder that encode.py made; a row is read when it is asked for.
 
-    encoders: the fingerprint of the encoders that training uses; "" accepts any. `groups` has the
+    encoders: the fingerprint that they must have been made with; "" accepts any. `groups` has the
     sample numbers of each picture size. ValueError names what is damaged, and says how to mend it.
     """
 
     def __init__(self, folder, encoders: str = ""):
-        self.folder, self.opened, self.starts = Path(folder).expanduser(), {}, []
-        file, count, sizes = self.folder / "index.json", 0, {}
+        self.folder, self.starts, self.opened = Path(folder).expanduser(), [], {}
+        file, count, groups = self.folder / "index.json", 0, {}
         if not file.is_file():
             raise ValueError(f"{folder} has no index.json, its encoding has not finished; run the "
-                             f"same python encode.py command again, it goes on where it stopped")
+                             f"same python encode.py command again, which goes on")
         try:
             self.index = json.loads(file.read_text())
             self.resolution, made_with = self.index["resolution"], self.index["encoders"]
-            for entry in self.index["shards"]:
-                numbers = np.arange(count, count + entry["count"])
-                sizes.setdefault((entry["height"], entry["width"]), []).append(numbers)
+            for line in self.index["shards"]:
+                numbers = np.arange(count, count + line["count"])
+                groups.setdefault((line["height"], line["width"]), []).append(numbers)
                 self.starts.append(count)
-                count += entry["count"]
-            self.groups = [np.concatenate(parts) for parts in sizes.values()]
-            self.longest_side = max(max(size) for size in sizes)
-            wrong = encoders not in ("", made_with["fingerprint"])
-        except (ValueError, LookupError, TypeError, RecursionError) as problem:
+                count += line["count"]
+            self.longest_side = max(max(size) for size in groups)
+            other = encoders not in ("", made_with["fingerprint"])
+        except PROBLEMS as problem:
             raise ValueError(f"{file} is damaged ({problem!r}); delete it and run python encode.py "
-                             f"again, which makes a new one") from None
-        if wrong:
-            raise ValueError(f"{folder} was encoded with {made_with['path']}, whose fingerprint is "
-                             f"{made_with['fingerprint']} and not {encoders}; "
+                             f"again") from None
+        self.groups = [np.concatenate(parts) for parts in groups.values()]
+        if other:
+            raise ValueError(f"{folder} was encoded with other encoders than {encoders}; "
                              f"give --encoders {made_with['path']}, or encode again")
 
     def __len__(self):
         return sum(len(group) for group in self.groups)
 
     def find(self, index: int) -> tuple[dict, int]:
-        """The arrays of the shard of a sample, and the sample's place in it."""
+        """The arrays of a sample's shard (encode.layout), and the sample's place in them."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         if number not in self.opened:
             self.opened[number] = self.open(self.index["shards"][number])
         return self.opened[number], index - self.starts[number]
 
-    def open(self, entry: dict) -> dict:
-        """The arrays of a shard (encode.layout), once its bytes are those that were written."""
-        file = self.folder / entry["file"]
+    def open(self, line: dict) -> dict:
+        """Views of a mapped shard, once its bytes are known to be those that were written."""
+        file = self.folder / str(line["file"])
         try:
-            if hashlib.sha256(np.memmap(file, mode="r")).hexdigest() != entry["hash"]:
+            if hashlib.sha256(np.memmap(file, mode="r")).hexdigest() != line["hash"]:
                 raise ValueError("its bytes are not those that were written")
-            with safe_open(file, "pt") as opened:                     # views of the mapped file
+            with safe_open(file, "pt") as opened:
                 arrays = {name: opened.get_tensor(name).numpy() for name in opened.keys()}
                 arrays["captions"] = json.loads(opened.metadata()["shard"])["captions"]
-            if len(arrays["moments"]) != entry["count"]:
-                raise ValueError(f"index.json counts {entry['count']} pictures in it")
+            if len(arrays["moments"]) != line["count"]:
+                raise ValueError(f"index.json counts {line['count']} pictures in it")
             return arrays
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as problem:
+        except (*PROBLEMS, SafetensorError) as problem:
             raise ValueError(f"{file} is damaged ({problem}); delete it and run "
                              f"{self.index.get('command')} again, which makes it anew") from None
 
     def caption_rows(self, index: int) -> list[int]:
-        """The rows of a sample's captions in its shard."""
+        """The rows of a sample's captions in the arrays of its shard."""
         arrays, i = self.find(index)
         start, end = arrays["caption_start"][i : i + 2]
         return arrays["caption_row"][start:end].tolist()
@@ -479,7 +444,7 @@ class EncodedFolder:
         return tuple(texts[row] for row in self.caption_rows(index))
 
     def read(self, indices, rows, arrays: dict) -> dict:
-        """Samples of one size, as stored: fills `arrays` {name: (B, ...)}, made where they do not fit.
+        """Fill `arrays` {name: (B, ...)}, made where they do not fit, with samples of one size.
 
         rows: the caption row of each. The caller owns `arrays`; new ones cost a third of the speed.
         """
@@ -502,7 +467,7 @@ class EncodedFolder:
         return rest, first
 
 
-# ------------------------------------------------------------------ Batches (Sec. 5.3.2, App. B.3)
+# ---- Batches (Sec. 5.3.2, App. B.3) --------------------------------------------------------------
 
 
 @dataclass
@@ -523,41 +488,38 @@ class Batch:
 class Batches:
     """batches(step) is this process's share of a global batch. There is nothing to save or restore.
 
-    Every draw is keyed by (seed, step, index in the global batch), never by rank. An epoch is one
-    pass over the pictures, or as many as the rarest size needs to fill a batch. Every size gives
-    its whole batches; their order is shuffled. What is left over differs from epoch to epoch.
+    Every draw is keyed by (seed, step, index in the global batch), never by rank.
     config: seed, batch_size, encoder_dropout, full_captions. world: rank, size, device.
     """
 
     def __init__(self, folder: EncodedFolder, vae_config, text_config, config, world):
         self.folder, self.config, self.world = folder, config, world
         self.vae_config, self.text_config = vae_config, text_config
-        self.orders, self.arrays, self.ahead = {}, {}, {}
         self.thread = ThreadPoolExecutor(1) if world.device.type == "cuda" else None
-        counts = np.array([len(group) for group in folder.groups])
-        self.passes = math.ceil(config.batch_size / counts.min())
-        batches_of_size = self.passes * counts // config.batch_size
-        self.sizes = np.repeat(np.arange(len(counts)), batches_of_size)   # one entry a batch
+        self.arrays, self.ahead, self.epochs = {}, {}, {}
+        self.per_epoch = len(self.epoch(0))
 
-    def shuffled(self, values, key: str, turn: int):
-        """A permutation of `values`. Each key keeps the latest, until another turn is asked for."""
-        if self.orders.get(key, (None, None))[0] != turn:
-            rng = np.random.default_rng((self.config.seed, 1, turn, *key.encode()))
-            self.orders[key] = turn, rng.permutation(values)
-        return self.orders[key][1]
+    def epoch(self, number: int) -> list[np.ndarray]:
+        """The global batches of an epoch, (B,) sample numbers each, in shuffled order.
+
+        A size gives its whole batches; what is left over differs from epoch to epoch. A size with
+        fewer than B pictures gives one batch, in which they repeat.
+        """
+        if number not in self.epochs:
+            rng, batches = np.random.default_rng((self.config.seed, 1, number)), []
+            for group in self.folder.groups:
+                count = max(1, len(group) // self.config.batch_size)
+                order = np.resize(rng.permutation(group), (count, self.config.batch_size))
+                batches += list(order)
+            self.epochs = {number: [batches[i] for i in rng.permutation(len(batches))]}
+        return self.epochs[number]
 
     def indices(self, step: int) -> list[int]:
         """The sample numbers of this process's share of a step."""
-        share, indices = self.config.batch_size // self.world.size, []
-        epoch, place = divmod(step, len(self.sizes))
-        sizes = self.shuffled(self.sizes, "sizes", epoch)
-        size = sizes[place]
-        earlier = np.count_nonzero(sizes[:place] == size) * self.config.batch_size
-        for number in range(earlier + self.world.rank * share, earlier + (self.world.rank + 1) * share):
-            turn, i = divmod(number, len(self.folder.groups[size]))
-            turn += epoch * self.passes
-            indices.append(int(self.shuffled(self.folder.groups[size], str(size), turn)[i]))
-        return indices
+        epoch, place = divmod(step, self.per_epoch)
+        share = self.config.batch_size // self.world.size
+        batch = self.epoch(epoch)[place]
+        return batch[self.world.rank * share : (self.world.rank + 1) * share].tolist()
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step. Beside a GPU a thread makes the next one meanwhile."""
@@ -577,8 +539,7 @@ class Batches:
             captions = self.folder.caption_rows(index)
             rows.append(pick_caption(captions, draws[-1][1], self.config.full_captions))
         arrays = self.folder.read(indices, rows, self.arrays)
-        B, channels, H, W = arrays["moments"].shape                   # channels = 2C
-        noise = np.empty((B, channels, H, W), np.float32)             # of the path, then of the code
+        noise = np.empty(arrays["moments"].shape, np.float32)         # (B, 2C, H, W)
         for k, rng in enumerate(rngs):
             rng.standard_normal(out=noise[k], dtype=np.float32)
         noise, code_noise = torch.from_numpy(noise).to(self.world.device).chunk(2, dim=1)
@@ -610,7 +571,7 @@ class Batches:
 
 
 def pick_caption(captions, draw: float, full_share: float):
-    """(original, full) are mixed by `full_share` (Sec. 5.2.2); of other numbers any is as likely."""
+    """(original, full) are mixed by `full_share` (Sec. 5.2.2); other numbers are drawn evenly."""
     if len(captions) == 2:
         return captions[int(draw < full_share)]
     return captions[int(draw * len(captions))]
@@ -621,19 +582,12 @@ def main():
     parser = argparse.ArgumentParser(description="Count captioned pictures; nothing is written.")
     parser.add_argument("path", help="folder, .tar, .jsonl or .csv with captioned pictures")
     source = ImageFiles(parser.parse_args().path)
-    shapes = Counter()
-    for index, image, captions in readable(source, ((i, 8, 8) for i in range(len(source))), 1):
-        if image is not None:
-            shapes[nearest_bucket(*source.picture_size(index), aspect_buckets(256))] += 1
-            if shapes.total() <= 5:
-                print(f"{source.name(index)}: {' / '.join(captions)}")
-    for (height, width), count in shapes.most_common():
-        print(f"{count:8} pictures are nearest to {height} x {width} px (height x width)")
-    print(f"{shapes.total()} of {source.found} samples can be used")
-    for problem in source.problems:
-        print(f"cannot be used: {problem}")
-    for text in source.ignored:
-        print(f"not counted: {text}")
+    used, wanted = 0, [(index, 8, 8) for index in range(len(source))]
+    for index, image, captions in readable(source, wanted, limit=1):
+        used += image is not None
+        if image is not None and used <= 5:
+            print(source.name(index), source.picture_size(index), *captions, sep=" | ")
+    print(f"{used} of {source.found} samples can be used", *source.problems, sep="\nnot used: ")
 
 
 if __name__ == "__main__":
