@@ -1,18 +1,16 @@
 """text_encoders.py: prompt -> (context, pooled) by CLIP-L, CLIP-G and T5 (SD3, arXiv:2403.03206v1).
 
-Read with   Sec. 4 and App. B.2 (combination), App. B.3 (dropout of encoders);
-            Radford et al. 2021 for CLIP, Raffel et al. 2019 for T5
+Read with   Sec. 4, App. B.2 (combination), B.3 (dropout); Radford 2021 for CLIP, Raffel 2019 for T5
 Not here    files and released names (checkpoints.py), CLIP's image tower (evaluate.py)
 Shapes      B batch   L tokens of one encoder   D its width   ids (B, L) int64
-            context (B, L_clip + L_t5, context_dim)   pooled (B, pooled_dim)
-            In the paper L_clip = L_t5 = 77, context_dim = 4096 and pooled_dim = 768 + 1280.
+            context (B, L_clip + L_t5, context_dim): in the paper (B, 77 + 77, 4096)
+            pooled (B, pooled_dim): in the paper (B, 768 + 1280)
 Masks       CLIP is causal. Nothing else is masked: padding is attended to and is part of context.
 Run         python text_encoders.py "a red circle"     shows the tokens, then what context holds
 """
 
 import json
 import math
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -26,9 +24,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 
+
 # ---- The paper's combination (Sec. 4, App. B.2, B.3) ---------------------------------------------
-
-
 @dataclass(frozen=True)
 class TextConfig:
     """Widths and token counts of the conditioning (App. B.2). The defaults are SD3's."""
@@ -39,36 +36,31 @@ class TextConfig:
     t5_length: int = 77                # the paper's; released inference code also uses 256
 
     @property
-    def context_dim(self) -> int:
+    def context_dim(self):
         return self.t5_width
 
     @property
-    def pooled_dim(self) -> int:
+    def pooled_dim(self):
         return self.clip_l_width + self.clip_g_width
 
 
 def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
     """The paper's c_ctxt and c_vec (Sec. 4, App. B.2): context (B, 154, 4096) and pooled (B, 2048).
 
-    The two CLIP sequences lie side by side along the channels, zeros fill them up to T5's width,
-    and T5's tokens follow. ValueError if CLIP is wider than T5.
+    The CLIP sequences lie side by side along the channels, with zeros up to T5's width. T5 follows.
     """
-    clip = torch.cat([clip_l, clip_g], dim=-1)                        # (B, 77, 768 + 1280)
-    missing = t5.shape[-1] - clip.shape[-1]
-    if missing < 0:
-        raise ValueError(f"CLIP's {clip.shape[-1]} channels do not fit into T5's {t5.shape[-1]}; "
-                         f"choose a larger t5_width")
-    clip = F.pad(clip, (0, missing))                                  # (B, 77, 4096)
+    missing = t5.shape[-1] - clip_l.shape[-1] - clip_g.shape[-1]      # 4096 - 768 - 1280
+    zeros = clip_l.new_zeros(*clip_l.shape[:2], missing)
+    clip = torch.cat([clip_l, clip_g, zeros], dim=-1)                 # (B, 77, 4096)
     context = torch.cat([clip, t5.to(clip.dtype)], dim=1)             # (B, 77 + 77, 4096)
-    return context, torch.cat([pooled_l, pooled_g], dim=-1)           # and (B, 2048)
+    return context, torch.cat([pooled_l, pooled_g], dim=-1)           # pooled (B, 768 + 1280)
 
 
-def drop_encoders(context, pooled, keep, config: TextConfig):
-    """Set single encoders to zero, sequence and pooled vector together, sample by sample (App. B.3).
+def drop_encoders(context, pooled, keep, config):
+    """Set encoders to zero, each with its sequence and its pooled vector, by sample (App. B.3).
 
     keep (B, 3) bool: CLIP-L, CLIP-G, T5. In training each is dropped independently with probability
-    0.464, so 0.464^3 = 10 % of the samples are unconditional. At sampling any subset can be left
-    out (Sec. 5.3.3). Returns context and pooled of the same shape.
+    0.464, so 0.464^3 = 10 % of the samples are unconditional. Sec. 5.3.3 drops any at sampling.
     """
     keep_l, keep_g, keep_t5 = keep[:, :, None].unbind(dim=1)          # (B, 1) each
     L, l, g = config.clip_length, config.clip_l_width, config.clip_g_width
@@ -86,11 +78,8 @@ class TextEncoders(nn.Module):
     encoders, tokenizers: dicts with some of the keys "clip_l", "clip_g", "t5".
     captions_cut: for each encoder the number of captions so far that were too long for it.
     """
-
-    def __init__(self, encoders: dict, tokenizers: dict, config: TextConfig):
+    def __init__(self, encoders, tokenizers, config):
         super().__init__()
-        if not encoders:
-            raise ValueError("there is no text encoder; load at least one of clip_l, clip_g, t5")
         self.encoders = nn.ModuleDict(encoders)
         self.tokenizers = tokenizers
         self.config = config
@@ -98,18 +87,35 @@ class TextEncoders(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts, without=()):
-        """prompts (list of B texts) -> context and pooled. Encoders named in `without` do not run."""
+        """prompts (list of B texts) -> context, pooled. Encoders named in `without` do not run."""
         for name in without:
             if name not in ENCODERS:
-                raise ValueError(f"unknown encoder {name!r}; the encoders are {', '.join(ENCODERS)}")
-        ids = self.tokenize(prompts, without)
-        return self.encode_ids(ids) if ids else self.unconditional(len(prompts))
+                raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)}")
+        return self.encode_ids(self.tokenize(prompts, without), len(prompts))
 
-    def tokenize(self, prompts, without=()) -> dict:
-        """prompts -> {"clip_l": ids (B, clip_length), ..., "t5": ids (B, t5_length)}.
+    def unconditional(self, batch_size):
+        """The paper's input without text: zeros (App. B.3). Samplers for the released weights
+        encode the empty prompt instead: call self([""])."""
+        return self.encode_ids({}, batch_size)
 
-        A caption that is too long is cut. The first time, a note says how many and the longest.
-        """
+    def encode_ids(self, ids, batch_size):
+        """{"clip_l": ids (B, L), ...} -> context and pooled. An encoder without ids gives zeros."""
+        like = next(self.parameters())
+        clip_l = like.new_zeros(batch_size, self.config.clip_length, self.config.clip_l_width)
+        clip_g = like.new_zeros(batch_size, self.config.clip_length, self.config.clip_g_width)
+        t5 = like.new_zeros(batch_size, self.config.t5_length, self.config.t5_width)
+        pooled_l, pooled_g = clip_l[:, 0], clip_g[:, 0]
+        if "clip_l" in ids:
+            clip_l, pooled_l, _ = self.encoders["clip_l"](ids["clip_l"].to(like.device))
+        if "clip_g" in ids:
+            clip_g, pooled_g, _ = self.encoders["clip_g"](ids["clip_g"].to(like.device))
+        if "t5" in ids:
+            t5 = self.encoders["t5"](ids["t5"].to(like.device))
+        return combine(clip_l, clip_g, t5, pooled_l, pooled_g)
+
+    def tokenize(self, prompts, without=()):
+        """prompts -> {"clip_l": ids (B, clip_length), ..., "t5": ids (B, t5_length)}. Long captions
+        are cut. The first time, a note says how many and which is the longest."""
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
         ids = {}
@@ -117,46 +123,16 @@ class TextEncoders(nn.Module):
             if name in without:
                 continue
             length = self.config.t5_length if name == "t5" else self.config.clip_length
-            ids[name], needed = self.tokenizers[name](prompts, length)
-            num_cut = sum(count > length for count in needed)
+            ids[name], needed = self.tokenizers[name](prompts, length)    # (B, length), (B,)
+            num_cut = int((needed > length).sum())
             if num_cut and not self.captions_cut:
-                longest = max(needed)
-                text = prompts[needed.index(longest)]
+                text = prompts[needed.argmax()]
                 print(f"note: {num_cut} of {len(prompts)} captions need more than {length} tokens "
-                      f"for {name} and are cut; the longest needs {longest}: {text[:60]!r}",
+                      f"for {name} and are cut; the longest needs {needed.max()}: {text[:60]!r}",
                       file=sys.stderr)
             if num_cut:
                 self.captions_cut[name] += num_cut
         return ids
-
-    def encode_ids(self, ids: dict):
-        """{"clip_l": ids (B, L), ...} -> context and pooled. An encoder without ids gives zeros."""
-        device = next(self.parameters()).device
-        outputs = self.zeros(len(next(iter(ids.values()))))
-        for name, rows in ids.items():
-            result = self.encoders[name](rows.to(device))
-            if name == "t5":
-                outputs["t5"] = result                                # (B, L_t5, 4096)
-            else:
-                outputs[name], outputs[name.replace("clip", "pooled")], _ = result
-        return combine(**outputs)
-
-    def unconditional(self, batch_size: int):
-        """The paper's input without text: all three outputs are zero (App. B.3).
-
-        Samplers for the released weights encode the empty prompt instead: call self([""]).
-        """
-        return combine(**self.zeros(batch_size))
-
-    def zeros(self, batch_size: int) -> dict:
-        """The arguments of `combine`, all zero."""
-        c = self.config
-        like = next(self.parameters())
-        clip_l = like.new_zeros(batch_size, c.clip_length, c.clip_l_width)
-        clip_g = like.new_zeros(batch_size, c.clip_length, c.clip_g_width)
-        t5 = like.new_zeros(batch_size, c.t5_length, c.t5_width)
-        return {"clip_l": clip_l, "clip_g": clip_g, "t5": t5,
-                "pooled_l": clip_l[:, 0], "pooled_g": clip_g[:, 0]}
 
 
 def attend(q, k, v, num_heads, **options):
@@ -168,11 +144,9 @@ def attend(q, k, v, num_heads, **options):
 
 
 # ---- CLIP's text transformer ---------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of a CLIP text encoder. The defaults are CLIP-L/14; CLIP-G has 1280, 32, "gelu", 1280."""
+    """Sizes of a CLIP text encoder. The defaults are CLIP-L's; CLIP-G: 1280, 32, "gelu", 1280."""
     vocab_size: int = 49408            # the end token is the largest id
     hidden_size: int = 768
     num_layers: int = 12
@@ -181,7 +155,7 @@ class CLIPConfig:
     projection_dim: int | None = None  # SD3 projects CLIP-G's pooled vector, but not CLIP-L's
 
     @property
-    def num_heads(self) -> int:        # 12 for CLIP-L, 20 for CLIP-G
+    def num_heads(self):               # 12 for CLIP-L, 20 for CLIP-G
         return self.hidden_size // 64
 
 
@@ -192,8 +166,7 @@ def quick_gelu(x):
 
 class CLIPLayer(nn.Module):
     """Pre-norm transformer layer, (B, L, D) -> (B, L, D). The image tower has causal=False."""
-
-    def __init__(self, config, causal: bool = True):
+    def __init__(self, config, causal=True):
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_heads
@@ -219,11 +192,10 @@ class CLIPTextEncoder(nn.Module):
     """ids (B, L) -> (penultimate (B, L, D), pooled (B, D or projection_dim), last (B, L, D)).
 
     penultimate: the input of the last layer, *without* the final norm. It is SD3's context.
-    pooled: the final norm's output at the first end token, projected if there is a projection.
+    pooled: the final norm's output at the first end token, projected in CLIP-G.
     last: the final norm's output at every token.
     """
-
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config):
         super().__init__()
         D = config.hidden_size
         self.config = config
@@ -231,30 +203,26 @@ class CLIPTextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.max_length, D)
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(D, eps=1e-5)
-        self.projection = None
+        self.projection = nn.Identity()
         if config.projection_dim:
             self.projection = nn.Linear(D, config.projection_dim, bias=False)
 
     def forward(self, ids):
         B, L = ids.shape
         if L > self.config.max_length:
-            raise ValueError(f"the prompt has {L} tokens, but this CLIP has {self.config.max_length} "
-                             f"positions; choose a clip_length of at most that")
+            raise ValueError(f"the prompt has {L} tokens, but this CLIP has "
+                             f"{self.config.max_length} positions; choose a smaller clip_length")
         x = self.token_embedding(ids) + self.position_embedding.weight[:L]     # (B, L, D)
         for layer in self.layers:
             penultimate = x
             x = layer(x)
         last = self.final_norm(x)                                     # (B, L, D)
-        end = ids.argmax(dim=-1)                                      # (B,) first of the largest ids
+        end = ids.argmax(dim=-1)                                      # (B,) first end token
         pooled = last[torch.arange(B, device=ids.device), end]        # (B, D)
-        if self.projection is not None:
-            pooled = self.projection(pooled)
-        return penultimate, pooled, last
+        return penultimate, self.projection(pooled), last
 
 
 # ---- T5 v1.1's encoder ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class T5Config:
     """Sizes of a T5 v1.1 encoder. The defaults are those of T5-XXL, 4.7 B parameters."""
@@ -267,31 +235,26 @@ class T5Config:
     max_distance: int = 128
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * weight, computed in fp32. There is no mean and no bias."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), eps=1e-6).to(x.dtype)
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + 1e-6) * weight. There is no mean and no bias."""
+    def __init__(self, size):
+        super().__init__(size, eps=1e-6)
 
 
 def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirectional=True):
     """The bucket of `distance` = key position - query position (int tensor of any shape), as in T5.
 
-    An encoder uses half of the buckets for keys after the query; a decoder has no such keys. The
-    first half of what remains holds one distance a bucket, the other half grows logarithmically.
+    An encoder uses half of the buckets for keys after the query; a decoder has no such keys. Half
+    of the rest holds one distance each, the other half grows logarithmically.
     """
-    first = torch.zeros_like(distance)
+    first = 0
     if bidirectional:
         num_buckets = num_buckets // 2
         first = (distance > 0).long() * num_buckets
         distance = -distance.abs()
     distance = (-distance).clamp_min(0)
     exact = num_buckets // 2
-    fraction = torch.log(distance.clamp_min(1).float() / exact) / math.log(max_distance / exact)
+    fraction = torch.log(distance.clamp_min(1) / exact) / math.log(max_distance / exact)
     far = exact + (fraction * (num_buckets - exact)).long()
     return first + torch.where(distance < exact, distance, far.clamp_max(num_buckets - 1))
 
@@ -299,11 +262,9 @@ def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirec
 class T5Attention(nn.Module):
     """Attention without 1/sqrt(d) and without biases in its projections. (B, L, D) -> (B, L, D).
 
-    bias (1, heads, L, K) or None is added to the logits. Keys and values come from source
-    (B, K, D) if it is given, which makes it cross-attention.
+    bias (1, heads, L, K) is added to the logits. source (B, K, D) makes it cross-attention.
     """
-
-    def __init__(self, config: T5Config):
+    def __init__(self, config):
         super().__init__()
         D = config.hidden_size
         inner = 64 * config.num_heads
@@ -314,8 +275,7 @@ class T5Attention(nn.Module):
         self.out = nn.Linear(inner, D, bias=False)
 
     def forward(self, x, bias, source=None):
-        if source is None:
-            source = x
+        source = x if source is None else source
         q, k, v = self.q(x), self.k(source), self.v(source)           # (B, L or K, inner)
         if bias is not None:
             bias = bias.to(q.dtype)
@@ -324,8 +284,7 @@ class T5Attention(nn.Module):
 
 class T5FeedForward(nn.Module):
     """Gated tanh-GELU: down(gelu(gate(x)) * up(x))."""
-
-    def __init__(self, config: T5Config):
+    def __init__(self, config):
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.ff_size, bias=False)
         self.up = nn.Linear(config.hidden_size, config.ff_size, bias=False)
@@ -337,8 +296,7 @@ class T5FeedForward(nn.Module):
 
 class T5Layer(nn.Module):
     """Pre-norm layer, (B, L, D) -> (B, L, D)."""
-
-    def __init__(self, config: T5Config):
+    def __init__(self, config):
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size)
         self.attention = T5Attention(config)
@@ -351,9 +309,8 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """ids (B, L) -> final norm of the last hidden state (B, L, D). All layers share one bias table."""
-
-    def __init__(self, config: T5Config):
+    """ids (B, L) -> final norm of the last state (B, L, D). All layers share one bias table."""
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -361,56 +318,42 @@ class T5Encoder(nn.Module):
         self.layers = nn.ModuleList(T5Layer(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size)
 
-    def attention_bias(self, L: int, device=None):
+    def attention_bias(self, L, device=None):
         """(1, heads, L, L): what is added to the logit of (query, key), by their distance."""
         position = torch.arange(L, device=device)
         distance = position[None, :] - position[:, None]              # (L, L) key - query
-        c = self.config
-        bucket = relative_position_bucket(distance, c.num_buckets, c.max_distance)
+        sizes = (self.config.num_buckets, self.config.max_distance)
+        bucket = relative_position_bucket(distance, *sizes)           # (L, L)
         return self.position_bias(bucket).permute(2, 0, 1).unsqueeze(0)
 
-    def forward(self, ids, mask=None):
-        """mask (B, L), 1 = attend: for uses outside of SD3, which masks nothing."""
+    def forward(self, ids):
         bias = self.attention_bias(ids.shape[1], ids.device)          # (1, heads, L, L)
-        if mask is not None:
-            bias = bias.masked_fill(mask[:, None, None, :] == 0, -torch.inf)     # (B, heads, L, L)
         x = self.token_embedding(ids)                                 # (B, L, D)
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)
 
 
-# ---- Tokenizers: texts -> (ids (B, length), the number of tokens that each text needs) -----------
-
-WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]+")     # Unicode's; Python's \s has four controls more
-
-
-def collapse(text: str) -> str:
-    """Every run of white space becomes one space. Spaces at both ends go."""
-    return WHITE_SPACE.sub(" ", text).strip(" ")
-
-
-def fit_length(rows, length: int, start: list, end: int, padding: int):
-    """Lists of ids -> start, as many ids as fit, end, padding; and the numbers of tokens needed."""
-    ids = torch.full((len(rows), length), padding, dtype=torch.int64)
-    needed = []
+# ---- Tokenizers: B texts -> ids (B, length) and the number of tokens that each needs (B,) --------
+def fit_length(rows, length, start, end, padding):
+    """Each list of ids becomes start, as many ids as fit, end and padding."""
+    ids = torch.full((len(rows), length), padding)
+    needed = torch.zeros(len(rows), dtype=torch.int64)
     for i, row in enumerate(rows):
         kept = start + row[: length - len(start) - 1] + [end]
         ids[i, : len(kept)] = torch.tensor(kept)
-        needed.append(len(start) + len(row) + 1)
+        needed[i] = len(start) + len(row) + 1
     return ids, needed
 
 
 class CLIPTokenizer:
-    """CLIP's byte-level BPE: NFC-normalised, lower-cased, nothing repaired (SD3 does not use ftfy).
+    """CLIP's byte-level BPE. Nothing is repaired: SD3 does not use ftfy, OpenAI's own code does.
 
-    folder: has vocab.json and merges.txt, or tokenizer.json, all that transformers 5 writes.
+    folder: has vocab.json and merges.txt, or only tokenizer.json, as transformers 5 writes it.
     padding: the id that fills up a row. None is the end token, for CLIP-L; SD3's CLIP-G has 0.
-    "<|endoftext|>" in a prompt is the end token. "!" is a word, although SD3's second tokenizer
-    names it as padding.
+    "<|endoftext|>" in a prompt is the end token. "!" is a word, not padding as in SD3's config.
     """
-
-    def __init__(self, folder, padding: int | None = None):
+    def __init__(self, folder, padding=None):
         folder = Path(folder)
         if (folder / "merges.txt").is_file():
             model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"),
@@ -420,26 +363,21 @@ class CLIPTokenizer:
         self.backend = Tokenizer(model)
         self.backend.normalizer, self.backend.pre_tokenizer = clip_text_rules()
         self.backend.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+        self.vocab_size = self.backend.get_vocab_size()
         self.start = self.backend.token_to_id("<|startoftext|>")
         self.end = self.backend.token_to_id("<|endoftext|>")
         self.padding = self.end if padding is None else padding
-        self.vocab_size = self.backend.get_vocab_size()
         if self.end != self.vocab_size - 1:
-            raise ValueError(f"{folder}: <|endoftext|> is id {self.end} of {self.vocab_size}, but CLIP "
-                             f"needs it to be the last; take the tokenizer of this CLIP")
+            raise ValueError(f"{folder}: <|endoftext|> has id {self.end}, but CLIP looks for id "
+                             f"{self.vocab_size - 1}, the largest; take the tokenizer of this CLIP")
 
-    def __call__(self, prompts, length: int = 77):
-        encodings = self.backend.encode_batch([collapse(text) for text in prompts])
-        rows = [encoding.ids for encoding in encodings]
+    def __call__(self, prompts, length=77):
+        rows = [encoding.ids for encoding in self.backend.encode_batch(prompts)]
         return fit_length(rows, length, [self.start], self.end, self.padding)
-
-    def pieces(self, ids) -> list:
-        """The text of each id, to look at."""
-        return [self.backend.id_to_token(int(i)) for i in ids]
 
 
 def clip_text_rules():
-    """(normalizer, pre_tokenizer) of CLIP's tokenizer. A new vocabulary is trained with them too."""
+    """(normalizer, pre_tokenizer) of CLIP: NFC, single spaces, lower case; then words as bytes."""
     clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     words = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
     split = [pre_tokenizers.Split(words, behavior="removed", invert=True),
@@ -449,53 +387,36 @@ def clip_text_rules():
 
 class T5Tokenizer:
     """T5's SentencePiece model from spiece.model or tokenizer.json. Ids end with 1; padding is 0.
-
-    Special tokens in a prompt (</s>, <extra_id_0>) are read as text, as SentencePiece does.
-    A vertical tab is deleted, as the released model's own rules do.
-    """
-
+    Special tokens in a prompt (</s>, <extra_id_0>) are read as text, as SentencePiece does."""
     def __init__(self, file):
         if Path(file).suffix == ".json":
-            self.backend = unigram_without_special_tokens(file)
+            self.backend = read_unigram(file)
             self.vocab_size = self.backend.get_vocab_size()
         else:
             self.backend = sentencepiece.SentencePieceProcessor(model_file=str(file))
             self.vocab_size = self.backend.get_piece_size()
 
-    def encode(self, texts) -> list:
-        """Texts -> lists of ids, without the end token."""
-        texts = [collapse(text.replace("\v", "")) for text in texts]
+    def encode(self, texts):
+        """Texts -> lists of ids, without end token. White space is collapsed; \\v goes, as in T5."""
+        texts = [" ".join(text.replace("\v", "").split()) for text in texts]
         if isinstance(self.backend, Tokenizer):
-            return [encoding.ids for encoding in self.backend.encode_batch(texts)]
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
         return self.backend.encode(texts)
 
-    def __call__(self, prompts, length: int = 77):
+    def __call__(self, prompts, length=77):
         return fit_length(self.encode(prompts), length, [], 1, 0)
 
-    def pieces(self, ids) -> list:
-        """The text of each id, to look at."""
-        if isinstance(self.backend, Tokenizer):
-            return [self.backend.id_to_token(int(i)).strip() for i in ids]
-        return [self.backend.id_to_piece(int(i)) for i in ids]
 
-
-def unigram_without_special_tokens(file) -> Tokenizer:
-    """T5's tokenizer.json, read so that it splits every text as spiece.model does.
-
-    The sentinels are left out. A space before <pad>, </s> and <unk> keeps their ids and hides them:
-    spaces have become another character before pieces are looked up.
-    """
+def read_unigram(file):
+    """T5's tokenizer.json as a Tokenizer that splits every text as spiece.model does. A space in
+    front hides <pad>, </s> and <unk>, for no piece has one. The sentinels are left out."""
     content = json.loads(Path(file).read_text(encoding="utf-8"))
-    special = {token["content"] for token in content["added_tokens"]}
-    vocab = []
-    for piece, score in content["model"]["vocab"]:
-        if piece not in special:
-            vocab.append([piece, score])
-        elif not piece.startswith("<extra_id_"):
-            vocab.append([" " + piece, score])
-    content["model"]["vocab"] = vocab
+    vocab = content["model"]["vocab"]                                 # a list of [piece, score]
+    for entry in vocab[:3]:
+        entry[0] = " " + entry[0]
+    content["model"]["vocab"] = [entry for entry in vocab if not entry[0].startswith("<extra_id_")]
     content["added_tokens"] = []
-    content["post_processor"] = None
     return Tokenizer.from_str(json.dumps(content))
 
 
@@ -503,20 +424,18 @@ def main():
     """Show the tokens of a prompt, and the paper's context from encoders with random weights."""
     prompt = " ".join(sys.argv[1:]) or "a red circle"
     shipped = Path(__file__).parent / "pretrained" / "tiny" / "tokenizers"
-    tokenizers = {"clip_l": CLIPTokenizer(shipped / "clip"),
-                  "clip_g": CLIPTokenizer(shipped / "clip", padding=0),
-                  "t5": T5Tokenizer(shipped / "t5" / "spiece.model")}
+    clip = CLIPTokenizer(shipped / "clip")
+    t5 = T5Tokenizer(shipped / "t5" / "spiece.model")
+    print(clip.backend.encode(prompt).tokens, clip([prompt], 12)[0].tolist())
+    print(t5.backend.encode(prompt, out_type=str), t5([prompt], 12)[0].tolist())
     encoders = {"clip_l": CLIPTextEncoder(CLIPConfig(2048, 768, 1)),
                 "clip_g": CLIPTextEncoder(CLIPConfig(2048, 1280, 1, 77, "gelu", 1280)),
                 "t5": T5Encoder(T5Config(2064, 4096, 64, 1, 1))}
-    text = TextEncoders(encoders, tokenizers, TextConfig())
-    for name, ids in text.tokenize([prompt]).items():
-        print(f"{name:7}", " ".join(tokenizers[name].pieces(ids[0, :16])), "...")
+    text = TextEncoders(encoders, {"clip_l": clip, "clip_g": clip, "t5": t5}, TextConfig())
     for without in ((), ("clip_l",), ("clip_g",), ("t5",), ENCODERS):
         context, pooled = text([prompt], without)
-        print(f"context {tuple(context.shape)}: {100 * (context == 0).float().mean():3.0f} % zeros, "
-              f"pooled {tuple(pooled.shape)}: {100 * (pooled == 0).float().mean():3.0f} % zeros, "
-              f"without {', '.join(without) or 'none'}")
+        print(f"context {tuple(context.shape)}, {(context == 0).float().mean():4.0%} zeros, "
+              f"pooled {tuple(pooled.shape)}, without {', '.join(without) or 'nothing'}")
 
 
 if __name__ == "__main__":

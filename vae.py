@@ -7,9 +7,10 @@ Shapes      B batch   C latent channels   H W latent height, width   D channels 
             image (B, 3, 8H, 8W) in [-1, 1]   latent (B, C, H, W)
             moments (B, 2C, H, W): the mean and the log-variance of the code
 Names       Parameters are called as in the released SD3 files.
-Run         python vae.py     Table 3 in small: trains with 1, 4 and 16 channels on drawn pictures
+Run         python vae.py     shapes for 4, 8 and 16 channels, and what PSNR and SSIM respond to
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,18 @@ def sample_code(mean, logvar, noise=None):
     return mean + torch.exp(0.5 * logvar) * noise
 
 
-# ---- Encoder and decoder -------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
+# Encoder and decoder
+# --------------------------------------------------------------------------------------------------
 
 def group_norm(channels, groups):
     """Group normalisation with the released epsilon, which is not torch's."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def conv3(in_channels, out_channels):
+    """3x3 convolution that keeps the resolution."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -62,19 +69,17 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = conv3(in_channels, out_channels)
         self.norm2 = group_norm(out_channels, groups)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = None
+        self.conv2 = conv3(out_channels, out_channels)
+        self.nin_shortcut = nn.Identity()
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        if self.nin_shortcut is not None:
-            x = self.nin_shortcut(x)
-        return x + h
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
@@ -90,12 +95,12 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        heads = []
+        head = []
         for conv in (self.q, self.k, self.v):
-            tokens = conv(h).flatten(2).transpose(1, 2)           # (B, HW, D)
-            heads.append(tokens.unsqueeze(1).contiguous())        # (B, 1, HW, D), as fused kernels want
-        h = F.scaled_dot_product_attention(*heads).squeeze(1)     # (B, HW, D)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])           # (B, D, H, W)
+            tokens = conv(h).flatten(2).transpose(1, 2)               # (B, HW, D)
+            head.append(tokens.unsqueeze(1).contiguous())             # (B, 1, HW, D), for fused kernels
+        h = F.scaled_dot_product_attention(*head).squeeze(1)          # (B, HW, D)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])               # (B, D, H, W)
         return x + self.proj_out(h)
 
 
@@ -115,45 +120,26 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = conv3(channels, channels)
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class Middle(nn.Module):
+def make_level(in_channels, out_channels, num_blocks, groups):
+    """The residual blocks of one resolution. What changes the resolution is added behind them."""
+    blocks = []
+    for _ in range(num_blocks):
+        blocks.append(ResnetBlock(in_channels, out_channels, groups))
+        in_channels = out_channels
+    return nn.Sequential(OrderedDict(block=nn.Sequential(*blocks)))
+
+
+def make_middle(channels, groups):
     """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution. A change of resolution may follow."""
-
-    def __init__(self, in_channels, out_channels, num_blocks, groups):
-        super().__init__()
-        self.block = nn.ModuleList()
-        for _ in range(num_blocks):
-            self.block.append(ResnetBlock(in_channels, out_channels, groups))
-            in_channels = out_channels
-        self.downsample = None
-        self.upsample = None
-
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-        if self.upsample is not None:
-            x = self.upsample(x)
-        return x
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(channels, channels, groups),
+                                     attn_1=AttnBlock(channels, groups),
+                                     block_2=ResnetBlock(channels, channels, groups)))
 
 
 class Encoder(nn.Module):
@@ -161,24 +147,23 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        groups, width = config.norm_groups, config.channels[0]
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList()
-        for channels in config.channels:
-            level = Level(width, channels, 2, groups)
-            level.downsample = Downsample(channels)
+        groups = config.norm_groups
+        width = config.channels[0]
+        self.conv_in = conv3(3, width)
+        self.down = nn.Sequential()
+        for i, channels in enumerate(config.channels):
+            level = make_level(width, channels, 2, groups)
+            if i < len(config.channels) - 1:
+                level.add_module("downsample", Downsample(channels))
             self.down.append(level)
             width = channels
-        self.down[-1].downsample = None
-        self.mid = Middle(width, groups)
+        self.mid = make_middle(width, groups)
         self.norm_out = group_norm(width, groups)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = conv3(width, 2 * config.latent_channels)
 
     def forward(self, image):
-        x = self.conv_in(image)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(self.down(self.conv_in(image)))                  # (B, D, H, W)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -189,23 +174,24 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        groups, width = config.norm_groups, config.channels[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-        self.mid = Middle(width, groups)
+        groups = config.norm_groups
+        width = config.channels[-1]
+        self.conv_in = conv3(config.latent_channels, width)
+        self.mid = make_middle(width, groups)
         self.up = nn.ModuleList()
-        for channels in reversed(config.channels):
-            level = Level(width, channels, 3, groups)
-            level.upsample = Upsample(channels)
+        for i in reversed(range(len(config.channels))):
+            level = make_level(width, config.channels[i], 3, groups)
+            width = config.channels[i]
+            if i > 0:
+                level.add_module("upsample", Upsample(width))
             self.up.insert(0, level)
-            width = channels
-        self.up[0].upsample = None
         self.norm_out = group_norm(width, groups)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_out = conv3(width, 3)
 
     def forward(self, code):
-        x = self.mid(self.conv_in(code))
+        x = self.mid(self.conv_in(code))                              # (B, D, H, W)
         for level in reversed(self.up):
-            x = level(x)
+            x = level(x)                                              # at last (B, D, 8H, 8W)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -231,9 +217,7 @@ class VAE(nn.Module):
     def encode(self, image, rng=None):
         """image -> latent (B, C, H, W): the mean, or with a torch.Generator a sample of the code."""
         mean, logvar = self.encode_moments(image)
-        noise = None
-        if rng is not None:
-            noise = torch.randn(mean.shape, generator=rng).to(mean)
+        noise = None if rng is None else torch.randn(mean.shape, generator=rng).to(mean)
         return self.normalize(sample_code(mean, logvar, noise))
 
     def decode(self, latent):
@@ -247,54 +231,44 @@ class VAE(nn.Module):
         return denormalize(latent, self.config)
 
 
-# ---- Training losses (Rombach et al. 2022, App. G) -----------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
+# Training losses (Rombach et al. 2022, App. G); every one is a mean, a scalar
+# --------------------------------------------------------------------------------------------------
 
 def kl_loss(mean, logvar):
-    """KL(N(mean, exp(logvar)) || N(0, I)) per number of the code, averaged: a scalar."""
+    """KL(N(mean, exp(logvar)) || N(0, I)) per number of the code."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def reconstruction_loss(image, reconstruction, norm="l1"):
-    """Mean absolute ("l1") or mean squared ("l2") difference: a scalar."""
-    if norm == "l1":
-        return (reconstruction - image).abs().mean()
-    if norm == "l2":
-        return (reconstruction - image).square().mean()
-    raise ValueError(f"reconstruction norm is {norm!r}; choose 'l1' or 'l2'")
+def reconstruction_loss(image, reconstruction):
+    """Mean absolute difference."""
+    return (reconstruction - image).abs().mean()
 
 
 def perceptual_loss(image, reconstruction, features):
-    """Distance of deep features, in the way of LPIPS (Zhang et al. 2018): a scalar.
+    """Distance of deep features, in the way of LPIPS (Zhang et al. 2018).
 
     features maps images (B, 3, H, W) to a list of maps (B, D, h, w) or sequences (B, n, D). Each
     feature vector is scaled to unit length, so that every layer counts alike.
     """
     total = 0.0
     for real, fake in zip(features(image), features(reconstruction)):
-        channel_axis = 1 if real.dim() == 4 else -1
-        real = F.normalize(real, dim=channel_axis)
-        fake = F.normalize(fake, dim=channel_axis)
-        total = total + (real - fake).square().sum(channel_axis).mean()
+        axis = 1 if real.dim() == 4 else -1
+        difference = F.normalize(real, dim=axis) - F.normalize(fake, dim=axis)
+        total = total + difference.square().sum(axis).mean()
     return total
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(nn.Sequential):
     """Does a patch look real (Isola et al. 2017)? image (B, 3, H, W) -> logits (B, 1, H/8, W/8)."""
 
-    def __init__(self, channels=64, num_downsamplings=3, groups=32):
-        super().__init__()
-        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for _ in range(num_downsamplings - 1):
-            layers.append(nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1))
-            layers.append(group_norm(2 * channels, groups))
-            layers.append(nn.LeakyReLU(0.2))
-            channels = 2 * channels
-        layers.append(nn.Conv2d(channels, 1, 3, padding=1))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, image):
-        return self.layers(image)
+    def __init__(self, channels=64, groups=32):
+        super().__init__(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+        for width in (channels, 2 * channels):
+            self.append(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1))
+            self.append(group_norm(2 * width, groups))
+            self.append(nn.LeakyReLU(0.2))
+        self.append(conv3(4 * channels, 1))
 
 
 def discriminator_hinge_loss(real_logits, fake_logits):
@@ -319,8 +293,7 @@ def adaptive_gan_weight(fidelity, gan, last_layer, largest=1e4):
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """Weights of the objective. Every term is a mean, so they do not depend on the picture size."""
-    norm: str = "l1"
+    """Weights of the objective. They do not depend on the picture size."""
     kl_weight: float = 2e-4
     perceptual_weight: float = 0.0          # needs a feature network
     gan_weight: float = 0.0                 # times the adaptive weight; needs a discriminator
@@ -333,46 +306,46 @@ def vae_loss(vae, image, noise, config=VAELossConfig(), features=None, discrimin
     """
     mean, logvar = vae.encode_moments(image)
     reconstruction = vae.decoder(sample_code(mean, logvar, noise))
-    terms = {"reconstruction": reconstruction_loss(image, reconstruction, config.norm)}
-    fidelity = terms["reconstruction"]
+    fidelity = reconstruction_loss(image, reconstruction)
+    terms = {"reconstruction": fidelity.detach()}
     if config.perceptual_weight:
-        terms["perceptual"] = perceptual_loss(image, reconstruction, features)
-        fidelity = fidelity + config.perceptual_weight * terms["perceptual"]
-    terms["kl"] = kl_loss(mean.float(), logvar.float())
-    loss = fidelity + config.kl_weight * terms["kl"]
+        perceptual = perceptual_loss(image, reconstruction, features)
+        terms["perceptual"] = perceptual.detach()
+        fidelity = fidelity + config.perceptual_weight * perceptual
+    kl = kl_loss(mean.float(), logvar.float())
+    terms["kl"] = kl.detach()
+    loss = fidelity + config.kl_weight * kl
     if config.gan_weight:
-        terms["gan"] = generator_hinge_loss(discriminator(reconstruction))
-        balance = adaptive_gan_weight(fidelity, terms["gan"], vae.decoder.conv_out.weight)
-        loss = loss + config.gan_weight * balance * terms["gan"]
-    return loss, {name: value.detach() for name, value in terms.items()}, reconstruction
+        gan = generator_hinge_loss(discriminator(reconstruction))
+        terms["gan"] = gan.detach()
+        balance = adaptive_gan_weight(fidelity, gan, vae.decoder.conv_out.weight)
+        loss = loss + config.gan_weight * balance * gan
+    return loss, terms, reconstruction
 
 
-# ---- The measures of Table 3, for each picture by itself -----------------------------------------
-
+# --------------------------------------------------------------------------------------------------
+# The measures of Table 3; images are in [-1, 1], and a number belongs to one picture
+# --------------------------------------------------------------------------------------------------
 
 def psnr(image, reconstruction):
-    """Peak signal-to-noise ratio in dB of images in [-1, 1] (clamped): (B,)."""
+    """Peak signal-to-noise ratio in dB: (B,). The reconstruction is clamped."""
     difference = (image - reconstruction.clamp(-1, 1)) / 2                # in units of [0, 1]
-    error = difference.square().mean(dim=(1, 2, 3))
-    return -10 * torch.log10(error.clamp_min(1e-10))
+    return -10 * torch.log10(difference.square().mean(dim=(1, 2, 3)).clamp_min(1e-10))
 
 
 def ssim(image, reconstruction):
-    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) in [-1, 1] (clamped): (B,).
+    """Structural similarity (Wang et al. 2004): (B,). The reconstruction is clamped.
 
-    Each channel is compared in 11x11 windows with Gaussian weights, wherever a window fits.
+    Every channel is compared in all 11x11 windows of the picture, with Gaussian weights.
     """
-    if min(image.shape[-2:]) < 11:
-        raise ValueError(f"images are {image.shape[-2]}x{image.shape[-1]} px; ssim needs 11x11")
-    x = (image.float() + 1) / 2                                           # in [0, 1]
+    x = (image.float() + 1) / 2                                           # (B, 3, H, W) in [0, 1]
     y = (reconstruction.float().clamp(-1, 1) + 1) / 2
     weights = torch.exp(-(torch.arange(11.0) - 5).square() / (2 * 1.5**2)).to(x)
-    window = torch.outer(weights, weights) / weights.sum().square()       # (11, 11), sums to 1
-    channels = x.shape[1]
-    window = window.expand(channels, 1, 11, 11)
+    window = torch.outer(weights, weights) / weights.sum().square()       # (11, 11), its sum is 1
+    window = window.expand(x.shape[1], 1, 11, 11)
 
     def local_mean(values):
-        return F.conv2d(values, window, groups=channels)                  # (B, 3, H - 10, W - 10)
+        return F.conv2d(values, window, groups=len(window))               # (B, 3, H - 10, W - 10)
 
     mean_x, mean_y = local_mean(x), local_mean(y)
     var_x = local_mean(x * x) - mean_x.square()
@@ -384,7 +357,20 @@ def ssim(image, reconstruction):
 
 
 def main():
-    """Table 3 in small: more latent channels reconstruct better."""
+    """Print the latents of Table 3's three sizes, and what PSNR and SSIM say of damaged pictures."""
+    for latent_channels in (4, 8, 16):
+        with torch.device("meta"):                                        # shapes without numbers
+            vae = VAE(VAEConfig(latent_channels))
+            latent = vae.encode(torch.zeros(1, 3, 256, 256))
+        print(f"256x256 px -> latent {tuple(latent.shape)}, "
+              f"{3 * 256**2 / latent.numel():.0f} times fewer numbers")
+    line = torch.linspace(-12, 12, 256)
+    image = 0.6 * torch.sin(line[:, None] * line / 12).expand(1, 3, 256, 256)
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    damages = {"brighter": image + 0.2, "noisy": image + 0.2 * noise, "moved": image.roll(4, 3)}
+    for name, damaged in damages.items():
+        decibels, similarity = psnr(image, damaged).item(), ssim(image, damaged).item()
+        print(f"{name:8} PSNR {decibels:.2f} dB   SSIM {similarity:.3f}")
 
 
 if __name__ == "__main__":
