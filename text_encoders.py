@@ -76,8 +76,7 @@ class TextEncoders(nn.Module):
     """The three frozen encoders and their tokenizers. An encoder that is absent gives zeros.
 
     encoders, tokenizers: dicts with some of the keys "clip_l", "clip_g", "t5".
-    captions_cut: for each encoder the number of captions so far that were too long for it.
-    """
+    captions_cut: {encoder: how many captions so far were too long for it}."""
     def __init__(self, encoders, tokenizers, config):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
@@ -262,8 +261,7 @@ def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirec
 class T5Attention(nn.Module):
     """Attention without 1/sqrt(d) and without biases in its projections. (B, L, D) -> (B, L, D).
 
-    bias (1, heads, L, K) is added to the logits. source (B, K, D) makes it cross-attention.
-    """
+    bias (1, heads, L, K) is added to the logits. source (B, K, D) makes it cross-attention."""
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
@@ -322,8 +320,8 @@ class T5Encoder(nn.Module):
         """(1, heads, L, L): what is added to the logit of (query, key), by their distance."""
         position = torch.arange(L, device=device)
         distance = position[None, :] - position[:, None]              # (L, L) key - query
-        sizes = (self.config.num_buckets, self.config.max_distance)
-        bucket = relative_position_bucket(distance, *sizes)           # (L, L)
+        bucket = relative_position_bucket(distance, self.config.num_buckets,
+                                          self.config.max_distance)
         return self.position_bias(bucket).permute(2, 0, 1).unsqueeze(0)
 
     def forward(self, ids):
@@ -397,8 +395,8 @@ class T5Tokenizer:
             self.vocab_size = self.backend.get_piece_size()
 
     def encode(self, texts):
-        """Texts -> lists of ids, without end token. White space is collapsed; \\v goes, as in T5."""
-        texts = [" ".join(text.replace("\v", "").split()) for text in texts]
+        """Texts -> lists of ids, without the end token. White space is collapsed first."""
+        texts = [" ".join(text.replace("\v", "").split()) for text in texts]     # \v: T5's own rule
         if isinstance(self.backend, Tokenizer):
             encodings = self.backend.encode_batch(texts, add_special_tokens=False)
             return [encoding.ids for encoding in encodings]

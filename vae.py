@@ -49,10 +49,7 @@ def sample_code(mean, logvar, noise=None):
     return mean + torch.exp(0.5 * logvar) * noise
 
 
-# --------------------------------------------------------------------------------------------------
-# Encoder and decoder
-# --------------------------------------------------------------------------------------------------
-
+# ---- Encoder and decoder -------------------------------------------------------------------------
 def group_norm(channels, groups):
     """Group normalisation with the released epsilon, which is not torch's."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -65,7 +62,6 @@ def conv3(in_channels, out_channels):
 
 class ResnetBlock(nn.Module):
     """(B, in, H, W) -> (B, out, H, W): norm, SiLU, convolution, twice, plus the input."""
-
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
@@ -84,7 +80,6 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """Self-attention with one head over all positions. (B, D, H, W) -> (B, D, H, W)."""
-
     def __init__(self, channels, groups):
         super().__init__()
         self.norm = group_norm(channels, groups)
@@ -98,7 +93,7 @@ class AttnBlock(nn.Module):
         head = []
         for conv in (self.q, self.k, self.v):
             tokens = conv(h).flatten(2).transpose(1, 2)               # (B, HW, D)
-            head.append(tokens.unsqueeze(1).contiguous())             # (B, 1, HW, D), for fused kernels
+            head.append(tokens.unsqueeze(1).contiguous())             # (B, 1, HW, D)
         h = F.scaled_dot_product_attention(*head).squeeze(1)          # (B, HW, D)
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])               # (B, D, H, W)
         return x + self.proj_out(h)
@@ -106,7 +101,6 @@ class AttnBlock(nn.Module):
 
 class Downsample(nn.Module):
     """(B, D, H, W) -> (B, D, H/2, W/2). Pads one row below and one column to the right only."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -117,7 +111,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """(B, D, H, W) -> (B, D, 2H, 2W): repeats pixels, then a convolution."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = conv3(channels, channels)
@@ -144,7 +137,6 @@ def make_middle(channels, groups):
 
 class Encoder(nn.Module):
     """image (B, 3, 8H, 8W) -> moments (B, 2C, H, W). A level has two residual blocks."""
-
     def __init__(self, config):
         super().__init__()
         groups = config.norm_groups
@@ -171,7 +163,6 @@ class Decoder(nn.Module):
 
     up[0] is the full resolution, so the levels run from the last to the first.
     """
-
     def __init__(self, config):
         super().__init__()
         groups = config.norm_groups
@@ -197,7 +188,6 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """The autoencoder: x = E(X) and X = D(x) of Sec. 5.2.1, with a Gaussian code."""
-
     def __init__(self, config=VAEConfig()):
         super().__init__()
         self.config = config
@@ -215,7 +205,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, image, rng=None):
-        """image -> latent (B, C, H, W): the mean, or with a torch.Generator a sample of the code."""
+        """image -> latent (B, C, H, W): of the mean, or with a Generator of a sample of the code."""
         mean, logvar = self.encode_moments(image)
         noise = None if rng is None else torch.randn(mean.shape, generator=rng).to(mean)
         return self.normalize(sample_code(mean, logvar, noise))
@@ -231,10 +221,7 @@ class VAE(nn.Module):
         return denormalize(latent, self.config)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training losses (Rombach et al. 2022, App. G); every one is a mean, a scalar
-# --------------------------------------------------------------------------------------------------
-
+# ---- Training losses (Rombach et al. 2022, App. G); every one is a mean, a scalar ----------------
 def kl_loss(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, I)) per number of the code."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -261,7 +248,6 @@ def perceptual_loss(image, reconstruction, features):
 
 class PatchDiscriminator(nn.Sequential):
     """Does a patch look real (Isola et al. 2017)? image (B, 3, H, W) -> logits (B, 1, H/8, W/8)."""
-
     def __init__(self, channels=64, groups=32):
         super().__init__(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
         for width in (channels, 2 * channels):
@@ -323,10 +309,7 @@ def vae_loss(vae, image, noise, config=VAELossConfig(), features=None, discrimin
     return loss, terms, reconstruction
 
 
-# --------------------------------------------------------------------------------------------------
-# The measures of Table 3; images are in [-1, 1], and a number belongs to one picture
-# --------------------------------------------------------------------------------------------------
-
+# ---- The measures of Table 3; images are in [-1, 1], and a number belongs to one picture ---------
 def psnr(image, reconstruction):
     """Peak signal-to-noise ratio in dB: (B,). The reconstruction is clamped."""
     difference = (image - reconstruction.clamp(-1, 1)) / 2                # in units of [0, 1]
@@ -357,7 +340,7 @@ def ssim(image, reconstruction):
 
 
 def main():
-    """Print the latents of Table 3's three sizes, and what PSNR and SSIM say of damaged pictures."""
+    """Print the latents of Table 3's sizes, and what PSNR and SSIM say of damaged pictures."""
     for latent_channels in (4, 8, 16):
         with torch.device("meta"):                                        # shapes without numbers
             vae = VAE(VAEConfig(latent_channels))
