@@ -22,14 +22,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 warnings.filterwarnings("ignore", "torch.distributed is disabled")   # One process saves alone.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module")            # Nothing writes in its output.
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name. "auto" takes CUDA or Apple's MPS if there is one, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    here = [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
-    if name not in ("auto", "cpu", *here):
-        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu or {here[-1]}")
+    here = [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())]
+    if name not in ("auto", "cpu", found.type, *here):
+        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu {' '.join(here)}")
     return torch.device(found.type if name == "auto" else name)
 
 
