@@ -290,6 +290,7 @@ def open_model(path, text_encoders=(), vae=None) -> Model:
         for key in entries:              # Scaled float8 has a "scale" beside each weight.
             if not key.startswith(tuple(PREFIXES.values())) or "scale" in key:
                 ours = ours and "logit_scale" in key
+        ours = ours and "x_embedder.proj.weight" in model.networks.get("mmdit", ["x_embedder.proj.weight"])
     run = (file.parent / "config.json").is_file()      # It names its encoders itself.
     if not ours or text_encoders or vae or (len(model.networks) < len(PREFIXES) and not run):
         other_layouts().complete(model, ours, text_encoders, vae)
@@ -528,8 +529,9 @@ def add_options(parser, kind):
             settings = {"type": several[0], "nargs": "*"}
         if item.type is bool:
             settings = {"nargs": "?", "const": "true", "choices": ("true", "false")}
-        choices = ", ".join(item.metadata["rule"][2])
-        text = f"{item.metadata['help']}{choices and ' ('}{choices} (default: {item.default})"
+        text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
+        if item.metadata["rule"][2]:
+            text += " Choices: " + ", ".join(item.metadata["rule"][2])
         flags = dict.fromkeys((flag(item.name), "--" + item.name.replace("_", "-")))
         parser.add_argument(*flags, dest=item.name, help=text, **settings)
 

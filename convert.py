@@ -179,9 +179,10 @@ def complete(model, ours, text_encoders=(), vae=None):
         for name, entries in networks.items():
             add(model, name, entries)
     for name in SEPARATE:
-        given = [vae] if name == "vae" and vae else []
-        if name != "vae":
-            given = [find_path(path) for path in text_encoders]
+        named = text_encoders
+        if name == "vae":
+            named = [vae] if vae else []
+        given = [find_path(path) for path in named]
         if given or name not in model.networks:
             add_separate(model, name, given)
     fit_widths(model)
@@ -248,6 +249,8 @@ def add_separate(model, name, given):
             add(model, name, networks[name])
             model.config |= {name: config[name]} if name in config else {}
             return
+    if given and name == "vae":
+        raise CheckpointError(f"{given[0]} holds no vae; give a .safetensors file with one")
 
 
 def fit_widths(model):
@@ -321,15 +324,24 @@ def read_configs(model):
         for key, value in expected.items():
             if told.get(key) not in (None, value):
                 raise CheckpointError(f"{file}: {key} is {told[key]!r:.80}; only {value!r} is done")
+        heads = told.get("num_attention_heads")
+        if part.startswith("clip") and heads and told.get("hidden_size") != 64 * heads:
+            raise CheckpointError(f"{file}: num_attention_heads is {heads!r:.80}; heads must have 64")
         for theirs in ("norm_num_groups", "scaling_factor", "shift_factor", "shift"):
-            if (value := told.get(theirs)) is not None:
-                kind = int if theirs == "norm_num_groups" else float
-                check_value(f"{file}: {theirs}", value, kind, -1e3, 1e3)
-                if part == "vae":
-                    model.config.setdefault("vae", {})[FIELDS["vae"][theirs]] = value
-                else:
-                    sampling = model.config.get("sampling", {})
-                    model.config["sampling"] = {"timestep_shift": value} | sampling
+            if (value := told.get(theirs)) is None:
+                continue
+            kind = int if theirs == "norm_num_groups" else float
+            low = -1e3 if theirs == "shift_factor" else 1e-3
+            try:
+                check_value(theirs, value, kind, low, 1e3)
+            except ValueError as problem:
+                raise CheckpointError(f"{file}: {problem}") from None
+            if part == "vae":
+                vae = model.config.get("vae", {})
+                model.config["vae"] = vae | {FIELDS["vae"][theirs]: value}
+            else:
+                sampling = model.config.get("sampling", {})
+                model.config["sampling"] = {"timestep_shift": value} | sampling
 
 
 def flip_levels(tensors) -> dict:
@@ -434,7 +446,7 @@ def tokenizer_config(name, text) -> dict:
                 "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": extra}
     return {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.config.clip_length,
             "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>", "pad_token": tokenizer.pieces([tokenizer.padding])[0]}
+            "unk_token": "<|endoftext|>", "pad_token": tokenizer.backend.id_to_token(tokenizer.padding)}
 
 
 def save_diffusers(out, parts, networks, dtype=None):

@@ -1,0 +1,375 @@
+"""convert.py: what others write is read or refused by name; what we write is read by others."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoints import TABLE, TEXT, equal, five_networks, read, resave
+
+import convert
+from checkpoints import (
+    PREFIXES, SHIPPED, CheckpointError, find_model_file, load_components, open_model,
+    released_tensors, save_networks, stored_config)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return five_networks()
+
+
+@pytest.fixture(scope="module")
+def saved(networks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(SHIPPED / "tokenizers", folder / "tokenizers")
+    save_networks(folder / "model.safetensors", networks, TEXT, {"timestep_shift": 2.0},
+                  words=("red",))
+    return folder / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def exported(saved):
+    convert.export(saved, saved.parent / "diffusers", "diffusers")
+    return saved.parent / "diffusers"
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A diffusers folder to change."""
+    return Path(shutil.copytree(exported, tmp_path / "diffusers"))
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---- Diffusers folders ---------------------------------------------------------------------------
+
+def test_an_exported_folder_comes_back_as_it_was(exported, networks):
+    parts = load_components(exported)
+    assert equal(parts.mmdit, networks["mmdit"]) and equal(parts.vae, networks["vae"])
+    assert parts.mmdit.config == networks["mmdit"].config
+    assert parts.vae.config == networks["vae"].config
+    for name, encoder in parts.text.encoders.items():
+        assert equal(encoder, networks[name]) and encoder.config == networks[name].config
+    assert parts.text.config == TEXT and parts.words == ("red",)
+    assert parts.sampling == {"timestep_shift": 2.0}
+
+
+def test_a_folder_without_our_metadata_tells_its_numbers_in_its_json_files(folder, networks):
+    for file in folder.rglob("*.safetensors"):
+        save_file(load_file(file), file)
+    edit(folder / "scheduler" / "scheduler_config.json", shift=1.5)
+    parts = load_components(folder)
+    assert parts.vae.config == networks["vae"].config and parts.sampling["timestep_shift"] == 1.5
+
+
+@pytest.mark.parametrize("file, field, value", [
+    ("transformer/config.json", "attention_head_dim", 32),
+    ("text_encoder/config.json", "hidden_act", "gelu"),
+    ("text_encoder_2/config.json", "hidden_act", "quick_gelu"),
+    ("text_encoder_3/config.json", "feed_forward_proj", "relu"),
+    ("scheduler/scheduler_config.json", "use_dynamic_shifting", True),
+    ("scheduler/scheduler_config.json", "_class_name", "DDIMScheduler"),
+    ("scheduler/scheduler_config.json", "shift", "3"), ("vae/config.json", "scaling_factor", "1"),
+    ("vae/config.json", "scaling_factor", 0), ("vae/config.json", "norm_num_groups", 8.5),
+    ("text_encoder/config.json", "num_attention_heads", 2)])
+def test_a_folder_that_contradicts_us_is_refused_by_its_field(folder, file, field, value):
+    edit(folder / file, **{field: value})
+    with pytest.raises(CheckpointError, match=f"{file}.*{field}"):
+        load_components(folder)
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"vae": 5}, "model_index.json.*vae"), ({"_class_name": "FluxPipeline"}, "is a FluxPipeline"),
+    ({"_class_name": 3}, "model_index.json.*_class_name")])
+def test_a_wrong_model_index_is_refused(folder, changes, sentence):
+    edit(folder / "model_index.json", **changes)
+    with pytest.raises(CheckpointError, match=sentence):
+        open_model(folder)
+
+
+def test_parts_that_are_missing_or_pickled_are_named(folder):
+    shutil.rmtree(folder / "text_encoder_3")                 # T5 may lack
+    assert open_model(folder).networks.keys() == {"mmdit", "vae", "clip_l", "clip_g"}
+    for file in (folder / "vae").glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="vae holds no .safetensors.*pickles"):
+        open_model(folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(CheckpointError, match="lacks vae/"):
+        open_model(folder)
+    with pytest.raises(CheckpointError, match="transformer is a part of a diffusers folder; give"):
+        open_model(folder / "transformer")
+
+
+def test_shards_are_read_by_their_index_and_fp16_variants_only_where_there_is_nothing_else(
+        folder, networks):
+    whole = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = list(load_file(whole).items())
+    names = [f"part-{i}-of-3.safetensors" for i in range(3)]
+    weight_map = {}
+    for i, name in enumerate(names):
+        save_file(dict(tensors[i::3]), whole.with_name(name))
+        weight_map.update({key: name for key, _ in tensors[i::3]})
+    whole.rename(whole.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    index = whole.with_name("diffusion_pytorch_model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert equal(read("mmdit", folder), networks["mmdit"])
+    index.unlink()
+    assert equal(read("mmdit", folder), networks["mmdit"])   # its shards without an index
+    for name in names:
+        whole.with_name(name).unlink()
+    assert equal(read("mmdit", folder), networks["mmdit"])   # the fp16 variant alone
+    index.write_text(json.dumps({"weight_map": {"a": "../../../etc/passwd"}}))
+    with pytest.raises(CheckpointError, match="passwd: no such file"):
+        open_model(folder)
+
+
+def test_a_folder_with_tokenizer_json_only_gives_the_same_ids(exported, folder):
+    """Today's transformers writes nothing else."""
+    transformers = pytest.importorskip("transformers")
+    expected = load_components(exported, ("text",)).text
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        kind = transformers.T5TokenizerFast if name.endswith("3") else transformers.CLIPTokenizerFast
+        tokenizer = kind.from_pretrained(folder / name)
+        shutil.rmtree(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        assert not (folder / name / "merges.txt").exists()
+        assert not (folder / name / "spiece.model").exists()
+    text = load_components(folder, ("text",)).text
+    prompts = ["a red circle", "Two   BLUE stars, left of it's cat!", "", "woman scientist 42"]
+    for name, ids in expected.tokenize(prompts).items():
+        assert torch.equal(ids, text.tokenize(prompts)[name]), name
+
+
+# ---- The hub -------------------------------------------------------------------------------------
+
+def test_a_hub_name_without_a_network_is_answered_within_seconds():
+    """The hub's client would try again for 26 s. A run's own folders are never taken for names."""
+    started = time.time()
+    code = ("import checkpoints, socket\n"
+            "def no_network(*a, **k): raise socket.gaierror(-2, 'Name or service not known')\n"
+            "socket.getaddrinfo = no_network\n"
+            "try: checkpoints.open_model('someone/no-such-model')\n"
+            "except checkpoints.CheckpointError as problem: print(problem)\n")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "someone/no-such-model: no such file or folder here" in out.stdout, out.stderr
+    assert time.time() - started < 20
+
+
+@pytest.mark.parametrize("path", ["runs/mine", "out/x", "pretrained/other", "a/b.safetensors",
+                                  "a/b/c", "/a/b", "../a/b"])
+def test_what_is_no_hub_name_is_never_asked_for(path, monkeypatch):
+    monkeypatch.setattr(convert, "from_hub", lambda name: pytest.fail(name))
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        find_model_file(path)
+
+
+# ---- Separate files ------------------------------------------------------------------------------
+
+def place_comfyui(root, networks):
+    """models/checkpoints/sd3.safetensors with the MM-DiT alone, the rest in its own folders."""
+    for part in ("checkpoints", "clip", "text_encoders", "vae"):
+        (root / part).mkdir(parents=True)
+    save_networks(root / "checkpoints" / "sd3.safetensors", {"mmdit": networks["mmdit"]}, TEXT)
+    save_file(released_tensors("clip_l", networks["clip_l"]), root / "clip" / "clip_l.safetensors")
+    save_file(released_tensors("clip_g", networks["clip_g"]),
+              root / "text_encoders" / "clip_g.safetensors")
+    save_networks(root / "vae" / "ours.safetensors", {"vae": networks["vae"]})
+    shutil.copytree(SHIPPED / "tokenizers", root / "checkpoints" / "tokenizers")
+    return root / "checkpoints" / "sd3.safetensors"
+
+
+def test_comfyuis_tree_is_found_with_fp16_before_float8(networks, tmp_path):
+    file = place_comfyui(tmp_path, networks)
+    t5 = released_tensors("t5", networks["t5"])
+    save_file(t5, tmp_path / "clip" / "t5xxl_fp16.safetensors")
+    save_file({key: x.to(torch.float8_e4m3fn) for key, x in t5.items()},
+              tmp_path / "clip" / "t5xxl_fp8_e4m3fn.safetensors")
+    parts = load_components(file)
+    assert equal(parts.vae, networks["vae"]) and parts.vae.config.vae_scale == 1.25
+    for name, encoder in parts.text.encoders.items():
+        assert equal(encoder, networks[name])
+    assert parts.missing == ()
+
+
+def test_without_t5_a_small_model_takes_its_widths_from_the_mmdit(networks, tmp_path):
+    file = place_comfyui(tmp_path, networks)
+    (tmp_path / "clip" / "clip_l.safetensors").unlink()
+    tensors = load_file(file)
+    save_file(tensors, file)                                 # without the metadata
+    parts = load_components(file)
+    assert parts.missing == ("clip_l", "t5")
+    context, pooled = parts.text(["a cat"])
+    assert context.shape[2] == 192 and pooled.shape == (1, 128)
+    assert pooled[:, :64].abs().max() == 0 and pooled[:, 64:].abs().max() > 0
+    parts.mmdit(torch.zeros(1, 4, 4, 4), torch.ones(1), context, pooled)
+
+
+def test_explicit_files_come_before_those_that_lie_about(networks, saved, tmp_path):
+    torch.manual_seed(1)
+    other = five_networks()["vae"]
+    other.decoder.conv_in.weight.add_(1)
+    save_networks(tmp_path / "mine.safetensors", {"vae": other})
+    file = place_comfyui(tmp_path / "models", networks)
+    parts = load_components(file, text_encoders=[saved], vae=tmp_path / "mine.safetensors")
+    assert equal(parts.vae, other) and set(parts.text.encoders) == {"clip_l", "clip_g", "t5"}
+    parts = load_components(saved, text_encoders=[tmp_path / "models" / "clip"])
+    assert set(parts.text.encoders) == {"clip_l", "clip_g", "t5"}
+    for given in ({"vae": saved.with_name("nowhere")}, {"text_encoders": [tmp_path / "nowhere"]}):
+        with pytest.raises(CheckpointError, match="nowhere"):
+            load_components(file, **given)
+    with pytest.raises(CheckpointError, match="clip_l.safetensors.*no vae"):
+        load_components(file, vae=tmp_path / "models" / "clip" / "clip_l.safetensors")
+
+
+def test_text_encoders_of_another_width_are_refused(networks, tmp_path):
+    tensors = released_tensors("t5", networks["t5"])
+    tensors = {key: x[..., :128].contiguous() if "embed" in key or "shared" in key else x
+               for key, x in tensors.items()}
+    save_file(tensors, tmp_path / "t5xxl.safetensors")
+    part = {name: network for name, network in networks.items() if name != "t5"}
+    save_networks(tmp_path / "m.safetensors", part, TEXT)
+    with pytest.raises(CheckpointError, match="128.*wide, but its MM-DiT needs.*192"):
+        open_model(tmp_path / "m.safetensors")
+
+
+def test_scaled_float8_is_multiplied_by_its_scales(networks, saved, tmp_path):
+    def scale(tensors):
+        for key in [key for key in tensors if key.endswith(("fc1.weight", "wo.weight"))]:
+            amax = tensors[key].abs().max() / 400
+            tensors[key] = (tensors[key] / amax).to(torch.float8_e4m3fn)
+            tensors[key.replace(".weight", ".scale_weight")] = amax
+            tensors[key.replace(".weight", ".scale_input")] = torch.ones(())
+        for name in ("mmdit", "t5"):
+            tensors[PREFIXES[name] + "scaled_fp8"] = torch.empty(0).to(torch.float8_e4m3fn)
+        tensors[PREFIXES["t5"] + "spiece_model"] = torch.zeros(3, dtype=torch.uint8)
+    file = resave(saved, tmp_path / "m.safetensors", scale)
+    for name in ("mmdit", "t5", "clip_l"):
+        for dtype in (torch.float32, None):
+            ours = read(name, file, dtype=dtype).state_dict()
+            for key, x in networks[name].state_dict().items():
+                error = (ours[key].float() - x).abs().max() / x.abs().max().clamp_min(1e-9)
+                assert error < 0.045, key                    # three bits
+    assert ours["layers.0.fc1.weight"].dtype == torch.float16
+    shutil.copy(file, tmp_path / "t5xxl_fp8_scaled.safetensors")
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, content, advice", [
+    ("model.ckpt", b"anything", "a pickle, which is never opened"),
+    ("model.pth", b"PK\3\4", "a pickle, which is never opened"),
+    ("pytorch_model.bin", b"", "a pickle, which is never opened"),
+    ("renamed.safetensors", b"PK\3\4archive", "a pickle, which is never opened"),
+    ("sd3-Q4.gguf", b"GGUF\3\0\0\0", "a GGUF file, which is not supported"),
+    ("model.safetensors.index.json", b"{}", "give the folder in which it lies"),
+    ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    ("cut.safetensors", b"\xff\0\0\0\0\0\0\0{", "not a whole safetensors file")])
+def test_files_that_are_no_safetensors_are_known_by_name_or_first_bytes(
+        name, content, advice, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} .*{advice}"):
+        open_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("key, family", [
+    ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
+    ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net"),
+    ("conditioner.embedders.0.weight", "an SDXL model"),
+    ("transformer.transformer_blocks.0.attn.to_k.lora_A.weight", "a LoRA"),
+    ("lora_unet_joint_blocks_0.alpha", "a LoRA"), ("controlnet_blocks.0.weight", "a ControlNet"),
+    ("base_model.model.transformer_blocks.0.attn.to_q.lora_B.weight", "a LoRA"),
+    ("transformer_blocks.0.attn.to_q.weight", "give the folder above it"),
+    ("encoder.down_blocks.0.resnets.0.conv1.weight", "give the folder above it"),
+    ("something.weight", "no known network: something.weight")])
+def test_models_of_other_families_are_refused_by_name(key, family, tmp_path):
+    save_file({key: torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"other.safetensors .*{family}"):
+        open_model(tmp_path / "other.safetensors")
+
+
+def test_tensors_of_no_known_network_beside_known_ones_are_refused(saved, tmp_path):
+    file = resave(saved, tmp_path / "m.safetensors", lambda x: x.update({"odd": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"1 tensor\(s\) of no known network: odd"):
+        open_model(file)
+
+
+@pytest.mark.parametrize("name", ["vae", "t5", "clip_g"])
+def test_one_component_alone_is_told_what_it_lacks(name, networks, tmp_path):
+    file = tmp_path / "alone.safetensors"
+    config = {"config": stored_config({name: networks[name]})}
+    save_file(released_tensors(name, networks[name]), file, config)
+    assert equal(read(name, file), networks[name])
+    with pytest.raises(CheckpointError, match=f"no mmdit, only {name}.*--text-encoders and --vae"):
+        load_components(file)
+
+
+# ---- Exports and the command line ----------------------------------------------------------------
+
+def test_a_single_file_comes_with_its_tokenizers_and_t5s_table_under_both_names(saved, tmp_path):
+    out = tmp_path / "sub" / "m.safetensors"
+    convert.export(saved, out, "single-file", torch.bfloat16)
+    tensors = load_file(out)
+    assert {x.dtype for x in tensors.values()} == {torch.bfloat16}
+    assert torch.equal(tensors[TABLE], tensors[PREFIXES["t5"] + "shared.weight"])
+    assert load_components(out).text.config == TEXT and load_components(out).words == ("red",)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["m.safetensors", "tokenizers"]
+    convert.export(saved, out.with_name("second.safetensors"), "single-file")
+    (out.parent / "tokenizers" / "clip" / "merges.txt").write_text("another")
+    with pytest.raises(CheckpointError, match="merges.txt is of another model"):
+        convert.export(saved, out.with_name("third.safetensors"), "single-file")
+    assert not out.with_name("third.safetensors").exists()
+
+
+def test_exports_never_overwrite_and_a_failing_one_leaves_nothing(saved, tmp_path, monkeypatch):
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / "mine").write_text("precious")
+    convert.export(saved, tmp_path / "m", "diffusers")
+    assert (tmp_path / "m.partial" / "mine").read_text() == "precious"
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert.export(saved, tmp_path / "m", "diffusers")
+    with pytest.raises(CheckpointError, match=r"does not end in .safetensors"):
+        convert.export(saved, tmp_path / "n", "single-file")
+
+    def disk_full(*arguments, **more):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(convert, "save_file", disk_full)
+    monkeypatch.setattr(convert, "save_networks", disk_full)
+    for layout, name in (("diffusers", "a"), ("single-file", "b.safetensors")):
+        with pytest.raises(CheckpointError, match="could not write .*No space left"):
+            convert.export(saved, tmp_path / "new" / name, layout)
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_running_convert_lists_the_networks_and_exports(saved, capsys, monkeypatch, networks,
+                                                       tmp_path):
+    monkeypatch.setattr(sys, "argv", ["convert.py", "info", str(saved)])
+    convert.main()
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert list(lines) == list(PREFIXES)
+    for name, network in networks.items():
+        count = sum(x.numel() for x in network.state_dict().values())
+        assert int(lines[name][1]) == len(network.state_dict())
+        assert float(lines[name][3]) == pytest.approx(count / 1e6, abs=1e-3)
+    monkeypatch.setattr(sys, "argv", ["convert.py", "export", str(saved), str(tmp_path / "out"),
+                                      "--to", "diffusers", "--dtype", "fp16"])
+    convert.main()
+    dtypes = {x.dtype for x in load_file(tmp_path / "out" / "vae" /
+                                         "diffusion_pytorch_model.safetensors").values()}
+    assert dtypes == {torch.float16}
+
+
+def test_what_is_ours_is_opened_without_convert(saved):
+    code = (f"import os, sys, checkpoints; checkpoints.load_components({str(saved)!r})\n"
+            f"assert 'convert' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ)
