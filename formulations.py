@@ -5,8 +5,8 @@ Not here    Eq. 1, 13 and 19 to 25 (flow.py); the study itself (experiments/)
 Shapes      B batch   M number of noises   D size of one sample; (B, ...) is any batch of latents
 Run         python formulations.py     the samplers on a flow with a known answer
 
-The paper's x_0 is `latent`, epsilon `noise`, lambda_t `log_snr`; P_m and P_s of Eq. 14 are `log_mean`
-and `log_std`. |x|^2 is a mean over the numbers of one sample.
+The paper's x_0 is `latent`, epsilon `noise`, lambda_t `log_snr`. P_m and P_s of Eq. 14 are
+`log_mean` and `log_std`. |x|^2 is a mean over the numbers of one sample.
 """
 
 import math
@@ -210,10 +210,10 @@ class Linear:
     def at(self, t):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=t.dtype).square()
         changes = torch.log1p(-betas)                                 # of log a^2, in each step
-        step = (1000 * t).ceil().long().clamp(1, 1000) - 1            # the step that t is in
+        step = (1000 * t).ceil().long().clamp(min=1) - 1              # the step that t is in
         log_a2 = changes.cumsum(0)[step] - changes[step] * (step + 1 - 1000 * t)
         a = torch.exp(log_a2 / 2)
-        b = torch.sqrt(-torch.expm1(log_a2.clamp(max=0)))
+        b = torch.sqrt(-torch.expm1(log_a2))
         a_slope = a * 500 * changes[step]
         return Scales(a, b, a_slope, b_slope=-a * a_slope / b)        # from a a' + b b' = 0
 

@@ -1,106 +1,128 @@
-"""Exercise 2 (20 minutes): from a latent to tokens and back, and where a token is (Sec. 4, Fig. 2a; Sec. 5.3.2).
+"""Exercise 2 (20 minutes): from a latent to tokens and back, and their places (Sec. 4, Fig. 2a).
 
-A latent (B, C, H, W) is cut into 2 x 2 patches. Each becomes one token of 4 C numbers, ordered (row, column, channel), and
-the tokens follow each other row by row. Every token is given the frequency embedding of its place: positions come from a
-stored square grid of M x M, of which the centre is used, so that pictures of all shapes share the middle.
+A latent (B, C, H, W) is cut into p x p patches. Each patch becomes one token of p p C numbers, in
+the order (row, column, channel). The tokens follow each other row by row. Each token is given the
+frequency embedding of its place. The places come from a square grid of M x M, and a picture uses
+the centre of the grid, so that pictures of all shapes share the middle. Write four functions, then
 
     python exercises/02_patches_and_positions.py
 
-Think first: why must unpatchify know the height in tokens? Which tokens share their position between a wide and a tall one?
+Think first: why must unpatchify know the height in tokens? Which tokens of a wide picture and of a
+tall one share their position?
 """
 
+import math
 import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from marking import mark
-
-import mmdit
 
 
 def patchify(latent, patch_size):
-    """(B, C, H, W) -> (B, N, p * p * C) with N = (H / p)(W / p), a token's numbers ordered (row, column, channel)."""
+    """(B, C, H, W) -> (B, N, p * p * C) with N = (H / p) (W / p)."""
     raise NotImplementedError
 
 
 def unpatchify(tokens, height, width, patch_size):
-    """The inverse: (B, N, p * p * C) -> (B, C, height * p, width * p); height and width count tokens."""
+    """The inverse: (B, N, p * p * C) -> (B, C, height * p, width * p). Height, width in tokens."""
     raise NotImplementedError
 
 
 def embed_positions(positions, size):
-    """(n,) -> (n, size): sin(p * f_i), then cos(p * f_i), with f_i = 10000^(-i / (size / 2)), i = 0 ... size / 2 - 1."""
+    """(n,) -> (n, size): sin(x f_i) for all i, then cos(x f_i) for all i.
+
+    f_i = 10000^(-i / (size / 2)), i = 0 ... size / 2 - 1.
+    """
     raise NotImplementedError
 
 
 def crop_center(grid, height, width):
-    """(M, M, D) -> (height, width, D), the middle; an odd rest leaves the smaller part at the top and the left."""
+    """(M, M, D) -> (height, width, D): the middle. An odd rest leaves less at the top and left."""
     raise NotImplementedError
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checks: each returns "" if the answer is right, else a hint
-# ------------------------------------------------------------------------------------------------------------
+# --- Checks: each returns "" if the answer is right, and a hint if not ----------------------------
 
-def latent_of_places():
-    """(1, 2, 4, 6): every number says where it is, so a wrong order shows."""
-    return torch.arange(48.0).view(1, 2, 4, 6)
+SIZES = ((1, 2, 2, 3, 2), (2, 3, 3, 1, 2), (1, 4, 2, 2, 3))           # B, C, tokens high, wide, p
 
 
-def core_patches(latent):
-    """The right tokens, by the slow way: one patch after the other."""
-    _, _, H, W = latent.shape
-    return torch.stack([latent[:, :, y : y + 2, x : x + 2].permute(0, 2, 3, 1).flatten(1)
-                        for y in range(0, H, 2) for x in range(0, W, 2)], dim=1)
+def example(B, C, height, width, p):
+    """A latent in which every number is different, and its tokens, number by number."""
+    count = B * C * height * width * p * p
+    latent = torch.arange(float(count)).view(B, C, height * p, width * p)
+    tokens = torch.zeros(B, height * width, p * p * C)
+    for row in range(height * p):
+        for column in range(width * p):
+            token = (row // p) * width + column // p
+            place = (row % p) * p + column % p
+            tokens[:, token, place * C : (place + 1) * C] = latent[:, :, row, column]
+    return latent, tokens
 
 
 def check_patchify(answers):
-    latent = latent_of_places()
-    ours, expected = answers["patchify"](latent, 2), core_patches(latent)
-    if ours.shape != expected.shape:
-        return f"shape {tuple(ours.shape)}, it should be {tuple(expected.shape)}"
-    if torch.equal(ours, expected):
-        return ""
-    channels_first = torch.equal(ours[0, 0].view(2, 2, 2), expected[0, 0].view(2, 2, 2).permute(2, 0, 1))
-    return "the channel must vary fastest within a token" if channels_first else "tokens go row by row over the picture"
+    for B, C, height, width, p in SIZES:
+        latent, tokens = example(B, C, height, width, p)
+        ours = answers["patchify"](latent, p)
+        if ours.shape != tokens.shape:
+            return f"shape {tuple(ours.shape)}, it should be {tuple(tokens.shape)}"
+        channels_first = tokens.unflatten(2, (p * p, C)).transpose(2, 3).flatten(2)
+        if torch.equal(ours, channels_first):
+            return "the channel must vary fastest within a token"
+        if not torch.equal(ours, tokens):
+            return "tokens go row by row over the picture"
+    return ""
 
 
 def check_unpatchify(answers):
-    latent = latent_of_places()
-    tokens = core_patches(latent)
-    ours = answers["unpatchify"](tokens, 2, 3, 2)
-    if ours.shape != latent.shape:
-        return f"shape {tuple(ours.shape)}, it should be {tuple(latent.shape)} (height 2 and width 3 count tokens)"
-    same = torch.equal(ours, latent) and torch.equal(ours, mmdit.unpatchify(tokens, 2, 3, 2))
-    return "" if same else "axis by axis: (height, width, row, column, channel) to (channel, height, row, width, column)"
+    for B, C, height, width, p in SIZES:
+        latent, tokens = example(B, C, height, width, p)
+        ours = answers["unpatchify"](tokens, height, width, p)
+        if ours.shape != latent.shape:
+            return f"shape {tuple(ours.shape)}, it should be {tuple(latent.shape)}"
+        if not torch.equal(ours, latent):
+            return "split into (height, width, row, column, channel), then reorder the axes"
+    return ""
 
 
 def check_positions(answers):
-    positions = torch.arange(5, dtype=torch.float64)
-    ours = answers["embed_positions"](positions, 8)
-    expected = mmdit.sincos_2d(torch.zeros(1, dtype=torch.float64), positions, 16)[:, :8]        # the column half
-    if ours.shape != expected.shape:
-        return f"shape {tuple(ours.shape)}, it should be {tuple(expected.shape)}"
-    if torch.allclose(ours.double(), expected, atol=1e-6):
-        return ""
-    cosines_first = torch.allclose(ours.double(), expected.roll(4, dims=1), atol=1e-6)
-    return "sines first here (the time embedding has cosines first)" if cosines_first else "frequencies fall from 1 to near 1e-4"
+    for size in (2, 8, 12):
+        positions = torch.tensor([0.0, 1.0, 2.5, 40.0], dtype=torch.float64)
+        right = torch.zeros(4, size, dtype=torch.float64)
+        for i in range(size // 2):
+            angle = positions * 10000 ** (-i / (size / 2))
+            right[:, i] = torch.sin(angle)
+            right[:, size // 2 + i] = torch.cos(angle)
+        ours = answers["embed_positions"](positions, size).double()
+        if ours.shape != right.shape:
+            return f"shape {tuple(ours.shape)}, it should be {tuple(right.shape)}"
+        if torch.allclose(ours, right.roll(size // 2, dims=1), atol=1e-5):
+            return "sines first here (the time embedding has cosines first)"
+        if not torch.allclose(ours, right, atol=1e-5):
+            return "frequencies fall from 1 to near 1e-4"
+    return ""
 
 
 def check_crop(answers):
-    grid = torch.arange(49.0).view(7, 7, 1)
-    ours = answers["crop_center"](grid, 2, 4)
-    if ours.shape != (2, 4, 1):
-        return f"shape {tuple(ours.shape)}, it should be (2, 4, 1)"
-    if torch.equal(ours.flatten(), mmdit.crop_center(grid.view(1, 49, 1), 2, 4).flatten()):
-        return ""
-    return "that is the top left corner" if ours[0, 0] == 0 else "top = (M - height) // 2, rounded down"
+    for M, height, width in ((7, 2, 4), (8, 3, 8), (5, 5, 2)):
+        grid = torch.arange(float(M * M)).view(M, M, 1)
+        ours = answers["crop_center"](grid, height, width)
+        if ours.shape != (height, width, 1):
+            return f"shape {tuple(ours.shape)}, it should be {(height, width, 1)}"
+        top, left = math.floor((M - height) / 2), math.floor((M - width) / 2)
+        if ours[0, 0] == 0 and top + left > 0:
+            return "that is the top left corner"
+        right = grid[top : top + height, left : left + width]
+        if not torch.equal(ours, right):
+            return "top = (M - height) // 2, rounded down, and the same for the left side"
+    return ""
 
 
-CHECKS = {"latent -> tokens": check_patchify, "tokens -> latent": check_unpatchify,
-          "frequency embedding": check_positions, "the centre of the grid": check_crop}
+CHECKS = {
+    "latent -> tokens": check_patchify,
+    "tokens -> latent": check_unpatchify,
+    "frequency embedding": check_positions,
+    "the centre of the grid": check_crop,
+}
 
 
 if __name__ == "__main__":

@@ -1,93 +1,121 @@
-"""Exercise 9 (20 minutes): what a GPU holds during a sharded step, on paper (Sec. 4, App. B.3; experiments/plan.py).
+"""Exercise 9 (20 minutes): what a GPU holds during a sharded step, on paper (Sec. 4, App. B.3).
 
-8.06 billion parameters in fp32 are 32 GB, and training keeps more than the weights: gradients, AdamW's two moments, and the
-average of App. B.3. Sharding (FSDP) gives each of S GPUs one S-th of all five. What it computes with is gathered block by
-block, in bf16. Write the four functions below, then
+8.06 billion parameters in fp32 are 32 GB, and training keeps more than the weights: gradients,
+AdamW's two moments and the average of App. B.3. With sharding (FSDP), each of S GPUs holds one S-th
+of all five. A GPU gathers what it computes with block by block, in bf16. Write four functions:
 
-    python exercises/09_sharded_memory.py
+    python exercises/09_sharded_memory.py        (python bench/plan.py does the same sums)
 
-Think first: with 8 GPUs, which is larger for depth 38: a GPU's shard of the optimizer, or one gathered block?
+Think first: with 8 GPUs and depth 38, which is larger: a GPU's share of the optimizer's moments, or
+two gathered blocks?
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import plan
 from marking import mark
 
 
 def block_parameters(depth):
-    """Parameters of a joint block but the last: two streams, each with qkv, projection, an MLP of width 4 D and a modulation
-    of 6 D out of D, all with biases, and the 64 scales of QK-norm for q and for k. D = 64 depth."""
+    """Parameters of a joint block (not of the last one, which has less).
+
+    Each of the two streams has qkv, a projection, an MLP of width 4 D and a modulation of 6 D from
+    D, all with biases, and 64 scales of QK-norm for q and for k. D = 64 depth.
+    """
     raise NotImplementedError
 
 
 def state_bytes(parameters, shards):
-    """What one GPU holds between steps: its share of weights, two moments and average, in fp32. No gradients then."""
+    """What a GPU holds between steps: its share of weights, two moments and average, in fp32."""
     raise NotImplementedError
 
 
 def gathered_bytes(block, outside):
-    """What is whole on one GPU for a moment: two blocks (one computes, the next one comes) and what lies outside of blocks, in
-    bf16. block, outside: parameters."""
+    """What is whole on a GPU for a moment, in bf16: two blocks, and what lies outside of blocks.
+
+    While one block computes, the next one comes. block, outside: numbers of parameters.
+    """
     raise NotImplementedError
 
 
 def sent_bytes(parameters, shards):
-    """What one GPU sends in a step: it gathers all weights in bf16 twice (forward and backward) and scatters the gradients in
-    fp32. A gather or scatter of X bytes over S GPUs sends X (S - 1) / S."""
+    """What a GPU sends in a step: all weights in bf16 twice (forward, backward), gradients in fp32.
+
+    A gather or a scatter of X bytes over S GPUs sends X (S - 1) / S.
+    """
     raise NotImplementedError
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checks: each returns "" if the answer is right, else a hint
-# ------------------------------------------------------------------------------------------------------------
+# --- Checks: each returns "" if the answer is right, and a hint if not ----------------------------
 
-def planned(depth=38, world=8):
-    return plan.Plan(depth=depth, world=world, batch_size=8 * world, strategy="fsdp")
+TOTAL = 8_057_000_000                                                 # depth 38 with QK-norm
 
 
-def compare(ours, right, hints, unit=1e9, name="GB"):
+def compare(ours, right, hints, unit, name):
+    """Returns "", or the hint of the wrong answer that it equals. hints: wrong number -> hint."""
     if abs(ours - right) <= 1e-6 * right:
         return ""
-    return next((hint for wrong, hint in hints if abs(ours - wrong) <= 1e-6 * wrong),
-                f"{ours / unit:.3f} {name}, it should be {right / unit:.3f} {name}")
+    for wrong, hint in hints.items():
+        if abs(ours - wrong) <= 1e-6 * wrong:
+            return hint
+    return f"{ours / unit:.3f} {name}, it should be {right / unit:.3f} {name}"
 
 
 def check_block(answers):
-    D, right = 64 * 38, plan.parameter_counts(planned().sizes)["block"]
-    return compare(answers["block_parameters"](38), right,
-                   [(right - 2 * 16 * D, "the biases are missing: a linear layer of m outputs has m of them"),
-                    (right - 4 * 64, "QK-norm's 64 scales are missing: for q and k, in both streams"),
-                    (right / 2, "that is one stream; text and image have weights of their own")], 1e6, "M")
+    for depth in (1, 24, 38):
+        D = 64 * depth
+        matrices = (3 + 1 + 4 + 4 + 6) * D * D                        # qkv, proj, MLP, modulation
+        biases = (3 + 1 + 4 + 1 + 6) * D
+        right = 2 * (matrices + biases + 2 * 64)
+        hints = {
+            2 * (matrices + 2 * 64): "the biases are missing: a layer of m outputs has m of them",
+            2 * (matrices + biases): "QK-norm's 64 scales are missing: of q and k, in both streams",
+            right / 2: "that is one stream; text and image have weights of their own",
+        }
+        hint = compare(answers["block_parameters"](depth), right, hints, 1e6, "M")
+        if hint:
+            return hint
+    return ""
 
 
 def check_state(answers):
-    total = plan.parameter_counts(planned().sizes)["total"]
-    m, table = plan.memory(planned()), 2 * 4 * planned().sizes.pos_embed_max_size**2 * planned().sizes.hidden_size
-    right = m["weights"] + m["optimizer"] + m["ema"] - table                      # the tables of positions are whole everywhere
-    return compare(answers["state_bytes"](total, 8), right, [
-        (right * 5 / 4, "gradients are gone between steps"), (right * 3 / 4, "AdamW has two moments, and there is the average"),
-        (right * 8, "that is all of it; a GPU has one of 8 shards")])
+    all_of_it = 4 * 4 * TOTAL                                         # four numbers of four bytes
+    hints = {
+        all_of_it / 8 * 5 / 4: "gradients are gone between steps",
+        all_of_it / 8 * 3 / 4: "AdamW has two moments, and there is the average",
+        all_of_it: "that is all of it; a GPU has one of 8 shards",
+    }
+    return compare(answers["state_bytes"](TOTAL, 8), all_of_it / 8, hints, 1e9, "GB")
 
 
 def check_gathered(answers):
-    counts = plan.parameter_counts(planned().sizes)
-    right = 2 * (2 * counts["block"] + counts["outside"])
-    return compare(answers["gathered_bytes"](counts["block"], counts["outside"]), right, [
-        (2 * right, "in bf16, 2 bytes each"), (2 * (counts["block"] + counts["outside"]), "the next block is on its way too")])
+    block, outside = 213_000_000, 41_000_000
+    right = 2 * (2 * block + outside)
+    hints = {
+        2 * right: "in bf16, 2 bytes each",
+        2 * (block + outside): "the next block is on its way too",
+    }
+    return compare(answers["gathered_bytes"](block, outside), right, hints, 1e9, "GB")
 
 
 def check_sent(answers):
-    total, right = plan.parameter_counts(planned().sizes)["total"], plan.communication(planned())["within_a_copy"]
-    return compare(answers["sent_bytes"](total, 8), right, [
-        (right * 8 / 7, "what a GPU has itself it need not be sent: (S - 1) / S"), (right * 6 / 8, "weights come twice: the "
-         "backward pass needs them again, and they were let go")])
+    for shards in (8, 2):
+        right = (2 * 2 + 4) * TOTAL * (shards - 1) / shards
+        hints = {
+            8 * TOTAL: "what a GPU has itself it need not be sent: (S - 1) / S",
+            right * 6 / 8: "weights come twice: the backward pass needs them again",
+        }
+        hint = compare(answers["sent_bytes"](TOTAL, shards), right, hints, 1e9, "GB")
+        if hint:
+            return hint
+    return ""
 
 
-CHECKS = {"a block": check_block, "between steps": check_state, "gathered": check_gathered, "sent": check_sent}
+CHECKS = {
+    "a block": check_block,
+    "between steps": check_state,
+    "gathered": check_gathered,
+    "sent": check_sent,
+}
 
 
 if __name__ == "__main__":

@@ -1,16 +1,25 @@
-"""marking.py: what every exercise does when it is run: its checks, one line each."""
+"""marking.py: runs the checks of an exercise and prints one line for each."""
 
 
-def mark(checks: dict, answers: dict) -> int:
-    """Say which checks pass. checks: name -> function of the answers that returns "" or a hint; answers: the exercise's functions
-    by name. Returns 0 if all pass, else 1."""
-    hints = {}
+def mark(checks, answers, show=None):
+    """Prints which checks pass, and a hint for each that does not. Returns 0 if all pass, else 1.
+
+    checks: name -> function of `answers` that returns "" or a hint. answers: the functions that the
+    student wrote, by name. show(answers) prints what there is to see once all checks pass.
+    """
+    failed = 0
     for name, check in checks.items():
         try:
-            hints[name] = check(answers)
+            hint = check(answers)
         except NotImplementedError:
-            hints[name] = "not written yet"
-        except Exception as problem:                     # a shape that does not fit, say: the student sees why
-            hints[name] = f"{type(problem).__name__}: {problem}"
-        print(f"not yet  {name}: {hints[name]}" if hints[name] else f"passed   {name}")
-    return int(any(hints.values()))
+            hint = "not written yet"
+        except Exception as problem:                  # For example, shapes that do not fit.
+            hint = f"{type(problem).__name__}: {problem}"
+        if hint:
+            failed += 1
+            print(f"not yet  {name}: {hint}")
+        else:
+            print(f"passed   {name}")
+    if failed == 0 and show is not None:
+        show(answers)
+    return int(failed > 0)

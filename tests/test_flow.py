@@ -306,11 +306,11 @@ def test_steps_keep_the_precision_of_z_whatever_the_model_does():
 
 
 def test_guidance_zero_one_and_beyond():
-    cond, uncond = torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), 2.0)
+    cond, uncond = torch.full((1, 1, 2, 2), 4.0), torch.full((1, 1, 2, 2), 2.0)
     assert torch.equal(guide(cond, uncond, 1), cond) and torch.equal(guide(cond, uncond, 0), uncond)
-    assert (guide(cond, uncond, 5) == 7).all()                        # 2 + 5 (3 - 2)
+    assert (guide(cond, uncond, 5) == 12).all()                       # 2 + 5 (4 - 2)
     skipped = torch.full((1, 1, 2, 2), 2.5)
-    assert (guide_skip_layers(cond, cond, skipped, 2.0) == 4).all()   # 3 + 2 (3 - 2.5)
+    assert (guide_skip_layers(cond, cond, skipped, 2.0) == 7).all()   # 4 + 2 (4 - 2.5)
 
 
 # Their errors fall like h, h^2 and h^2 log(1 / h): DPM-Solver++'s steps near 0 are large in log t.
