@@ -23,7 +23,7 @@ class VAEConfig:
     """Sizes of the autoencoder (Sec. 5.2.1). The defaults are SD3's: 83.8 M parameters."""
     latent_channels: int = 16                          # the d of Sec. 5.2.1
     channels: tuple[int, ...] = (128, 256, 512, 512)   # one number for each resolution
-    norm_groups: int = 32                              # of every group norm
+    norm_groups: int = 32                              # groups of every norm
     vae_scale: float = 1.5305                          # latent = (code - vae_shift) * vae_scale
     vae_shift: float = 0.0609                          # released numbers; ours are measured
 
@@ -205,7 +205,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, image, rng=None):
-        """image -> latent (B, C, H, W): of the mean, or with a Generator of a sample of the code."""
+        """image -> latent (B, C, H, W) of the mean code. With a Generator the code is sampled."""
         mean, logvar = self.encode_moments(image)
         noise = None if rng is None else torch.randn(mean.shape, generator=rng).to(mean)
         return self.normalize(sample_code(mean, logvar, noise))
@@ -321,9 +321,9 @@ def ssim(image, reconstruction):
 
     Every channel is compared in all 11x11 windows of the picture, with Gaussian weights.
     """
-    x = (image.float() + 1) / 2                                           # (B, 3, H, W) in [0, 1]
-    y = (reconstruction.float().clamp(-1, 1) + 1) / 2
-    weights = torch.exp(-(torch.arange(11.0) - 5).square() / (2 * 1.5**2)).to(x)
+    x = (image.double() + 1) / 2                                          # (B, 3, H, W) in [0, 1]
+    y = (reconstruction.double().clamp(-1, 1) + 1) / 2                    # flat areas need float64
+    weights = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2)).to(x)
     window = torch.outer(weights, weights) / weights.sum().square()       # (11, 11), its sum is 1
     window = window.expand(x.shape[1], 1, 11, 11)
 
@@ -336,7 +336,7 @@ def ssim(image, reconstruction):
     covariance = local_mean(x * y) - mean_x * mean_y
     brightness = (2 * mean_x * mean_y + 0.01**2) / (mean_x.square() + mean_y.square() + 0.01**2)
     structure = (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2)
-    return (brightness * structure).mean(dim=(1, 2, 3))
+    return (brightness * structure).mean(dim=(1, 2, 3)).float()
 
 
 def main():
