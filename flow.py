@@ -31,20 +31,18 @@ def interpolate(latent, noise, t):
     return (1 - t) * latent + t * noise
 
 
-def velocity_target(latent, noise):
-    """dz_t / dt of Eq. 13: eps - x_0. It points from data to noise and does not depend on t."""
-    return noise - latent
-
-
 def rectified_flow_loss(model, latent, context, pooled, t, noise):
     """Conditional flow matching on the straight path: Eq. 8 with the path of Eq. 13.
+
+        z_t = (1 - t) x_0 + t eps        so        dz_t / dt = eps - x_0
 
     model(z_t, t, context, pooled) -> velocity. latent, noise (B, C, H, W); t (B,) in [0, 1].
     Returns (B,) in fp32, so that the caller can average it or sort it by t.
     """
     z_t = interpolate(latent, noise, t)                               # (B, C, H, W)  Eq. 13
+    velocity_target = noise - latent                                  # (B, C, H, W)  dz_t / dt
     velocity_pred = model(z_t, t, context, pooled).float()            # (B, C, H, W)
-    error = velocity_pred - velocity_target(latent, noise)            # (B, C, H, W)
+    error = velocity_pred - velocity_target                           # (B, C, H, W)
     return error.square().flatten(1).mean(dim=1)                      # (B,)          Eq. 8
 
 
