@@ -6,6 +6,7 @@ Words       size is the number of processes, rank the number of this one; torchr
 """
 
 import os
+import shutil
 import sys
 import warnings
 from contextlib import nullcontext
@@ -148,7 +149,9 @@ def save_state(state: dict, folder: Path, world: World):
     try:
         dcp.save(state, checkpoint_id=folder, no_dist=world.size == 1)
     except (Exception, dcp.CheckpointException) as problem:  # The second is a BaseException.
-        raise OSError(f"could not save {folder}: {problem}") from None
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"could not save {folder}: {problem}. Free some space; what was saved before "
+                      f"is untouched") from None
 
 
 def load_state(state: dict, folder: Path, world: World):

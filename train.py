@@ -140,9 +140,7 @@ def make_optimizers(model, config) -> list:
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "joint_blocks." in name and "adaLN" not in name
-        if parameter.requires_grad:
-            chosen = matrices if is_matrix and config.optimizer == "muon" else others
-            chosen.append(parameter)
+        (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
     eps = 1e-15 if config.qk_norm else 1e-8
     adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), eps=eps, fused=True)
     return [adamw, torch.optim.Muon(matrices, lr=config.lr)] if matrices else [adamw]
@@ -191,7 +189,8 @@ def fit(model, loss, batches, config, run):
     optimizers = make_optimizers(model, config)
     run.start(model, average, optimizers)
     network = run.world.wrap(model)
-    with tqdm(initial=run.done, disable=run.world.rank > 0, unit="step") as bar:
+    bar = tqdm(initial=run.done, disable=run.world.rank > 0, unit="step")
+    with run.lock, bar:
         while run.done < run.steps and not run.stopping:
             rate = learning_rate(run.done, run.steps, config)
             for optimizer, factor in zip(optimizers, RATES, strict=False):
@@ -222,8 +221,11 @@ class Run:
     average: nn.Module = None        # a place for the average; if none, a copy of the model
     metadata: dict = field(default_factory=dict)     # what save_networks is told of an MM-DiT
     about: dict = field(default_factory=dict)        # more entries for config.json
-    stopping: bool = False           # after SIGTERM, on any rank
-    skipped: int = 0                 # steps without a finite gradient, in a row
+
+    def __post_init__(self):
+        self.stopping = False        # after SIGTERM, on any rank
+        self.skipped = 0             # steps without a finite gradient, in a row
+        self.signals, self.rows, self.norms, self.periods = [], [], [], {}
 
     def say(self, sentence: str):
         """Prints a line, once for all processes, beside the progress bar."""
@@ -236,43 +238,42 @@ class Run:
             write_atomically(self.folder / name, write)
 
     def start(self, model, average, optimizers):
-        """Locks the folder and loads its newest whole checkpoint."""
+        """Locks the folder, loads its newest whole checkpoint, and drops later lines of the log."""
         self.folder, self.world = Path(self.folder), self.world or World(self.config.device)
-        if self.world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")          # The system frees it when we die.
-            try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")              # The system frees it when we die.
+        try:
+            if self.world.rank == 0:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"another process writes into {self.folder}; wait for it, or "
-                                 f"choose another --out") from None
-        self.signals, self.entries, self.rows, self.norms = [], [], [], []
+        except OSError:
+            raise ValueError(f"another process writes into {self.folder}; wait for it, or choose "
+                             f"another --out") from None
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
-        state = {"step": 0, "seconds": 0.0}
+        self.done, seconds = self.restore(model, average, optimizers)
+        self.first = self.done
+        self.began = STARTED - seconds                           # as if it had run without a pause
+        self.steps = self.total_steps()
+        self.every("sample_every"), self.every("save_every")
+        self.entries = [e for e in read_log(self.folder / "log.jsonl") if e["step"] <= self.done]
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        about = {"train": asdict(replace(self.config, out="")), **self.about}
+        self.write("log.jsonl", lambda path: path.write_text(lines))
+        self.write("config.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+
+    def restore(self, model, average, optimizers):
+        """Loads the newest whole checkpoint: (steps done, seconds they took)."""
         found = self.world.same(checkpoints_of(self.folder))
-        while found and not state["step"]:
+        while found:
             state = run_state(model, average, optimizers, 0, 0.0)
             try:
                 devices.load_state(state, found.pop(), self.world)
                 devices.set_optimizer_state_dict(model, optimizers, state["optimizer"])
+                return state["step"], state["seconds"]
             except OSError as problem:
                 if not found:
                     raise
                 self.say(f"{problem}; the checkpoint before it is taken")
-        self.done = self.first = state["step"]
-        self.began = STARTED - state["seconds"]                  # as if it had run without a pause
-        self.steps = self.total_steps()
-        file = self.folder / "log.jsonl"
-        for line in file.read_text().split("\n") if file.is_file() else ():
-            try:                                                 # What is no entry is left out.
-                entry = json.loads(line)
-                self.entries += [entry] if entry["step"] <= self.done else []
-            except (ValueError, TypeError, LookupError, RecursionError):
-                continue
-        self.write("log.jsonl", lambda path: path.write_text(
-            "".join(json.dumps(entry) + "\n" for entry in self.entries)))
-        about = {"train": asdict(replace(self.config, out="")), **self.about}
-        self.write("config.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+        return 0, 0.0
 
     def total_steps(self) -> int:
         """--steps, or as many as fit into --minutes at the pace so far. A tenth of the minutes is
@@ -298,8 +299,8 @@ class Run:
         total = whole(nn.utils.get_total_norm(model.parameters())).item()
         stuck = self.skipped == 10 or (self.skipped and self.done == self.steps)
         if stuck or not math.isfinite(total):
-            raise RuntimeError(f"loss, gradients or weights are not finite at step {self.done}. All "
-                               f"that is saved is; give --out {self.folder} with a lower --lr")
+            raise RuntimeError(f"loss, gradient or weights are not finite at step {self.done}. What "
+                               f"is saved is older; give --out {self.folder} and a lower --lr")
 
     def log(self, **entry):
         """Adds a line to log.jsonl."""
@@ -327,15 +328,18 @@ class Run:
                  images_per_second=mean(len(losses) / seconds.sum()),
                  data_wait=mean(waits.sum() / seconds.sum()))
 
-    def every(self, share: float) -> bool:
-        """Whether another `share` of the run, or all of it, is done."""
-        period = max(1, round(share * self.steps)) if share else self.steps
-        return self.done % period == 0 or self.done == self.steps
+    def every(self, name: str) -> bool:
+        """Whether another share `name` of the run, or all of it, is done since the last call."""
+        share = getattr(self.config, name)
+        periods = int(self.done / max(1, self.steps) / share + 1e-6) if share else 0
+        due = periods > self.periods.get(name, periods) or self.done == self.steps
+        self.periods[name] = max(periods, self.periods.get(name, 0))
+        return due
 
     def sample(self, average):
         """Validation, pictures and the curve of the loss, when their time has come."""
         self.stopping = self.world.any(bool(self.signals))
-        if self.report and self.every(self.config.sample_every) and not self.stopping:
+        if self.report and self.every("sample_every") and not self.stopping:
             entries, picture = self.report(average, self.done)
             self.log(**entries)
             curve = draw_losses(self.entries)
@@ -345,7 +349,7 @@ class Run:
     def save(self, model, average, optimizers):
         """A checkpoint, when its time has come. The last two stay, and every `keep_every` steps."""
         keep_every = self.config.keep_every or math.inf
-        due = self.every(self.config.save_every) or self.done % keep_every == 0
+        due = self.every("save_every") or self.done % keep_every == 0
         if self.skipped or not (due or self.stopping):
             return
         if isinstance(average, MMDiT):
@@ -361,6 +365,18 @@ class Run:
             for old in older[:-1]:
                 if int(old.name) % keep_every:
                     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_log(file: Path) -> list[dict]:
+    """The lines of a log.jsonl. What a kill or a stranger left there is no entry."""
+    entries = []
+    for line in file.read_text().split("\n") if file.is_file() else ():
+        try:
+            entry = json.loads(line)
+            entries += [entry] if entry["step"] >= 0 else []
+        except (ValueError, TypeError, LookupError, RecursionError):
+            continue
+    return entries
 
 
 def mean(values):
@@ -463,42 +479,71 @@ def load_weights(model: MMDiT, weights: MMDiT):
 def report(average, step, pipeline, held_out, prompts):
     """Validation losses for the log, and pictures of the prompts from the same noise as ever."""
     levels = validate(average, held_out.validation(64), pipeline.precision)
-    if not levels.isfinite().all():
-        raise RuntimeError(f"the validation loss is not finite at step {step}; lower the --lr")
     grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
     return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
 
 
 def score(pipeline, config, run):
-    """GenEval's six tasks on held-out scenes, with as many prompts as the minutes allow."""
+    """GenEval's tasks on held-out scenes; without --steps, with 5 prompts a minute for each."""
     def draw(prompts, first):
         pictures = generate(pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))
         return [np.asarray(picture) for picture in pictures]
 
     count = config.num_prompts
     if not config.steps:
-        started = time.time()
-        draw(["a red circle"] * 6, 0)                            # one prompt of each task
-        left = 60 * config.minutes - (started - run.began)
-        count = run.world.same(min(count, max(1, int(left / (time.time() - started)))))
+        count = min(count, math.ceil(5 * config.minutes))
     scores = geneval(draw, count, height=config.resolution, width=config.resolution)
     run.log(geneval=scores, num_prompts=count)
     run.say(f"{format_scores(scores)}, {count} prompts for each task")
 
 
 def departures(config) -> str:
-    """Where a run leaves the paper's numbers (batches of 4096 are the paper's too), in one line."""
+    """Where a run leaves the paper's numbers, in one line. (Sec. 5.3.3 has batches of 4096.)"""
     paper = PRESETS["paper"] | {"encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
     found = []
     for name, value in paper.items():
-        ours = getattr(config, name)
-        if ours != value and (name, ours) != ("batch_size", 4096):
-            found.append(f"{name} {ours} ({value})")
+        if getattr(config, name) != value:
+            found.append(f"{name} {getattr(config, name)} ({value})")
     return "not as in the paper (App. B.3): " + (", ".join(found) or "nothing")
 
 
-def train(config: TrainConfig, stored: dict):
-    """A whole run, from pictures to the score. stored: config.json of one that goes on."""
+def read_config(arguments=None):
+    """The command line, over a preset or over the run that --out names: a TrainConfig, and the
+    config.json of a run that goes on, or {}."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Trains MM-DiT with rectified flow.",
+        epilog="Going on with a run unpickles a file of its checkpoints: only do it with your own.")
+    add_options(parser, TrainConfig)
+    parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
+    parser.add_argument("--resume", dest="out", help="the same as --out")
+    options = parser.parse_args(arguments)
+    given = given_options(options, TrainConfig)
+    index = Path(given.get("data", "")) / "index.json"
+    if given.get("data") and index.is_file():
+        given.setdefault("resolution", read_json(index, {"resolution": int})["resolution"])
+    default = "paper" if given.get("depth", 0) >= 15 else "tiny"
+    folder = Path(given.get("out") or "runs/none")
+    file = folder / "config.json"
+    if not checkpoints_of(folder):
+        if folder.exists() and any(folder.iterdir()) and not file.is_file():
+            raise ValueError(f"--out {folder} is no run folder; choose another")
+        return TrainConfig(**PRESETS[options.preset or default] | given), {}
+    stored = read_json(file, {"train": dict, "model": dict, "encoders": dict})
+    given = PRESETS.get(options.preset, {}) | given
+    for name in FIXED:
+        if name in given and given[name] != stored["train"].get(name):
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {folder} was started with "
+                             f"{stored['train'].get(name)}, which cannot change within a run")
+    try:
+        kept = {"num_scenes": stored["train"]["num_scenes"]}     # The same pictures come again.
+        return TrainConfig(**stored["train"] | given | kept), stored
+    except (TypeError, KeyError) as problem:
+        raise ValueError(f"{file} is of another version of train.py: {problem}") from None
+
+
+def main(arguments=None):
+    """A whole run, from pictures to the score."""
+    config, stored = read_config(arguments)
     world = World(config.device, config.parallel, count_parameters(MMDiTConfig(config.depth)))
     precision = pick_precision(config.precision, world.device)
     if world.parallel != "ddp" and config.optimizer == "muon":
@@ -506,10 +551,9 @@ def train(config: TrainConfig, stored: dict):
     if config.batch_size % (world.size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of {world.size} "
                          f"processes x --accumulate {config.accumulate}")
-    number = 1
-    while not config.out and Path(f"runs/d{config.depth}-{number}").exists():
-        number += 1
-    folder = Path(world.same(config.out or f"runs/d{config.depth}-{number}"))
+    free = (Path(f"runs/d{config.depth}-{number}") for number in range(1, 10**6))
+    folder = Path(config.out) if config.out else next(path for path in free if not path.exists())
+    folder = world.same(folder)
     count = config.steps * config.batch_size or int(2000 * config.minutes)
     file = run_encoders(folder)[0] if stored else find_model_file(config.encoders)
     config = replace(config, encoders=portable(file),
@@ -562,45 +606,6 @@ def train(config: TrainConfig, stored: dict):
     run.say(f"the model, log.jsonl, loss.png and pictures are in {folder}. Next:\n"
             f'python sample.py --checkpoint {folder} --prompt "{prompts[0]}"')
     world.close()
-
-
-def read_config(arguments=None):
-    """The command line, over a preset or over the run that --out names: a TrainConfig, and the
-    config.json of a run that goes on, or {}."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Trains MM-DiT with rectified flow.",
-        epilog="Going on with a run unpickles a file of its checkpoints: only do it with your own.")
-    add_options(parser, TrainConfig)
-    parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
-    parser.add_argument("--resume", dest="out", help="the same as --out")
-    options = parser.parse_args(arguments)
-    given = given_options(options, TrainConfig)
-    index = Path(given.get("data", "")) / "index.json"
-    if given.get("data") and index.is_file():
-        given.setdefault("resolution", read_json(index, {"resolution": int})["resolution"])
-    default = "paper" if given.get("depth", 0) >= 15 else "tiny"
-    folder = Path(given.get("out") or "runs/none")
-    file = folder / "config.json"
-    if not checkpoints_of(folder):
-        if folder.exists() and any(folder.iterdir()) and not file.is_file():
-            raise ValueError(f"--out {folder} is no run folder; choose another")
-        return TrainConfig(**PRESETS[options.preset or default] | given), {}
-    stored = read_json(file, {"train": dict, "model": dict, "encoders": dict})
-    given = PRESETS.get(options.preset, {}) | given
-    for name in FIXED:
-        if name in given and given[name] != stored["train"].get(name):
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {folder} was started with "
-                             f"{stored['train'].get(name)}, which cannot change within a run")
-    try:
-        kept = {"num_scenes": stored["train"]["num_scenes"]}     # The same pictures come again.
-        return TrainConfig(**stored["train"] | given | kept), stored
-    except (TypeError, KeyError) as problem:
-        raise ValueError(f"{file} is of another version of train.py: {problem}") from None
-
-
-def main():
-    """From the command line to a run."""
-    train(*read_config())
 
 
 if __name__ == "__main__":
