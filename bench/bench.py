@@ -1,0 +1,173 @@
+"""bench.py: how fast the network trains, and what share of the machine's peak that is (MFU).
+
+Measures one training step (forward, backward, AdamW) of MM-DiT on 64-px pictures: alone for several
+numbers of text tokens, then end to end with batches from encoded scenes; and the encoding itself.
+
+MFU         model FLOPs of the matrix products, forward and backward, over the seconds of a step and
+            the peak of one large matrix product. Torch counts the FLOPs on the module itself
+Not here    the plan of a large run (plan.py), reading shards (loader.py), diffusers
+            (bench_diffusers.py)
+Run         python bench/bench.py           writes results/bench-DEVICE.json
+            python bench/bench.py --all     also loader.py, and bench_diffusers.py for this device
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from checkpoints import SHIPPED, load_components
+from data import Batch, Batches
+from devices import World, pick_device, pick_precision
+from encode import encode_folder
+from flow import density
+from mmdit import MMDiT, MMDiTConfig
+from scenes import Scenes
+from train import TrainConfig, flow_loss, make_optimizers, train_step
+
+
+def seconds_per_call(call, device, trials: int) -> float:
+    """Median time of a call. The first call warms up and is not counted."""
+    times = []
+    for _ in range(trials + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def matmul_peak(device, dtype) -> float:
+    """FLOP/s of a large square matrix product, measured: 100 % in the share that training reaches."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()                                          # It waits for the result.
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def training_flops(model, batch) -> float:
+    """FLOPs of one sample's training step: its forward pass, and twice that for the backward pass.
+    Attention is counted as the two matrix products that it is (SDPBackend.MATH)."""
+    t = torch.rand(len(batch.latent), device=batch.latent.device)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(batch.latent, t, batch.context, batch.pooled)
+    return 3 * counter.get_total_flops() / len(batch.latent)
+
+
+def random_batch(config, size: int, text_tokens: int, device) -> Batch:
+    """A batch of 64-px pictures that says nothing."""
+    latent = torch.randn(size, config.latent_channels, 8, 8, device=device)
+    context = torch.randn(size, text_tokens, config.context_dim, device=device)
+    pooled = torch.randn(size, config.pooled_dim, device=device)
+    return Batch(latent, context, pooled, torch.randn_like(latent), torch.rand(size))
+
+
+def measure_everything(device):
+    """Encoded shards, then step by step against diffusers at the sizes that this device can take."""
+    def run(*words):
+        subprocess.run([sys.executable, *map(str, words)], check=False)
+
+    run(ROOT / "bench" / "loader.py")
+    compare = ROOT / "bench" / "bench_diffusers.py"
+    if device.type != "cuda":
+        run(compare)
+        return
+    for depth in (4, 8, 15, 24, 38):
+        what = ["forward", "training", "sampling"]
+        if depth == 38:
+            what.remove("training")                                   # Two 8B models, and no more.
+        for resolution, batch in ((256, 32), (1024, 4)):
+            for compiled in ([], ["--compile"]):
+                name = f"bench-diffusers-cuda-{depth}-{resolution}{'-compiled' * len(compiled)}.json"
+                run(compare, "--depth", depth, "--resolution", resolution, "--precisions", "bf16",
+                    "--batch-sizes", batch, "--what", *what, "--out", ROOT / "results" / name,
+                    *compiled)
+
+
+def main():
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--text-tokens", type=int, nargs="+", default=[12, 36, 48])
+    parser.add_argument("--compile", action="store_true", help="torch.compile, as train.py does")
+    parser.add_argument("--trials", type=int, default=9)
+    parser.add_argument("--all", action="store_true", help="also loader.py and bench_diffusers.py")
+    options = parser.parse_args()
+    device = pick_device()
+    precision = pick_precision("auto", device)
+    peak = matmul_peak(device, precision)
+    parts = load_components(SHIPPED, ("vae", "text"))
+    text = parts.text.config
+    sizes = MMDiTConfig(options.depth, context_dim=text.context_dim, pooled_dim=text.pooled_dim,
+                        pos_embed_max_size=16)
+    model = MMDiT(sizes).to(device)
+    if options.compile:
+        for block in model.joint_blocks:
+            block.forward = torch.compile(block.forward)
+    config = TrainConfig(batch_size=options.batch_size, optimizer="adamw", depth=options.depth)
+    optimizers = make_optimizers(model, config)
+    loss = partial(flow_loss, density=density("lognorm(0, 1)"), timestep_shift=1.0)
+    rows = []
+
+    def measure(name, batches):
+        """One row: images per second of training steps on batches(0), batches(1), ..."""
+        torch._dynamo.reset()                                         # It compiles for this size.
+        flops = training_flops(model, batches(0))
+        steps = iter(range(10**9))
+
+        def step():
+            train_step(model, optimizers, loss, batches(next(steps)), config)
+        rate = options.batch_size / seconds_per_call(step, device, options.trials)
+        tokens = batches(0).context.shape[1]
+        rows.append({"what": name, "text_tokens": tokens, "images_per_second": round(rate, 1),
+                     "mfu": round(rate * flops / peak, 3)})
+        print(f"{name:14} {tokens:3} text tokens: {rate:7.1f} images/s, MFU {rate * flops / peak:.0%}")
+
+    for tokens in options.text_tokens:
+        batch = random_batch(sizes, options.batch_size, tokens, device)
+        measure("network alone", lambda step, batch=batch: batch)
+    world = World(str(device), "ddp")
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        encoded = encode_folder(Scenes(1024), folder, SHIPPED, 64, world)
+        rate = 1024 / (time.perf_counter() - start)
+        rows.append({"what": "drawing and encoding scenes", "images_per_second": round(rate, 1)})
+        print(f"drawing and encoding scenes of 64 px: {rate:.0f} images/s")
+        measure("end to end", Batches(encoded, parts.vae.config, text, config, world))
+    processor = torch.cpu.get_capabilities().get("cpu_name", "")
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name()
+    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device),
+              "processor": processor, "threads": torch.get_num_threads(),
+              "torch": torch.__version__, "precision": str(precision), "compile": options.compile,
+              "batch_size": options.batch_size, "depth": options.depth,
+              "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
+    file = ROOT / "results" / f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"peak of a matrix product: {peak / 1e9:.0f} GFLOP/s in {precision}; written to {file.name}")
+    if options.all:
+        measure_everything(device)
+
+
+if __name__ == "__main__":
+    main()
