@@ -2,12 +2,12 @@
 
 Read with   Sec. 5.2.1 and Table 3 (4, 8 or 16 latent channels), App. B.2 (normalised latents);
             Rombach et al. 2022 for the losses
-Not here    files (checkpoints.py), pictures (data.py)
+Not here    files (checkpoints.py), the measures of Table 3 (evaluate.py)
 Shapes      B batch   C latent channels   H W latent height, width   D channels inside the network
             image (B, 3, 8H, 8W) in [-1, 1]   latent (B, C, H, W)
             moments (B, 2C, H, W): the mean and the log-variance of the code
 Names       Parameters are called as in the released SD3 files.
-Run         python vae.py     shapes for 4, 8 and 16 channels, and what PSNR and SSIM respond to
+Run         python vae.py     shapes and losses of random autoencoders with 4, 8, 16 channels
 """
 
 from collections import OrderedDict
@@ -221,7 +221,7 @@ class VAE(nn.Module):
         return denormalize(latent, self.config)
 
 
-# ---- Training losses (Rombach et al. 2022, App. G); every one is a mean, a scalar ----------------
+# ---- Training losses (Rombach et al. 2022, App. G). Each is a mean: a scalar ---------------------
 def kl_loss(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, I)) per number of the code."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -246,114 +246,42 @@ def perceptual_loss(image, reconstruction, features):
     return total
 
 
-class PatchDiscriminator(nn.Sequential):
-    """Does a patch look real (Isola et al. 2017)? image (B, 3, H, W) -> logits (B, 1, H/8, W/8)."""
-    def __init__(self, channels=64, groups=32):
-        super().__init__(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
-        for width in (channels, 2 * channels):
-            self.append(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1))
-            self.append(group_norm(2 * width, groups))
-            self.append(nn.LeakyReLU(0.2))
-        self.append(conv3(4 * channels, 1))
-
-
-def discriminator_hinge_loss(real_logits, fake_logits):
-    """What the discriminator minimises: real above 1, fake below -1."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
-
-
-def generator_hinge_loss(fake_logits):
-    """What the decoder minimises: reconstructions are to be taken for real."""
-    return -fake_logits.mean()
-
-
-def adaptive_gan_weight(fidelity, gan, last_layer, largest=1e4):
-    """|d fidelity / d last_layer| / |d gan / d last_layer|, in [0, largest] (VQGAN, Eq. 7).
-
-    With this weight neither term drowns the other. last_layer: the decoder's conv_out.weight.
-    """
-    (by_fidelity,) = torch.autograd.grad(fidelity, last_layer, retain_graph=True)
-    (by_gan,) = torch.autograd.grad(gan, last_layer, retain_graph=True)
-    return (by_fidelity.norm() / (by_gan.norm() + 1e-4)).clamp(0, largest).detach()
-
-
 @dataclass(frozen=True)
 class VAELossConfig:
     """Weights of the objective. They do not depend on the picture size."""
     kl_weight: float = 2e-4
     perceptual_weight: float = 0.0          # needs a feature network
-    gan_weight: float = 0.0                 # times the adaptive weight; needs a discriminator
 
 
-def vae_loss(vae, image, noise, config=VAELossConfig(), features=None, discriminator=None):
+def vae_loss(vae, image, noise, config=VAELossConfig(), features=None):
     """The objective on one batch. image (B, 3, 8H, 8W); noise (B, C, H, W), standard normal.
 
-    Returns (loss, terms, reconstruction). terms has a detached scalar for each name.
+    Returns (loss, terms, reconstruction). terms has a scalar for each name. An adversary can be
+    added to them: experiments/table3_fig10_autoencoders.py.
     """
     mean, logvar = vae.encode_moments(image)
     reconstruction = vae.decoder(sample_code(mean, logvar, noise))
-    fidelity = reconstruction_loss(image, reconstruction)
-    terms = {"reconstruction": fidelity.detach()}
+    terms = {"reconstruction": reconstruction_loss(image, reconstruction),
+             "kl": kl_loss(mean.float(), logvar.float())}
+    loss = terms["reconstruction"] + config.kl_weight * terms["kl"]
     if config.perceptual_weight:
-        perceptual = perceptual_loss(image, reconstruction, features)
-        terms["perceptual"] = perceptual.detach()
-        fidelity = fidelity + config.perceptual_weight * perceptual
-    kl = kl_loss(mean.float(), logvar.float())
-    terms["kl"] = kl.detach()
-    loss = fidelity + config.kl_weight * kl
-    if config.gan_weight:
-        gan = generator_hinge_loss(discriminator(reconstruction))
-        terms["gan"] = gan.detach()
-        balance = adaptive_gan_weight(fidelity, gan, vae.decoder.conv_out.weight)
-        loss = loss + config.gan_weight * balance * gan
+        terms["perceptual"] = perceptual_loss(image, reconstruction, features)
+        loss = loss + config.perceptual_weight * terms["perceptual"]
     return loss, terms, reconstruction
 
 
-# ---- The measures of Table 3; images are in [-1, 1], and a number belongs to one picture ---------
-def psnr(image, reconstruction):
-    """Peak signal-to-noise ratio in dB: (B,). The reconstruction is clamped."""
-    difference = (image - reconstruction.clamp(-1, 1)) / 2                # in units of [0, 1]
-    return -10 * torch.log10(difference.square().mean(dim=(1, 2, 3)).clamp_min(1e-10))
-
-
-def ssim(image, reconstruction):
-    """Structural similarity (Wang et al. 2004): (B,). The reconstruction is clamped.
-
-    Every channel is compared in all 11x11 windows of the picture, with Gaussian weights.
-    """
-    x = (image.double() + 1) / 2                                          # (B, 3, H, W) in [0, 1]
-    y = (reconstruction.double().clamp(-1, 1) + 1) / 2                    # flat areas need float64
-    weights = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2)).to(x)
-    window = torch.outer(weights, weights) / weights.sum().square()       # (11, 11), its sum is 1
-    window = window.expand(x.shape[1], 1, 11, 11)
-
-    def local_mean(values):
-        return F.conv2d(values, window, groups=len(window))               # (B, 3, H - 10, W - 10)
-
-    mean_x, mean_y = local_mean(x), local_mean(y)
-    var_x = local_mean(x * x) - mean_x.square()
-    var_y = local_mean(y * y) - mean_y.square()
-    covariance = local_mean(x * y) - mean_x * mean_y
-    brightness = (2 * mean_x * mean_y + 0.01**2) / (mean_x.square() + mean_y.square() + 0.01**2)
-    structure = (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2)
-    return (brightness * structure).mean(dim=(1, 2, 3)).float()
-
-
 def main():
-    """Print the latents of Table 3's sizes, and what PSNR and SSIM say of damaged pictures."""
+    """Print the latents of Table 3's three sizes, what they become again, and the losses."""
+    image = torch.rand(1, 3, 256, 256) * 2 - 1
     for latent_channels in (4, 8, 16):
-        with torch.device("meta"):                                        # shapes without numbers
-            vae = VAE(VAEConfig(latent_channels))
-            latent = vae.encode(torch.zeros(1, 3, 256, 256))
-        print(f"256x256 px -> latent {tuple(latent.shape)}, "
-              f"{3 * 256**2 / latent.numel():.0f} times fewer numbers")
-    line = torch.linspace(-12, 12, 256)
-    image = 0.6 * torch.sin(line[:, None] * line / 12).expand(1, 3, 256, 256)
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    damages = {"brighter": image + 0.2, "noisy": image + 0.2 * noise, "moved": image.roll(4, 3)}
-    for name, damaged in damages.items():
-        decibels, similarity = psnr(image, damaged).item(), ssim(image, damaged).item()
-        print(f"{name:8} PSNR {decibels:.2f} dB   SSIM {similarity:.3f}")
+        vae = VAE(VAEConfig(latent_channels, channels=(32, 32, 32, 32)))      # random weights
+        with torch.no_grad():
+            mean, logvar = vae.encode_moments(image)
+            reconstruction = vae.decode(vae.normalize(mean))
+        times = image.numel() / mean.numel()
+        print(f"{tuple(image.shape)} -> {tuple(mean.shape)}, {times:.0f} times fewer numbers -> "
+              f"{tuple(reconstruction.shape)}; L1 {reconstruction_loss(image, reconstruction):.2f}, "
+              f"KL {kl_loss(mean, logvar):.2f}")
 
 
 if __name__ == "__main__":
