@@ -1,12 +1,12 @@
-"""against_diffusers.py: our numbers and our speed beside diffusers', on the same weights and the same noise.
+"""against_diffusers.py: our numbers and our speed beside diffusers', with one set of weights.
 
-network     a 2B MM-DiT (SD3-medium's sizes, random weights), fp32, one evaluation at 512 px: the largest relative difference
-pipeline    a model exported with `checkpoints.export`, opened by StableDiffusion3Pipeline.from_pretrained: the same prompts and
-            noise through all steps, their latents and ours
-speed       the same, prompts to pictures, in turns, so that whatever else the machine does meets both; the ratio is theirs / ours
-
-Needs       pip install diffusers transformers accelerate protobuf       (for this comparison only)
-Run         python experiments/against_diffusers.py                      writes results/against-diffusers-DEVICE.json
+network     a 2B MM-DiT (SD3-medium's sizes, random weights), fp32, one evaluation at 512 px: the
+            largest difference relative to the largest velocity
+pipeline    a model exported by convert.py, opened by StableDiffusion3Pipeline.from_pretrained: the
+            same prompts and noise through all steps, their latents and ours
+speed       the same, from prompts to pictures, in turns, so that other work meets both alike
+Needs       pip install diffusers transformers accelerate protobuf     (for this comparison only)
+Run         python bench/against_diffusers.py        writes results/against-diffusers-DEVICE.json
 """
 
 import argparse
@@ -19,35 +19,42 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, diffusers_configs, export, find_model_file, to_diffusers
+from checkpoints import SHIPPED, find_model_file
+from convert import diffusers_config, export, to_diffusers
 from data import from_tensor
+from devices import autocast, command, pick_device
 from mmdit import MMDiT, MMDiTConfig
-from sample import encode, load, pick_device, picture_size, sample_latents
-from text_encoders import TextConfig
-from vae import VAE, VAEConfig
+from sample import encode, latent_shape, load, sample_latents
 
-PROMPTS = ["a red circle", "two blue stars", "a green square left of a pink heart", "the word CAT", "three yellow rings",
-           "a large orange triangle on a navy background", "a purple cross above a cyan diamond", "a red star and a blue circle"]
+PROMPTS = ["a red circle", "two blue stars", "a green square left of a pink heart", "the word CAT",
+           "three yellow rings", "a large orange triangle on a navy background",
+           "a purple cross above a cyan diamond", "a red star and a blue circle"]
 
 
 @torch.no_grad()
-def compare_network(depth: int, side: int, device) -> dict:
-    """The largest difference of one evaluation, relative to the largest velocity. side: of the latent."""
+def compare_network(depth, side, device):
+    """The largest difference of one evaluation, relative to the largest velocity.
+
+    side: of the latent. The adaLN and output layers, which start at zero, get random numbers.
+    """
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(0)
-    config = MMDiTConfig(depth=depth, qk_norm=False)
-    ours = MMDiT(config).to(device).eval()
+    ours = MMDiT(MMDiTConfig(depth=depth, qk_norm=False)).to(device).eval()
     for parameter in ours.parameters():
-        if parameter.dim() > 1 and not parameter.any():                           # adaLN and the output start at zero: wake them
+        if parameter.dim() > 1 and not parameter.any():
             parameter.normal_(0, 0.02)
-    sizes = diffusers_configs({"mmdit": ours, "vae": VAE(VAEConfig(channels=(32, 32), norm_groups=8))}, TextConfig(), {})["mmdit"]
+    sizes = diffusers_config("mmdit", ours.config)
+    del sizes["_class_name"]
     with torch.device("meta"):
-        theirs = SD3Transformer2DModel(**{key: value for key, value in sizes.items() if key != "_class_name"})
-    theirs.load_state_dict(to_diffusers("mmdit", ours.state_dict()), strict=True, assign=True)       # the same memory
-    latent, context, pooled = (torch.randn(shape, device=device) for shape in ((1, 16, side, side), (1, 154, 4096), (1, 2048)))
+        theirs = SD3Transformer2DModel(**sizes)
+    tensors = to_diffusers("mmdit", ours.state_dict())
+    theirs.load_state_dict(tensors, strict=True, assign=True)
+    latent = torch.randn(1, 16, side, side, device=device)
+    context = torch.randn(1, 154, 4096, device=device)
+    pooled = torch.randn(1, 2048, device=device)
     t = torch.tensor([0.7], device=device)
     our_velocity = ours(latent, t, context, pooled)
     their_velocity = theirs.eval()(latent, context, pooled, 1000 * t, return_dict=False)[0]
@@ -56,56 +63,77 @@ def compare_network(depth: int, side: int, device) -> dict:
             "largest_relative_difference": difference.item()}
 
 
-def open_both(checkpoint, folder: Path, precision: str, device):
-    """(our pipeline, theirs) of one checkpoint, theirs through an exported folder."""
-    from diffusers import StableDiffusion3Pipeline
+class Both:
+    """One checkpoint in our pipeline and, through an exported folder, in theirs.
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    if not folder.exists():
-        export(checkpoint, folder, "diffusers", torch.float32)
-    theirs = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
-    theirs.set_progress_bar_config(disable=True)
-    return load(checkpoint, device=str(device), precision=precision), theirs
+    dtype: what their networks are opened in. None is what `from_pretrained(folder)` does alone.
+    """
+
+    def __init__(self, checkpoint, folder, precision, device, num_steps, guidance_scale, dtype=None):
+        from diffusers import StableDiffusion3Pipeline
+
+        if not Path(folder).exists():
+            export(checkpoint, folder, "diffusers")
+        more = {} if dtype is None else {"torch_dtype": dtype}
+        self.theirs = StableDiffusion3Pipeline.from_pretrained(folder, **more).to(device)
+        self.theirs.set_progress_bar_config(disable=True)
+        self.ours = load(checkpoint, device=str(device), precision=precision)
+        self.settings = self.ours.settings(num_steps=num_steps, guidance_scale=guidance_scale,
+                                           schedule="released", unconditional="empty")
+
+    def noise(self, prompts):
+        shape = latent_shape(self.ours, self.settings)
+        rng = torch.Generator().manual_seed(0)
+        return torch.randn(len(prompts), *shape, generator=rng).to(self.ours.device)
+
+    @torch.no_grad()
+    def our_latents(self, prompts):
+        """(B, C, H, W)"""
+        ours = self.ours
+        with autocast(ours.device, ours.precision):
+            context, pooled = encode(ours.text, prompts, self.settings)
+            return sample_latents(ours.mmdit, context, pooled, self.noise(prompts), self.settings)[0]
+
+    @torch.no_grad()
+    def our_images(self, prompts):
+        latents = self.our_latents(prompts)
+        with autocast(self.ours.device, self.ours.precision):
+            images = self.ours.vae.decode(latents).float().cpu()
+        return [from_tensor(image) for image in images]
+
+    def their_images(self, prompts, output_type="pil"):
+        """Pictures, or with output_type "latent" their latents (B, C, H, W)."""
+        noise = self.noise(prompts).to(self.theirs.transformer.dtype)
+        settings = self.settings
+        return self.theirs(
+            prompts, num_inference_steps=settings.num_steps, height=settings.height,
+            guidance_scale=settings.guidance_scale, width=settings.width, latents=noise,
+            max_sequence_length=self.ours.text.config.t5_length, output_type=output_type).images
 
 
-def both_ways(ours, theirs, prompts, num_steps: int, guidance_scale: float):
-    """(our sampling, theirs): functions that give latents (B, C, H, W) by the schedule and guidance that diffusers has."""
-    settings = ours.settings(num_steps=num_steps, guidance_scale=guidance_scale, schedule="released", unconditional="empty")
-    noise = torch.randn(len(prompts), *picture_size(ours, settings), generator=torch.Generator().manual_seed(0))
-
-    def our_latents():
-        text = ours.use("text", lambda text: encode(text, prompts, settings))
-        return ours.use("mmdit", lambda mmdit: sample_latents(mmdit, *text, noise.to(ours.device), settings)[0])
-
-    def their_images(output_type):
-        return theirs(prompts, num_inference_steps=num_steps, guidance_scale=guidance_scale, height=settings.height,
-                      width=settings.width, latents=noise.to(theirs.transformer.device, theirs.transformer.dtype),
-                      max_sequence_length=ours.text.config.t5_length, output_type=output_type).images
-    return our_latents, their_images
+def median(values):
+    return sorted(values)[len(values) // 2]
 
 
-def compare_speed(ours, our_latents, their_images, rounds: int) -> dict:
-    """Seconds of both, prompts to pictures, and the median of theirs / ours over the rounds."""
-    def our_images():
-        latents = our_latents()
-        return [from_tensor(image) for image in ours.use("vae", lambda vae: vae.decode(latents).float().cpu())]
-
+def compare_speed(both, rounds):
+    """Median seconds of both from prompts to pictures, and the median of theirs / ours by rounds."""
     times = {"ours": [], "theirs": []}
-    for _ in range(rounds + 1):                                                   # the first round warms up
-        for name, work in (("ours", our_images), ("theirs", lambda: their_images("pil"))):
+    for _ in range(rounds + 1):                              # the first round warms up
+        for name, work in (("ours", both.our_images), ("theirs", both.their_images)):
             start = time.perf_counter()
-            work()
+            work(PROMPTS)
             times[name].append(time.perf_counter() - start)
-    middle = lambda values: sorted(values)[len(values) // 2]
-    return {"ours_seconds": round(middle(times["ours"][1:]), 3), "theirs_seconds": round(middle(times["theirs"][1:]), 3),
-            "theirs_over_ours": round(middle([b / a for a, b in zip(times["ours"][1:], times["theirs"][1:])]), 3)}
+    ratios = [theirs / ours for ours, theirs in zip(times["ours"][1:], times["theirs"][1:])]
+    return {"ours_seconds": round(median(times["ours"][1:]), 3),
+            "theirs_seconds": round(median(times["theirs"][1:]), 3),
+            "theirs_over_ours": round(median(ratios), 3)}
 
 
 def main():
-    """All three, into one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Compare the network, the pipeline and the speed, and write one JSON file."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--checkpoint", default=str(SHIPPED))
-    parser.add_argument("--depth", type=int, default=24, help="of the random network; 24 needs 10 GB; 0: leave it out")
+    parser.add_argument("--depth", type=int, default=24, help="of the random network; 0: leave it out")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed comparison; 0: leave it out")
     parser.add_argument("--num-steps", type=int, default=28)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
@@ -115,21 +143,23 @@ def main():
     device = pick_device(options.device)
     import diffusers
 
-    record = {"command": shlex.join(["python", *sys.argv]), "diffusers": diffusers.__version__, "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "pictures": len(PROMPTS), "num_steps": options.num_steps}
+    record = {"command": shlex.join(["python", *sys.argv]), "diffusers": diffusers.__version__,
+              "torch": torch.__version__, "threads": torch.get_num_threads(),
+              "pictures": len(PROMPTS), "num_steps": options.num_steps}
     if options.depth:
         record["network"] = compare_network(options.depth, 64, device)
         print(json.dumps(record["network"]), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint, folder = find_model_file(options.checkpoint), Path(scratch) / "exported"
-        for precision in ("fp32", "bf16"):
-            ours, theirs = open_both(checkpoint, folder, precision, device)
-            our_latents, their_images = both_ways(ours, theirs, PROMPTS, options.num_steps, options.guidance_scale)
-            a, b = our_latents().float().cpu(), their_images("latent").float().cpu()
-            result = record[precision] = {"largest_latent_difference": (a - b).abs().max().item(),
-                                          "largest_latent": b.abs().max().item()}
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            both = Both(find_model_file(options.checkpoint), Path(scratch) / "exported", precision,
+                        device, options.num_steps, options.guidance_scale, dtype)
+            ours = both.our_latents(PROMPTS).float().cpu()
+            theirs = both.their_images(PROMPTS, "latent").float().cpu()
+            result = {"largest_latent_difference": (ours - theirs).abs().max().item(),
+                      "largest_latent": theirs.abs().max().item()}
             if options.rounds:
-                result |= compare_speed(ours, our_latents, their_images, options.rounds)
+                result |= compare_speed(both, options.rounds)
+            record[precision] = result
             print(precision, json.dumps(result), flush=True)
     out = options.out or ROOT / "results" / f"against-diffusers-{device.type}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
