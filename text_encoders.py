@@ -12,8 +12,8 @@ Run         python text_encoders.py "a red circle"     shows the tokens, then wh
 import json
 import math
 import sys
-from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -46,9 +46,7 @@ class TextConfig:
 
 def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
     """The paper's c_ctxt and c_vec (Sec. 4, App. B.2): context (B, 154, 4096) and pooled (B, 2048).
-
-    The CLIP sequences lie side by side along the channels, with zeros up to T5's width. T5 follows.
-    """
+    CLIP's two sequences lie side by side along the channels, with zeros up to T5's width."""
     missing = t5.shape[-1] - clip_l.shape[-1] - clip_g.shape[-1]      # 4096 - 768 - 1280
     zeros = clip_l.new_zeros(*clip_l.shape[:2], missing)
     clip = torch.cat([clip_l, clip_g, zeros], dim=-1)                 # (B, 77, 4096)
@@ -58,23 +56,23 @@ def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
 
 def drop_encoders(context, pooled, keep, config):
     """Set encoders to zero, each with its sequence and its pooled vector, by sample (App. B.3).
-
     keep (B, 3) bool: CLIP-L, CLIP-G, T5. In training each is dropped independently with probability
-    0.464, so 0.464^3 = 10 % of the samples are unconditional. Sec. 5.3.3 drops any at sampling.
-    """
-    keep_l, keep_g, keep_t5 = keep[:, :, None].unbind(dim=1)          # (B, 1) each
-    L, l, g = config.clip_length, config.clip_l_width, config.clip_g_width
-    clip_l = torch.where(keep_l[:, None], context[:, :L, :l], 0)      # (B, 77, 768)
-    clip_g = torch.where(keep_g[:, None], context[:, :L, l : l + g], 0)
-    t5 = torch.where(keep_t5[:, None], context[:, L:], 0)             # (B, 77, 4096)
-    pooled_l = torch.where(keep_l, pooled[:, :l], 0)                  # (B, 768)
-    pooled_g = torch.where(keep_g, pooled[:, l:], 0)                  # (B, 1280)
-    return combine(clip_l, clip_g, t5, pooled_l, pooled_g)
+    0.464, so 0.464^3 = 10 % of the samples are unconditional. Sec. 5.3.3 drops any at sampling."""
+    drop_l, drop_g, drop_t5 = (~keep).unbind(dim=1)                   # (B,) each
+    L = config.clip_length
+    l = config.clip_l_width
+    g = l + config.clip_g_width
+    context, pooled = context.clone(), pooled.clone()
+    context[drop_l, :L, :l] = 0
+    pooled[drop_l, :l] = 0
+    context[drop_g, :L, l:g] = 0
+    pooled[drop_g, l:] = 0
+    context[drop_t5, L:] = 0
+    return context, pooled
 
 
 class TextEncoders(nn.Module):
     """The three frozen encoders and their tokenizers. An encoder that is absent gives zeros.
-
     encoders, tokenizers: dicts with some of the keys "clip_l", "clip_g", "t5".
     captions_cut: {encoder: how many captions so far were too long for it}."""
     def __init__(self, encoders, tokenizers, config):
@@ -82,27 +80,24 @@ class TextEncoders(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.tokenizers = tokenizers
         self.config = config
-        self.captions_cut = Counter()
+        self.captions_cut = {}
 
     @torch.no_grad()
     def forward(self, prompts, without=()):
         """prompts (list of B texts) -> context, pooled. Encoders named in `without` do not run."""
-        for name in without:
-            if name not in ENCODERS:
-                raise ValueError(f"unknown encoder {name!r}; choose from {', '.join(ENCODERS)}")
         return self.encode_ids(self.tokenize(prompts, without), len(prompts))
 
     def unconditional(self, batch_size):
-        """The paper's input without text: zeros (App. B.3). Samplers for the released weights
-        encode the empty prompt instead: call self([""])."""
+        """The paper's input without text: zeros (App. B.3). Released weights expect self([""])."""
         return self.encode_ids({}, batch_size)
 
     def encode_ids(self, ids, batch_size):
         """{"clip_l": ids (B, L), ...} -> context and pooled. An encoder without ids gives zeros."""
+        c = self.config
         like = next(self.parameters())
-        clip_l = like.new_zeros(batch_size, self.config.clip_length, self.config.clip_l_width)
-        clip_g = like.new_zeros(batch_size, self.config.clip_length, self.config.clip_g_width)
-        t5 = like.new_zeros(batch_size, self.config.t5_length, self.config.t5_width)
+        clip_l = like.new_zeros(batch_size, c.clip_length, c.clip_l_width)
+        clip_g = like.new_zeros(batch_size, c.clip_length, c.clip_g_width)
+        t5 = like.new_zeros(batch_size, c.t5_length, c.t5_width)
         pooled_l, pooled_g = clip_l[:, 0], clip_g[:, 0]
         if "clip_l" in ids:
             clip_l, pooled_l, _ = self.encoders["clip_l"](ids["clip_l"].to(like.device))
@@ -125,12 +120,11 @@ class TextEncoders(nn.Module):
             ids[name], needed = self.tokenizers[name](prompts, length)    # (B, length), (B,)
             num_cut = int((needed > length).sum())
             if num_cut and not self.captions_cut:
-                text = prompts[needed.argmax()]
+                longest = f"the longest needs {needed.max()}: {prompts[needed.argmax()][:60]!r}"
                 print(f"note: {num_cut} of {len(prompts)} captions need more than {length} tokens "
-                      f"for {name} and are cut; the longest needs {needed.max()}: {text[:60]!r}",
-                      file=sys.stderr)
+                      f"for {name} and are cut; {longest}", file=sys.stderr)
             if num_cut:
-                self.captions_cut[name] += num_cut
+                self.captions_cut[name] = self.captions_cut.get(name, 0) + num_cut
         return ids
 
 
@@ -168,7 +162,7 @@ class CLIPLayer(nn.Module):
     def __init__(self, config, causal=True):
         super().__init__()
         D = config.hidden_size
-        self.num_heads = config.num_heads
+        self.num_heads = D // 64
         self.causal = causal
         self.activation = {"quick_gelu": quick_gelu, "gelu": F.gelu}[config.activation]
         self.norm1 = nn.LayerNorm(D, eps=1e-5)
@@ -189,11 +183,9 @@ class CLIPLayer(nn.Module):
 
 class CLIPTextEncoder(nn.Module):
     """ids (B, L) -> (penultimate (B, L, D), pooled (B, D or projection_dim), last (B, L, D)).
-
     penultimate: the input of the last layer, *without* the final norm. It is SD3's context.
     pooled: the final norm's output at the first end token, projected in CLIP-G.
-    last: the final norm's output at every token.
-    """
+    last: the final norm's output at every token."""
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
@@ -208,9 +200,6 @@ class CLIPTextEncoder(nn.Module):
 
     def forward(self, ids):
         B, L = ids.shape
-        if L > self.config.max_length:
-            raise ValueError(f"the prompt has {L} tokens, but this CLIP has "
-                             f"{self.config.max_length} positions; choose a smaller clip_length")
         x = self.token_embedding(ids) + self.position_embedding.weight[:L]     # (B, L, D)
         for layer in self.layers:
             penultimate = x
@@ -230,22 +219,16 @@ class T5Config:
     ff_size: int = 10240
     num_layers: int = 24
     num_heads: int = 64                # each has 64 channels
-    num_buckets: int = 32              # distances are grouped: exact when near, coarse when far
-    max_distance: int = 128
+    num_buckets: int = 32              # distances are grouped: exact when near, coarse up to 128
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + 1e-6) * weight. There is no mean and no bias."""
-    def __init__(self, size):
-        super().__init__(size, eps=1e-6)
+RMSNorm = partial(nn.RMSNorm, eps=1e-6)     # x / sqrt(mean(x^2) + 1e-6) * weight; no mean, no bias
 
 
 def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirectional=True):
     """The bucket of `distance` = key position - query position (int tensor of any shape), as in T5.
-
     An encoder uses half of the buckets for keys after the query; a decoder has no such keys. Half
-    of the rest holds one distance each, the other half grows logarithmically.
-    """
+    of the rest holds one distance each, the other half grows logarithmically."""
     first = 0
     if bidirectional:
         num_buckets = num_buckets // 2
@@ -260,7 +243,6 @@ def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirec
 
 class T5Attention(nn.Module):
     """Attention without 1/sqrt(d) and without biases in its projections. (B, L, D) -> (B, L, D).
-
     bias (1, heads, L, K) is added to the logits. source (B, K, D) makes it cross-attention."""
     def __init__(self, config):
         super().__init__()
@@ -275,8 +257,6 @@ class T5Attention(nn.Module):
     def forward(self, x, bias, source=None):
         source = x if source is None else source
         q, k, v = self.q(x), self.k(source), self.v(source)           # (B, L or K, inner)
-        if bias is not None:
-            bias = bias.to(q.dtype)
         return self.out(attend(q, k, v, self.num_heads, attn_mask=bias, scale=1.0))
 
 
@@ -320,8 +300,7 @@ class T5Encoder(nn.Module):
         """(1, heads, L, L): what is added to the logit of (query, key), by their distance."""
         position = torch.arange(L, device=device)
         distance = position[None, :] - position[:, None]              # (L, L) key - query
-        bucket = relative_position_bucket(distance, self.config.num_buckets,
-                                          self.config.max_distance)
+        bucket = relative_position_bucket(distance, self.config.num_buckets)
         return self.position_bias(bucket).permute(2, 0, 1).unsqueeze(0)
 
     def forward(self, ids):
@@ -336,21 +315,17 @@ class T5Encoder(nn.Module):
 def fit_length(rows, length, start, end, padding):
     """Each list of ids becomes start, as many ids as fit, end and padding."""
     ids = torch.full((len(rows), length), padding)
-    needed = torch.zeros(len(rows), dtype=torch.int64)
     for i, row in enumerate(rows):
         kept = start + row[: length - len(start) - 1] + [end]
         ids[i, : len(kept)] = torch.tensor(kept)
-        needed[i] = len(start) + len(row) + 1
-    return ids, needed
+    return ids, torch.tensor([len(start) + len(row) + 1 for row in rows])
 
 
 class CLIPTokenizer:
     """CLIP's byte-level BPE. Nothing is repaired: SD3 does not use ftfy, OpenAI's own code does.
-
     folder: has vocab.json and merges.txt, or only tokenizer.json, as transformers 5 writes it.
     padding: the id that fills up a row. None is the end token, for CLIP-L; SD3's CLIP-G has 0.
-    "<|endoftext|>" in a prompt is the end token. "!" is a word, not padding as in SD3's config.
-    """
+    "<|endoftext|>" in a prompt is the end token. "!" is a word, not padding as in SD3's config."""
     def __init__(self, folder, padding=None):
         folder = Path(folder)
         if (folder / "merges.txt").is_file():
@@ -361,13 +336,10 @@ class CLIPTokenizer:
         self.backend = Tokenizer(model)
         self.backend.normalizer, self.backend.pre_tokenizer = clip_text_rules()
         self.backend.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-        self.vocab_size = self.backend.get_vocab_size()
         self.start = self.backend.token_to_id("<|startoftext|>")
         self.end = self.backend.token_to_id("<|endoftext|>")
         self.padding = self.end if padding is None else padding
-        if self.end != self.vocab_size - 1:
-            raise ValueError(f"{folder}: <|endoftext|> has id {self.end}, but CLIP looks for id "
-                             f"{self.vocab_size - 1}, the largest; take the tokenizer of this CLIP")
+        self.vocab_size = self.end + 1                                # the end token is the last id
 
     def __call__(self, prompts, length=77):
         rows = [encoding.ids for encoding in self.backend.encode_batch(prompts)]
@@ -388,8 +360,14 @@ class T5Tokenizer:
     Special tokens in a prompt (</s>, <extra_id_0>) are read as text, as SentencePiece does."""
     def __init__(self, file):
         if Path(file).suffix == ".json":
-            self.backend = read_unigram(file)
-            self.vocab_size = self.backend.get_vocab_size()
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            vocab = [entry for entry in content["model"]["vocab"] if "<extra_id_" not in entry[0]]
+            for entry in vocab[:3]:                                   # [piece, score]
+                entry[0] = " " + entry[0]                             # hides <pad>, </s>, <unk>
+            content["model"]["vocab"] = vocab
+            content["added_tokens"] = []
+            self.backend = Tokenizer.from_str(json.dumps(content))
+            self.vocab_size = len(vocab)
         else:
             self.backend = sentencepiece.SentencePieceProcessor(model_file=str(file))
             self.vocab_size = self.backend.get_piece_size()
@@ -406,34 +384,18 @@ class T5Tokenizer:
         return fit_length(self.encode(prompts), length, [], 1, 0)
 
 
-def read_unigram(file):
-    """T5's tokenizer.json as a Tokenizer that splits every text as spiece.model does. A space in
-    front hides <pad>, </s> and <unk>, for no piece has one. The sentinels are left out."""
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
-    vocab = content["model"]["vocab"]                                 # a list of [piece, score]
-    for entry in vocab[:3]:
-        entry[0] = " " + entry[0]
-    content["model"]["vocab"] = [entry for entry in vocab if not entry[0].startswith("<extra_id_")]
-    content["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(content))
-
-
 def main():
-    """Show the tokens of a prompt, and the paper's context from encoders with random weights."""
+    """Show the tokens of a prompt, and the paper's shapes with CLIP-L alone (random weights)."""
     prompt = " ".join(sys.argv[1:]) or "a red circle"
     shipped = Path(__file__).parent / "pretrained" / "tiny" / "tokenizers"
     clip = CLIPTokenizer(shipped / "clip")
     t5 = T5Tokenizer(shipped / "t5" / "spiece.model")
-    print(clip.backend.encode(prompt).tokens, clip([prompt], 12)[0].tolist())
-    print(t5.backend.encode(prompt, out_type=str), t5([prompt], 12)[0].tolist())
-    encoders = {"clip_l": CLIPTextEncoder(CLIPConfig(2048, 768, 1)),
-                "clip_g": CLIPTextEncoder(CLIPConfig(2048, 1280, 1, 77, "gelu", 1280)),
-                "t5": T5Encoder(T5Config(2064, 4096, 64, 1, 1))}
-    text = TextEncoders(encoders, {"clip_l": clip, "clip_g": clip, "t5": t5}, TextConfig())
-    for without in ((), ("clip_l",), ("clip_g",), ("t5",), ENCODERS):
-        context, pooled = text([prompt], without)
-        print(f"context {tuple(context.shape)}, {(context == 0).float().mean():4.0%} zeros, "
-              f"pooled {tuple(pooled.shape)}, without {', '.join(without) or 'nothing'}")
+    print("CLIP", clip.backend.encode(prompt).tokens, clip([prompt], 12)[0].tolist())
+    print("T5  ", t5.backend.encode(prompt, out_type=str), t5([prompt], 12)[0].tolist())
+    clip_l = CLIPTextEncoder(CLIPConfig(vocab_size=2048, num_layers=2))
+    context, pooled = TextEncoders({"clip_l": clip_l}, {"clip_l": clip}, TextConfig())([prompt])
+    print(f"context {tuple(context.shape)}, {(context == 0).float().mean():.0%} of it zero; "
+          f"pooled {tuple(pooled.shape)}, {(pooled == 0).float().mean():.0%} of it zero")
 
 
 if __name__ == "__main__":

@@ -279,9 +279,9 @@ def main():
             mean, logvar = vae.encode_moments(image)
             reconstruction = vae.decode(vae.normalize(mean))
         times = image.numel() / mean.numel()
+        absolute = reconstruction_loss(image, reconstruction)
         print(f"{tuple(image.shape)} -> {tuple(mean.shape)}, {times:.0f} times fewer numbers -> "
-              f"{tuple(reconstruction.shape)}; L1 {reconstruction_loss(image, reconstruction):.2f}, "
-              f"KL {kl_loss(mean, logvar):.2f}")
+              f"{tuple(reconstruction.shape)}; L1 {absolute:.2f}, KL {kl_loss(mean, logvar):.2f}")
 
 
 if __name__ == "__main__":

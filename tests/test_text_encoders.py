@@ -193,11 +193,6 @@ def test_clip_norms_have_epsilon_1e_5():
     assert len(norms) == 2 * 3 + 1 and {norm.eps for norm in norms} == {1e-5}
 
 
-def test_clip_refuses_more_tokens_than_it_has_positions():
-    with pytest.raises(ValueError, match="78 tokens, but this CLIP has 77 positions"):
-        CLIPTextEncoder(CLIP_L)(torch.zeros(1, 78, dtype=torch.int64))
-
-
 def test_default_sizes_are_those_of_clip_l_clip_g_and_t5_xxl():
     bigger = CLIPConfig(hidden_size=1280, num_layers=32, activation="gelu", projection_dim=1280)
     with torch.device("meta"):
@@ -335,14 +330,14 @@ def test_padding_is_the_end_token_for_clip_l_and_zero_for_clip_g_and_t5(vocabula
     assert t5.backend.decode(row[:end]) == "red cat" and set(row[end + 1 :]) == {0}
 
 
-def test_a_vocabulary_whose_end_token_is_not_the_largest_id_is_refused(vocabularies, tmp_path):
-    """CLIP pools at the largest id. Ids that are shifted by one would read beyond the table."""
+def test_the_size_of_a_vocabulary_is_beyond_its_end_token(vocabularies, tmp_path):
+    """So a vocabulary with shifted ids does not fit its CLIP: checkpoints.py compares the sizes."""
     vocab = json.loads((vocabularies[0] / "vocab.json").read_text())
+    assert CLIPTokenizer(vocabularies[0]).vocab_size == len(vocab) == 518
     (tmp_path / "merges.txt").write_text((vocabularies[0] / "merges.txt").read_text())
     shifted = {token: i + 1 for token, i in vocab.items()}
     (tmp_path / "vocab.json").write_text(json.dumps(shifted))
-    with pytest.raises(ValueError, match="endoftext.*has id 518, but CLIP looks for id 517"):
-        CLIPTokenizer(tmp_path)
+    assert CLIPTokenizer(tmp_path).vocab_size == 519
 
 
 def test_empty_prompts_are_the_end_token_and_padding(vocabularies):
@@ -523,16 +518,14 @@ def test_the_two_unconditional_inputs_are_zeros_and_the_encoded_empty_prompt(voc
         assert encoded.abs().max() > 0.1
 
 
-def test_mistakes_are_named_with_the_way_out(vocabularies):
-    with pytest.raises(ValueError, match="'clip_h'.*clip_l, clip_g, t5"):
-        encoders(vocabularies)(["red"], without=("clip_h",))
+def test_one_text_is_no_list_of_texts(vocabularies):
     with pytest.raises(ValueError, match="give a list of texts"):
         encoders(vocabularies)("red cat")
 
 
 def test_the_note_about_cut_captions_gives_their_number_and_the_longest_once(vocabularies, capsys):
     """Tokens count, not characters. Later batches are counted without another note."""
-    text = encoders(vocabularies)
+    text = encoders(vocabularies, ("clip_l", "clip_g"))
     text.tokenize(["red" + " " * 5000 + "cat", "red " * 75])                  # 4 tokens and 77
     assert capsys.readouterr().err == "" and not text.captions_cut
     text.tokenize(["red cat", "red " * 76, "cat " + "red " * 80])             # 304 characters: 78
@@ -541,8 +534,7 @@ def test_the_note_about_cut_captions_gives_their_number_and_the_longest_once(voc
     assert "2 of 3 captions need more than 77 tokens for clip_l" in said
     assert "the longest needs 83: 'cat red" in said
     text.tokenize(["red " * 90])
-    assert capsys.readouterr().err == ""
-    assert text.captions_cut["clip_l"] == text.captions_cut["clip_g"] == 3
+    assert capsys.readouterr().err == "" and text.captions_cut == {"clip_l": 3, "clip_g": 3}
 
 
 def test_the_demonstration_shows_tokens_and_the_papers_shapes(capsys, monkeypatch):
@@ -550,5 +542,4 @@ def test_the_demonstration_shows_tokens_and_the_papers_shapes(capsys, monkeypatc
     module.main()
     printed = capsys.readouterr().out
     assert "red</w>" in printed and "\u2581red" in printed
-    assert "context (1, 154, 4096),  25% zeros, pooled (1, 2048), without nothing" in printed
-    assert "100% zeros" in printed
+    assert "context (1, 154, 4096), 91% of it zero; pooled (1, 2048), 62% of it zero" in printed
