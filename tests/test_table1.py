@@ -1,85 +1,191 @@
-"""experiments/table1_flows.py: ranks on hand-made fronts, the tables of a small record, and one tiny run of the whole."""
+"""experiments/table1_2_fig3_formulations.py: ranks by hand, the paper's numbers, one tiny run."""
 
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-FILE = Path(__file__).parents[1] / "experiments" / "table1_flows.py"
+FILE = Path(__file__).parents[1] / "experiments" / "table1_2_fig3_formulations.py"
+
+# Table 1 and Table 2 as the paper prints them, in its words and its order.
+TABLE_1 = """rf/lognorm(0.00,1.00) 1.54 1.25 1.50
+rf/lognorm(1.00,0.60) 2.08 3.50 2.00
+rf/lognorm(0.50,0.60) 2.71 8.50 1.00
+rf/mode(1.29) 2.75 3.25 3.00
+rf/lognorm(0.50,1.00) 2.83 1.50 2.50
+eps/linear 2.88 4.25 2.75
+rf/mode(1.75) 3.33 2.75 2.75
+rf/cosmap 4.13 3.75 4.00
+edm(0.00,0.60) 5.63 13.25 3.25
+rf 5.67 6.50 5.75
+v/linear 6.83 5.75 7.75
+edm(0.60,1.20) 9.00 13.00 9.00
+v/cos 9.17 12.25 8.75
+edm/cos 11.04 14.25 11.25
+edm/rf 13.04 15.25 13.25
+edm(-1.20,1.20) 15.58 20.25 15.00"""
+TABLE_2 = """rf 0.247 49.70 0.217 94.90
+edm(-1.20,1.20) 0.236 63.12 0.200 116.60
+eps/linear 0.245 48.42 0.222 90.34
+v/cos 0.244 50.74 0.209 97.87
+v/linear 0.246 51.68 0.217 100.76
+rf/lognorm(0.50,0.60) 0.256 80.41 0.233 120.84
+rf/mode(1.75) 0.253 44.39 0.218 94.06
+rf/lognorm(1.00,0.60) 0.254 114.26 0.234 147.69
+rf/lognorm(-0.50,1.00) 0.248 45.64 0.219 89.70
+rf/lognorm(0.00,1.00) 0.250 45.78 0.224 89.91"""
 
 
 @pytest.fixture(scope="module")
 def table1():
-    spec = importlib.util.spec_from_file_location("table1_flows", FILE)
+    spec = importlib.util.spec_from_file_location("table1", FILE)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["table1"] = module                                    # dataclasses look it up there
     spec.loader.exec_module(module)
     return module
 
 
+def test_the_papers_numbers_are_those_it_prints(table1):
+    for printed, ours in ((TABLE_1, table1.PAPER_RANKS), (TABLE_2, table1.PAPER_METRICS)):
+        expected = {}
+        for line in printed.splitlines():
+            name, *numbers = line.split()
+            expected[name.replace(",", ", ")] = tuple(float(number) for number in numbers)
+        assert ours == expected and list(ours) == list(expected)
+    assert set(table1.PAPER_RANKS) | set(table1.PAPER_METRICS) < set(table1.FORMULATIONS)
+
+
+def test_the_samplers_are_the_six_of_app_b3(table1):
+    """50 steps with guidance 1.0, 2.5 and 5.0; 5, 10 and 25 steps with 5.0."""
+    assert sorted(table1.SAMPLERS) == [(5, 5), (10, 5), (25, 5), (50, 1), (50, 2.5), (50, 5)]
+
+
 def test_fronts_are_peeled_off_one_by_one(table1):
-    """Score up, FID down: (3, 1) beats all, then two that beat each other in one thing each, then the rest."""
-    assert table1.non_dominated_ranks([(3, 1), (2, 2), (1, 1.5), (1, 3)]) == [1, 2, 2, 3]
-    assert table1.non_dominated_ranks([(1, 1), (2, 2), (3, 3)]) == [1, 1, 1]
-    assert table1.non_dominated_ranks([(1, 3), (2, 2), (3, 1)]) == [3, 2, 1]
-    assert table1.non_dominated_ranks([(1, 2), (1, 1), (2, 2)]) == [2, 1, 1]
-    assert table1.non_dominated_ranks([(1, 1), (1, 1)]) == [1, 1]
-    assert table1.non_dominated_ranks([]) == []
-    assert table1.non_dominated_ranks([(float("nan"), 1), (1, 2), (0.5, float("inf"))]) == [2, 1, 2]
-
-
-def test_the_order_is_compared_with_the_papers_pair_by_pair(table1):
-    """Paper: rf/lognorm(0.00, 1.00), eps/linear, rf. Here rf is first: two of three pairs are the other way."""
-    ranks = {"rf": (1,), "rf/lognorm(0.00, 1.00)": (2,), "eps/linear": (3,), "eps/cos": (4,)}
-    assert table1.agreement(ranks).startswith("rf/lognorm(0.00, 1.00) is number 2 of 4; 1 of 3 pairs")
-    assert table1.agreement({"rf": (1,), "eps/linear": (1,)}) == \
-        "rf/lognorm(0.00, 1.00) is not among them; 0 of 0 pairs of variants come in the paper's order."
+    """Score up, FID down: (3, 1) beats all, then two that beat each other in one thing each."""
+    ranks = table1.non_dominated_ranks
+    assert ranks([(3, 1), (2, 2), (1, 1.5), (1, 3)]) == [1, 2, 2, 3]
+    assert ranks([(1, 1), (2, 2), (3, 3)]) == [1, 1, 1]
+    assert ranks([(1, 3), (2, 2), (3, 1)]) == [3, 2, 1]
+    assert ranks([(1, 2), (1, 1), (2, 2)]) == [2, 1, 1]
+    assert ranks([(1, 1), (1, 1)]) == [1, 1] and ranks([]) == []
+    assert ranks([(float("nan"), 1), (1, 2), (0.5, float("inf"))]) == [2, 1, 2]
 
 
 def test_ranks_are_means_over_settings_and_over_those_with_5_and_50_steps(table1):
-    setting = lambda steps, kind="ema": ("scenes", kind, steps, "5", "0")
-    scores = {setting(5): {"a": (1, 2), "b": (2, 1)}, setting(50): {"a": (2, 1), "b": (1, 2)},
-              setting(10): {"a": (2, 1), "b": (1, 2)}}
-    ranks = table1.rank_table(scores)
+    scores = {("scenes", "0", "ema", 5, 5.0): {"a": (1, 2), "b": (2, 1)},
+              ("scenes", "0", "ema", 50, 5.0): {"a": (2, 1), "b": (1, 2)},
+              ("scenes", "0", "ema", 10, 5.0): {"a": (2, 1), "b": (1, 2)}}
+    ranks = table1.mean_ranks(scores)
     assert list(ranks) == ["a", "b"]
     assert ranks["a"] == pytest.approx((4 / 3, 2, 1)) and ranks["b"] == pytest.approx((5 / 3, 1, 2))
 
 
-def test_the_paper_prints_16_rows_and_we_know_their_names(table1):
-    from flow import FORMULATIONS
-    assert len(table1.PAPER_RANKS) == 16 and set(table1.PAPER_RANKS) | set(table1.PAPER_METRICS) < set(FORMULATIONS)
-    order = [ranks[0] for ranks in table1.PAPER_RANKS.values()]
-    assert order == sorted(order) and len(table1.SAMPLERS) == 6
+def test_the_order_is_compared_with_the_papers_pair_by_pair(table1):
+    """Paper: rf/lognorm(0.00, 1.00), eps/linear, rf. Here rf is first, so one of 3 pairs agrees."""
+    ranks = {"rf": (1,), "rf/lognorm(0.00, 1.00)": (2,), "eps/linear": (3,), "eps/cos": (4,)}
+    assert table1.agreement(ranks) == (1, 3)
+    assert table1.agreement({"rf": (1,), "eps/linear": (1,)}) == (0, 0)
 
 
-def test_tables_leave_out_settings_that_some_formulation_lacks(table1, tmp_path):
-    seconds = {"training_seconds": 30, "sampling_seconds": 10}
-    metrics = {f"{kind} {steps} {scale:g}": [0.3, 40.0] for kind in table1.WEIGHTS for steps, scale in table1.SAMPLERS}
-    better = {name: [0.4, 30.0] for name in metrics}
-    runs = {"scenes | rf | 0": {"metrics": metrics, **seconds}, "scenes | eps/cos | 0": {"metrics": better, **seconds},
-            "x | rf | 0": {"metrics": metrics, **seconds}}
-    record = {"runs": runs, "command": "c", "settings": {"steps": 1, "batch_size": 2, "depth": 1, "samples": 4}}
-    table1.write_tables(record, tmp_path / "t.md")
-    text = (tmp_path / "t.md").read_text()
-    assert "2 formulations, 12 control settings (scenes; 1 seed(s))" in text
-    assert "2 minutes on ?: 30 s of training and 10 s of sampling" in text
+def test_captions_are_those_that_app_b3_gives_imagenet(table1):
+    source = table1.PhotoScenes(40)
+    for index in range(40):
+        caption, = source.captions(index)
+        assert caption.startswith("a photo of ")
+        scene = table1.make_scene(0, index)
+        for thing in scene.things:
+            assert thing.shape in caption and thing.color in caption
+
+
+def test_the_loss_draws_t_from_the_density_of_the_formulation(table1):
+    """The median of rf/lognorm(1.00, 0.60) is sigmoid(1) = .731."""
+    seen = []
+
+    def model(z, t, context, pooled):
+        seen.append(t)
+        assert (context, pooled) == ("context", "pooled")
+        return torch.zeros_like(z)
+    latent = torch.ones(2, 1, 2, 2)
+    batch = SimpleNamespace(latent=latent, noise=-latent, context="context", pooled="pooled",
+                            uniform=torch.full((2,), 0.5))
+    form = table1.formulation("rf/lognorm(1.00, 0.60)")
+    loss = table1.formulation_loss(model, batch, form)
+    assert loss.tolist() == [4, 4]                                    # |eps - x_0|^2 = 2^2
+    assert seen[0].tolist() == pytest.approx([0.731, 0.731], abs=5e-4)
+
+
+def test_the_weights_kept_are_those_of_the_lowest_loss_of_the_average(table1):
+    """The average has the losses 3, 1, 2 at steps 10, 20, 30. The model itself has others."""
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.zeros(()))
+
+    def loss(network, latent, context, pooled, t, noise):
+        at_the_end = 1000.0 * (t == 1)                                # t = 1 must not count
+        return network.value.detach() + at_the_end + 0 * t
+    model, average = Constant(), Constant()
+    latent = torch.zeros(2, 1, 2, 2)
+    held_out = SimpleNamespace(validation=lambda count: [(latent, None, None, latent)])
+    best = table1.BestWeights(model, held_out, SimpleNamespace(loss=loss), torch.float32)
+    for step, mean, raw in ((10, 3.0, 0.5), (20, 1.0, 7.0), (30, 2.0, 0.1)):
+        average.value.data.fill_(mean)
+        model.value.data.fill_(raw)
+        entries, picture = best(average, step)
+        assert entries == {"validation": mean} and picture is None
+    assert (best.step, best.loss) == (20, 1.0)
+    assert best.weights["ema"]["value"] == 1 and best.weights["raw"]["value"] == 7
+
+
+def test_tables_leave_out_settings_that_some_formulation_lacks(table1):
+    metrics = {}
+    for weights in ("ema", "raw"):
+        for steps, scale in table1.SAMPLERS:
+            metrics[f"{weights} {steps} {scale:g}"] = [0.3, 40.0]
+    better = {sampler: [0.4, 30.0] for sampler in metrics} | {"ema 5 5 literal": [0.4, 12.5]}
+    runs = {"scenes | rf | 0": {"metrics": metrics}, "scenes | eps/cos | 0": {"metrics": better},
+            "x | rf | 0": {"metrics": metrics}}
+    text = "\n".join(table1.tables(runs))
+    assert "2 formulations, 12 settings; 0 of 0 pairs" in text
     assert "| eps/cos | 1.00 | 1.00 | 1.00 |  |  |  |" in text
     assert "| rf | 2.00 | 2.00 | 2.00 | 5.67 | 6.50 | 5.75 |" in text
-    assert "| rf | 0.300 | 40 | 0.247, 49.7, 0.217, 94.9 |" in text
+    assert "| eps/cos | 0.400 | 30 | 30 | 30 | 30 |  | 12.5 |  |  |  |" in text
+    assert "| rf | 0.300 | 40 | 40 | 40 | 40 |  |  |  |  | 0.247, 49.7, 0.217, 94.9 |" in text
+
+
+def test_the_command_line(table1):
+    assert table1.read_config([]).formulations == tuple(table1.PAPER_RANKS)
+    assert table1.read_config(["--quick", "--steps", "7"]).steps == 7
+    assert table1.read_config(["--quick"]).formulations == table1.QUICK
+    assert len(table1.read_config(["--formulations", "all"]).formulations) == 61
+    assert table1.read_config(["--full"]).seeds == 3
+    with pytest.raises(ValueError, match="no formulation is called 'rf/magic'"):
+        table1.read_config(["--formulations", "rf/magic"])
+    with pytest.raises(ValueError, match="--samples 1 must be"):
+        table1.read_config(["--samples", "1"])
 
 
 @pytest.mark.slow
 def test_a_tiny_run_trains_samples_ranks_and_goes_on_where_it_stopped(tmp_path):
-    def run(*formulations):
-        return subprocess.run([sys.executable, FILE, "--formulations", *formulations, "--steps", "2", "--samples", "3", "--depth",
-                               "1", "--num-scenes", "16", "--batch-size", "4", "--out", tmp_path / "t.json"],
-                              capture_output=True, text=True)
-    assert run("rf").returncode == 0
+    def run(*formulations, steps=2):
+        return subprocess.run(
+            [sys.executable, FILE, "--formulations", *formulations, "--steps", str(steps),
+             "--samples", "3", "--depth", "1", "--num-scenes", "64", "--batch-size", "4",
+             "--device", "cpu", "--out", tmp_path / "t.json"], capture_output=True, text=True)
+    result = run("v/cos")
+    assert result.returncode == 0, result.stderr
     first = json.loads((tmp_path / "t.json").read_text())["runs"]
-    result = run("rf", "edm(0.00, 0.60)")
+    assert len(first["scenes | v/cos | 0"]["metrics"]) == 12 + 4      # and 4 by literal Euler
+    result = run("v/cos", "edm(0.00, 0.60)")
     assert result.returncode == 0 and "scenes | edm(0.00, 0.60) | 0: best step" in result.stdout
-    assert "scenes | rf" not in result.stdout
+    assert "scenes | v/cos" not in result.stdout
     second = json.loads((tmp_path / "t.json").read_text())["runs"]
-    assert second["scenes | rf | 0"] == first["scenes | rf | 0"] and len(second) == 2
+    assert second["scenes | v/cos | 0"] == first["scenes | v/cos | 0"] and len(second) == 2
+    assert (tmp_path / "t.png").read_bytes()[1:4] == b"PNG"
+    result = run("rf", steps=3)
+    assert result.returncode == 1 and "another --out" in result.stderr
