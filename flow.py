@@ -13,6 +13,7 @@ paper also calls alpha, is `timestep_shift`.
 
 import math
 from dataclasses import dataclass, fields
+from math import pi
 
 import torch
 
@@ -64,7 +65,7 @@ class Uniform:
 def normal_density(x, mean, std):
     """N(x; mean, std^2), the density of the normal distribution."""
     deviation = (x - mean) / std
-    return torch.exp(-deviation.square() / 2) / (std * math.sqrt(2 * math.pi))
+    return torch.exp(-deviation.square() / 2) / (std * math.sqrt(2 * pi))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class LogitNormal:
 
 def mode_map(u, mode_scale):
     """Eq. 20: f(u; s) = 1 - u - s (cos^2(pi u / 2) - 1 + u). It falls from 1 to 0. (B,) -> (B,)"""
-    return 1 - u - mode_scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+    return 1 - u - mode_scale * (torch.cos(pi / 2 * u).square() - 1 + u)
 
 
 def mode_map_inverse(t, mode_scale):
@@ -111,14 +112,14 @@ class Mode:
     mode_scale: float
 
     def __post_init__(self):
-        if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
+        if not -1 <= self.mode_scale <= 2 / (pi - 2):
             raise ValueError(f"mode({self.mode_scale}) is no density; "
                              f"Eq. 20 is monotonic for -1 <= s <= 2 / (pi - 2) = 1.7519 only")
 
     def pdf(self, t):
         """|d f^-1 / dt| = 1 / |f'(u)| at u = f^-1(t)."""
         u = mode_map_inverse(t, self.mode_scale)
-        return 1 / (1 + self.mode_scale - self.mode_scale * math.pi / 2 * torch.sin(math.pi * u))
+        return 1 / (1 + self.mode_scale - self.mode_scale * pi / 2 * torch.sin(pi * u))
 
     def quantile(self, u):
         return mode_map(1 - u, self.mode_scale)                       # 1 - u: so t rises with u
@@ -130,11 +131,11 @@ class CosMap:
 
     def pdf(self, t):
         """Eq. 22: 2 / (pi - 2 pi t + 2 pi t^2)."""
-        return 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t.square())
+        return 2 / (pi - 2 * pi * t + 2 * pi * t.square())
 
     def quantile(self, u):
         """Eq. 21: t = f(u) = 1 - 1 / (tan(pi u / 2) + 1)."""
-        return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+        return 1 - 1 / (torch.tan(pi / 2 * u) + 1)
 
 
 DENSITIES = {"uniform": Uniform, "lognorm": LogitNormal, "mode": Mode, "cosmap": CosMap}

@@ -9,8 +9,8 @@ The paper's x_0 is `latent`, epsilon `noise`, lambda_t `log_snr`. P_m and P_s of
 `log_mean` and `log_std`. |x|^2 is a mean over the numbers of one sample.
 """
 
-import math
 from dataclasses import dataclass, field
+from math import inf, isfinite, pi
 
 import torch
 
@@ -155,7 +155,7 @@ class EDM:
     first, last = 1e-5, 1 - 1e-5                                      # b is infinite at 1
 
     def __post_init__(self):
-        if not (math.isfinite(self.log_mean) and 0 < self.log_std < math.inf):
+        if not (isfinite(self.log_mean) and 0 < self.log_std < inf):
             raise ValueError(f"{self} needs a finite P_m and a P_s greater than 0")
 
     def at(self, t):
@@ -191,12 +191,12 @@ class Cosine:
     first, last = 0.0, 1.0
 
     def at(self, t):
-        a = torch.sin(math.pi / 2 * (1 - t))                          # the cosine, exactly 0 at 1
-        b = torch.sin(math.pi / 2 * t)
-        return Scales(a, b, a_slope=-math.pi / 2 * b, b_slope=math.pi / 2 * a)
+        a = torch.sin(pi / 2 * (1 - t))                          # the cosine, exactly 0 at 1
+        b = torch.sin(pi / 2 * t)
+        return Scales(a, b, a_slope=-pi / 2 * b, b_slope=pi / 2 * a)
 
     def time_at(self, ratio):
-        return 2 / math.pi * torch.atan(ratio)
+        return 2 / pi * torch.atan(ratio)
 
 
 class Linear:
