@@ -1,12 +1,10 @@
-"""checkpoints.py: files <-> the networks of this project.
+"""checkpoints.py: files <-> the networks of this project; the options of all commands.
 
 Read with   the key lists of the released SD3 files; App. B.2 for what a whole model consists of
-Not here    the networks; diffusers folders, the hub and other layouts (convert.py, which is imported
-            only when such a thing is named)
+Not here    the networks; every other layout (convert.py, imported only when such a thing is named)
 Format      One model.safetensors has the prefixes of the released single file. Sizes are inferred
             from the tensors; the metadata holds what tensors cannot tell. Tokenizers lie beside it:
             tokenizers/clip/{vocab.json, merges.txt} and tokenizers/t5/spiece.model.
-Also here   the one mechanism for the options of all commands, and the one reader of JSON files
 Run         python convert.py info PATH     prints what a checkpoint holds; nothing is unpickled
 """
 
@@ -14,14 +12,13 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
 import re
-import secrets
+import zlib
 from collections import namedtuple
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -40,14 +37,10 @@ SHIPPED = ROOT / "pretrained" / "tiny"
 FROZEN = ("vae", *ENCODERS)              # the networks that are not trained together with MM-DiT
 
 # Where each network lies in a released single file.
-PREFIXES = {
-    "mmdit": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "clip_l": "text_encoders.clip_l.transformer.",
-    "clip_g": "text_encoders.clip_g.transformer.",
-    "t5": "text_encoders.t5xxl.transformer.",
-}
-
+PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.",
+            "clip_l": "text_encoders.clip_l.transformer.",
+            "clip_g": "text_encoders.clip_g.transformer.",
+            "t5": "text_encoders.t5xxl.transformer."}
 # Released name -> our name, piece by piece. None: the tensor is dropped on purpose.
 CLIP_NAMES = {
     "text_model.embeddings.position_ids": None,        # It holds 0, 1, 2, ...; some files carry it.
@@ -70,9 +63,14 @@ T5_NAMES = {
     ".layer.1.DenseReluDense.wo.": ".feed_forward.down.",
 }
 NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
-
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+# Where one tensor lies: `dtype` is safetensors' name, `start` and `size` are in bytes.
+Entry = namedtuple("Entry", "file dtype shape start size")
+# A checkpoint on the disk. networks: {"mmdit": {our name of a tensor: Entry}, ...}. config: what
+# tensors cannot tell. finish: {network: what turns the tensors of another layout into ours}.
+Model = namedtuple("Model", "path networks config finish")
 
 
 class CheckpointError(ValueError):
@@ -82,7 +80,7 @@ class CheckpointError(ValueError):
 def rename(name, table):
     """Translate a name by a table of pieces; a piece that begins with "." may stand anywhere."""
     for piece, other in table.items():
-        if name.startswith(piece) or (piece.startswith(".") and piece in name):
+        if name.startswith(piece) or (piece[0] == "." and piece in name):
             if other is None:
                 return None
             name = name.replace(piece, other, 1)
@@ -91,21 +89,7 @@ def rename(name, table):
 
 # ---- One network out of a file -------------------------------------------------------------------
 
-# Where one tensor lies: `dtype` is safetensors' name, `start` and `size` are in bytes.
-Entry = namedtuple("Entry", "file dtype shape start size")
-
-
-@dataclass
-class Model:
-    """A checkpoint on the disk. networks: {"mmdit": {our name of a tensor: Entry}, ...}."""
-    path: Path
-    networks: dict[str, dict]
-    config: dict                         # what tensors cannot tell
-    tokenizers: tuple[Path, ...]         # folders in which they may lie
-    finish: dict[str, Callable]          # what turns the tensors of another layout into ours
-
-
-def open_weights(file) -> tuple[dict, dict]:
+def open_weights(file):
     """({key: Entry}, config) of a safetensors file, parsed once for each state of the file."""
     file = Path(file)
     if not file.is_file():
@@ -114,7 +98,7 @@ def open_weights(file) -> tuple[dict, dict]:
     try:
         return parse_header(file, about.st_size, about.st_mtime_ns)
     except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as problem:
-        raise CheckpointError(other_layouts().describe_unreadable(file, problem)) from None
+        raise CheckpointError(importlib.import_module("convert").describe_unreadable(file, problem)) from None
 
 
 @functools.lru_cache(maxsize=32)
@@ -138,35 +122,20 @@ def parse_header(file, size, changed):
     return entries, config
 
 
-def other_layouts():
-    """convert.py. It imports this file, so it is imported late and by its name."""
-    return importlib.import_module("convert")
-
-
-def select(entries, prefix, table) -> dict:
-    """{our name: Entry} of the entries whose key begins with `prefix`, without what is dropped."""
+def networks_in(entries, prefixes=PREFIXES, tables=NAMES):
+    """{network: {our name: Entry}} of the networks whose prefix keys begin with."""
     found = {}
     for key, entry in entries.items():
-        if key.startswith(prefix):
-            found[rename(key.removeprefix(prefix), table)] = entry
-    found.pop(None, None)
+        for network, prefix in prefixes.items():
+            if key.startswith(prefix):
+                name = rename(key.removeprefix(prefix), tables[network])
+                if name is not None:
+                    found.setdefault(network, {})[name] = entry
     return found
 
 
-def networks_in(entries) -> dict:
-    """{network: {our name: Entry}} of the networks in a file of the released layout."""
-    found = {}
-    for name, prefix in PREFIXES.items():
-        if any(key.startswith(prefix) for key in entries):
-            found[name] = select(entries, prefix, NAMES[name])
-    return found
-
-
-def read_tensors(entries, dtype=torch.float32, shapes_only=False) -> dict:
-    """{our name: tensor}. dtype: see `cast`. shapes_only: on the meta device; nothing is read.
-
-    Plain reads are used: mapped memory costs a page fault for every 4 kB, more than the copy.
-    """
+def read_tensors(entries, dtype, shapes_only):
+    """{our name: tensor}. Plain reads: mapped memory costs a page fault for every 4 kB."""
     tensors = {}
     for name, entry in entries.items():
         if entry.dtype not in TYPES:
@@ -177,22 +146,21 @@ def read_tensors(entries, dtype=torch.float32, shapes_only=False) -> dict:
             with open(entry.file, "rb") as raw:
                 raw.seek(entry.start)
                 raw.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
-        tensors[name] = cast(name, tensor, dtype)
+        kind = dtype
+        if dtype is None:
+            kind = torch.float16 if tensor.dtype.itemsize == 1 else tensor.dtype
+        elif tensor.dim() != 2 or "embed" in name:
+            kind = torch.float32
+        tensors[name] = tensor.to(kind)
     return tensors
 
 
-def cast(name, tensor, dtype):
-    """None keeps the stored type, but float8 becomes fp16. In half precision only matrices of
-    blocks are stored so: embeddings, norms, biases and convolutions stay fp32."""
-    if dtype is None:
-        return tensor.half() if tensor.dtype.itemsize == 1 else tensor
-    return tensor.to(torch.float32 if tensor.dim() != 2 or "embed" in name else dtype)
+def read_network(name, model, dtype=torch.float32, shapes_only=False):
+    """One network (a key of PREFIXES) of an opened model, on the CPU, frozen; None if it has none.
 
-
-def read_network(name, model: Model, dtype=torch.float32, shapes_only=False):
-    """The network `name` (a key of PREFIXES) of an opened model, frozen; None if it has none.
-
-    One strict load: CheckpointError for a tensor that is missing, unknown or of a wrong shape.
+    dtype: for the matrices of blocks; embeddings, norms, biases and convolutions stay fp32. None:
+    as stored, float8 as fp16. shapes_only: on the meta device, without reading. One strict load:
+    CheckpointError for a tensor that is missing, unknown or of a wrong shape.
     """
     if name not in model.networks:
         return None
@@ -203,114 +171,115 @@ def read_network(name, model: Model, dtype=torch.float32, shapes_only=False):
             tensors = model.finish[name](tensors)
         if name == "clip_l":             # SD3 does not project it; some files carry an identity.
             tensors.pop("projection.weight", None)
-        for key, tensor in tensors.items():
-            if tensor.numel() == 0:
-                raise ValueError(f"{key} has no numbers")
-        kind, config = infer_config(name, tensors, model.config.get(name, {}))
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        kind, config = infer_config(name, shapes, model.config.get(name, {}))
         with torch.device("meta"):
             network = kind(config)
         network.load_state_dict(tensors, strict=True, assign=True)
-    except KeyError as missing:
-        raise CheckpointError(f"{file}: its {name} lacks {missing.args[0]}") from None
-    except (IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as problem:
-        reason = " ".join(str(problem).split())[:400]
-        raise CheckpointError(f"{file}: its {name} does not fit: {reason}") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as problem:
+        reason = "it lacks " * isinstance(problem, KeyError) + " ".join(str(problem).split())
+        raise CheckpointError(f"{file}: its {name} does not fit: {reason:.400}") from None
     return network.eval().requires_grad_(False)
 
 
-def count_layers(tensors, before, after="."):
+def count_layers(names, before, after="."):
     """How many different numbers stand between `before` and `after` in the names."""
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    return len({match[1] for match in map(pattern.match, tensors) if match})
+    return len({match[1] for match in map(pattern.match, names) if match})
 
 
-def infer_config(name, tensors, stored):
+def infer_config(name, shapes, stored):
     """(class, config) of a network: sizes from shapes, and from `stored` what they cannot tell."""
-    shape = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if name == "mmdit":
-        width, channels, patch_size, _ = shape["x_embedder.proj.weight"]
-        depth = count_layers(shape, "joint_blocks.")
+        width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+        depth = count_layers(shapes, "joint_blocks.")
         if width != 64 * depth:
             raise ValueError(f"it has {depth} blocks of width {width}, which must be 64 x depth")
-        grid = math.isqrt(shape["pos_embed"][1])       # Released positions: 0 in steps of 64 / grid.
+        grid = math.isqrt(shapes["pos_embed"][1])      # Released positions: 0 in steps of 64 / grid.
         positions = {"position_start": 0.0, "position_step": 64 / grid} | stored
         return MMDiT, MMDiTConfig(
-            depth, patch_size, channels, shape["context_embedder.weight"][1],
-            shape["y_embedder.mlp.0.weight"][1], pos_embed_max_size=grid,
-            qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in shape, **positions,
-            dual_attention_layers=count_layers(shape, "joint_blocks.", ".x_block.attn2."))
+            depth, patch_size, channels, shapes["context_embedder.weight"][1],
+            shapes["y_embedder.mlp.0.weight"][1], pos_embed_max_size=grid,
+            qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in shapes, **positions,
+            dual_attention_layers=count_layers(shapes, "joint_blocks.", ".x_block.attn2."))
     if name == "vae":
-        levels = range(count_layers(shape, "encoder.down."))
-        channels = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels]
-        return VAE, VAEConfig(shape["decoder.conv_in.weight"][1], tuple(channels), **stored)
-    vocabulary, width = shape["token_embedding.weight"]
-    layers = count_layers(shape, "layers.")
+        levels = range(count_layers(shapes, "encoder.down."))
+        channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels)
+        return VAE, VAEConfig(shapes["decoder.conv_in.weight"][1], channels, **stored)
+    vocabulary, width = shapes["token_embedding.weight"]
+    layers = count_layers(shapes, "layers.")
     if name == "t5":
-        buckets, heads = shape["position_bias.weight"]
-        ff_size = shape["layers.0.feed_forward.gate.weight"][0]
+        buckets, heads = shapes["position_bias.weight"]
+        ff_size = shapes["layers.0.feed_forward.gate.weight"][0]
         return T5Encoder, T5Config(vocabulary, width, ff_size, layers, heads, buckets)
-    length = shape["position_embedding.weight"][0]
+    length = shapes["position_embedding.weight"][0]
     activation = "quick_gelu" if name == "clip_l" else "gelu"
-    projection = shape.get("projection.weight", [None])[0]
+    projection = shapes.get("projection.weight", [None])[0]
     return CLIPTextEncoder, CLIPConfig(vocabulary, width, layers, length, activation, projection)
 
 
 # ---- A whole model -------------------------------------------------------------------------------
 
-def find_path(path) -> Path:
+def find_path(path):
     """`path` with ~ expanded; a relative one is also looked up beside the code."""
     path = Path(path).expanduser()
     return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
 
-def portable(file) -> str:
+def portable(file):
     """A path for a record: relative where it is inside this project, absolute elsewhere."""
     file = Path(file).resolve()
     return file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
 
 
-def find_model_file(path, hub=True) -> Path:
+def find_model_file(path, hub=True):
     """The file of a model or run folder, a diffusers folder, or a file; a hub name is fetched."""
     path = find_path(path)
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
-    if path.is_file():
-        return path
-    return other_layouts().find_foreign(path, hub)
+    return path if path.is_file() else importlib.import_module("convert").find_foreign(path, hub)
 
 
-def open_model(path, text_encoders=(), vae=None) -> Model:
-    """Find every network of a model. text_encoders, vae: files or folders to take them from."""
+def open_model(path, text_encoders=(), vae=None):
+    """The Model at `path`. text_encoders, vae: other files or folders to take these from."""
     file = find_model_file(path)
-    model = Model(file, {}, {}, (file.parent / "tokenizers", file.parent), {})
-    ours = file.is_file()
-    if ours:
+    model = Model(file, {}, {}, {})
+    complete = False
+    if file.is_file():
         entries, config = open_weights(file)
-        model.networks, model.config = networks_in(entries), dict(config)
-        for key in entries:              # Scaled float8 has a "scale" beside each weight.
-            if not key.startswith(tuple(PREFIXES.values())) or "scale" in key:
-                ours = ours and "logit_scale" in key
-        ours = ours and "x_embedder.proj.weight" in model.networks.get("mmdit", ["x_embedder.proj.weight"])
-    run = (file.parent / "config.json").is_file()      # It names its encoders itself.
-    if not ours or text_encoders or vae or (len(model.networks) < len(PREFIXES) and not run):
-        other_layouts().complete(model, ours, text_encoders, vae)
+        model.networks.update(networks_in(entries))
+        model.config.update(config)
+        run = (file.parent / "config.json").is_file()  # It names its encoders itself.
+        complete = run or len(model.networks) == len(PREFIXES)
+        for key in entries:                            # "scale": of float8
+            if "scale" in key or not key.startswith(tuple(PREFIXES.values())):
+                complete = complete and key.endswith("logit_scale")
+    if text_encoders or vae or not complete:
+        importlib.import_module("convert").complete(model, text_encoders, vae)
     return model
 
 
-def fingerprint(path, components=tuple(PREFIXES)) -> str:
+def checksum(entry):
+    """CRC-32 of the whole tensor."""
+    crc = 0
+    with open(entry.file, "rb") as raw:
+        raw.seek(entry.start)
+        for left in range(entry.size, 0, -(2**22)):
+            crc = zlib.crc32(raw.read(min(left, 2**22)), crc)
+    return crc
+
+
+def fingerprint(path, components=tuple(PREFIXES)):
     """A hash over every byte of these networks, in all the files that `open_model` found, and over
-    what the metadata says of VAE and text encoders. It reads about 1 GB a second."""
+    what the metadata says of VAE and text encoders. A CPU core reads about 1.5 GB a second."""
     model = open_model(path)
-    about = [model.config.get("vae"), model.config.get("text")]
-    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8)
+    parts = [model.config.get("vae"), model.config.get("text")]
     for name in sorted(set(components) & model.networks.keys()):
-        for key, entry in sorted(model.networks[name].items()):
-            digest.update(f"{name} {key} {entry.dtype} {entry.shape}".encode())
-            with open(entry.file, "rb") as raw:
-                raw.seek(entry.start)
-                for position in range(0, entry.size, 2**22):
-                    digest.update(raw.read(min(2**22, entry.size - position)))
-    return digest.hexdigest()
+        entries = sorted(model.networks[name].items())
+        with ThreadPoolExecutor() as threads:
+            sums = list(threads.map(checksum, [entry for _, entry in entries]))
+        parts += [[name, key, entry.dtype, entry.shape] for key, entry in entries] + sums
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_encoders(folder):
@@ -328,48 +297,34 @@ def run_encoders(folder):
     return file, str(named.get("tokenizers", ""))
 
 
-def find_tokenizers(model, names, given) -> dict:
-    """{"clip_l": folder, "clip_g": folder, "t5": file} for `names`, from `given` or near a model."""
-    homes = {"clip_l": ("clip", "clip_l", "tokenizer"), "clip_g": ("clip", "clip_l", "tokenizer_2"),
-             "t5": ("t5", "tokenizer_3")}
-    places = [find_path(given)] if given else model.tokenizers
-    found = {}
-    for name in names:
-        kinds = ("spiece.model" if name == "t5" else "merges.txt", "tokenizer.json")
-        for place, home, kind in itertools.product(places, homes[name], kinds):
-            if name not in found and (place / home / kind).is_file():
-                found[name] = place / home / kind if name == "t5" else place / home
-        if name not in found:
-            raise CheckpointError(
-                f"{places[0]}: no tokenizers there for {name}. They are files of their own: "
-                f"vocab.json and merges.txt in clip/, spiece.model in t5/, or a tokenizer.json in "
-                f"each; give their folder with --tokenizers.")
-    return found
-
-
-def load_text(model, dtype, files, shapes_only) -> TextEncoders:
-    """The text encoders that have a tokenizer in `files`. T5 leaves the range of fp16, so bf16
-    takes its place."""
-    encoders, tokenizers, widths = {}, {}, {}
+def load_text(model, dtype, given, shapes_only):
+    """(TextEncoders, {encoder: tokenizer file}) of a model. T5 leaves the range of fp16, so bf16
+    takes its place. given: a folder with tokenizers in place of tokenizers/ beside the file."""
+    folder = find_path(given) if given else model.path.parent / "tokenizers"
+    clip = folder / "clip" / "merges.txt"
+    files = {"clip_l": clip, "clip_g": clip, "t5": folder / "t5" / "spiece.model"}
+    files = {name: files[name] for name in ENCODERS if name in model.networks}
+    if not files or not all(file.is_file() for file in files.values()):
+        files = importlib.import_module("convert").find_tokenizers(model, folder)
+    encoders, tokenizers, stored = {}, {}, dict(model.config.get("text", {}))
     for name, file in files.items():
         kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
         encoders[name] = read_network(name, model, kind, shapes_only)
-        widths[f"{name}_width"] = encoders[name].config.hidden_size
-        size = encoders[name].config.vocab_size
+        config = encoders[name].config
+        stored[f"{name}_width"] = config.hidden_size
         try:
             if name == "t5":
                 tokenizers[name] = T5Tokenizer(file)
-                fits = tokenizers[name].vocab_size <= size                  # The table is padded.
+                fits = tokenizers[name].vocab_size <= config.vocab_size      # The table is padded.
             else:
-                tokenizers[name] = CLIPTokenizer(file, padding=0 if name == "clip_g" else None)
-                fits = tokenizers[name].vocab_size == size
+                tokenizers[name] = CLIPTokenizer(file.parent, padding=0 if name == "clip_g" else None)
+                fits = tokenizers[name].vocab_size == config.vocab_size
         except Exception as problem:                   # `tokenizers` raises nothing more exact.
             raise CheckpointError(f"{file} cannot be used as a tokenizer ({problem})") from None
-        if not fits:
-            raise CheckpointError(f"{file} is not the tokenizer of this {name}, which has {size} "
-                                  f"tokens; give the right folder with --tokenizers")
-    config = TextConfig(**(model.config.get("text", {}) | widths))
-    return TextEncoders(encoders, tokenizers, config).eval()
+        if not fits or (name != "t5" and stored.get("clip_length", 0) > config.max_length):
+            raise CheckpointError(f"{file} or the token counts of {model.path} do not fit its {name};"
+                                  f" give the right folder with --tokenizers")
+    return TextEncoders(encoders, tokenizers, TextConfig(**stored)).eval(), files
 
 
 @dataclass
@@ -381,18 +336,18 @@ class Components:
     sampling: dict = field(default_factory=dict)       # how the model wants to be sampled
     words: tuple[str, ...] = ()                        # what it was trained on; () = unknown
     file: Path | None = None                           # where the MM-DiT came from
-    tokenizers: dict = field(default_factory=dict)     # {encoder: its tokenizer's folder or file}
+    tokenizers: dict = field(default_factory=dict)     # {encoder: a file of its tokenizer}
     missing: tuple[str, ...] = ()                      # the text encoders that are absent
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self):
         return fingerprint(self.file)
 
 
 def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.float32,
-                    tokenizers=None, shapes_only=False, text_encoders=(), vae=None) -> Components:
-    """Networks of whatever `open_model` opens, on the CPU, frozen. dtype, shapes_only: see
-    `read_tensors`. A run folder holds its MM-DiT only; its config.json names the encoders."""
+                    tokenizers=None, shapes_only=False, text_encoders=(), vae=None):
+    """Components of whatever `open_model` opens. dtype, shapes_only: see `read_network`. A run
+    folder holds its MM-DiT only; its config.json names the encoders."""
     model = frozen = open_model(path, text_encoders, vae)
     if {"vae", "text"} & set(wanted) and (named := run_encoders(model.path.parent)):
         frozen = open_model(named[0], text_encoders, vae)
@@ -402,18 +357,13 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     for name, source in (("mmdit", model), ("vae", frozen)):
         if name in wanted:
             if name not in source.networks:
-                raise CheckpointError(f"{source.path} holds no {name}, only {', '.join(source.networks)}. "
-                                      f"Give the MM-DiT's file, and others with --text-encoders "
-                                      f"and --vae")
+                raise CheckpointError(f"{source.path} holds no {name}, only "
+                                      f"{', '.join(source.networks)}. Give the MM-DiT's file, and "
+                                      f"the others with --text-encoders and --vae")
             setattr(parts, name, read_network(name, source, dtype, shapes_only))
     if "text" in wanted:
-        names = [name for name in ENCODERS if name in frozen.networks]
-        if not names:
-            raise CheckpointError(f"{frozen.path} holds no text encoder and none lies beside it; "
-                                  f"give clip_l, clip_g and t5xxl files with --text-encoders")
-        parts.missing = tuple(name for name in ENCODERS if name not in names)
-        parts.tokenizers = find_tokenizers(frozen, names, tokenizers)
-        parts.text = load_text(frozen, dtype, parts.tokenizers, shapes_only)
+        parts.text, parts.tokenizers = load_text(frozen, dtype, tokenizers, shapes_only)
+        parts.missing = tuple(name for name in ENCODERS if name not in parts.tokenizers)
     return parts
 
 
@@ -423,7 +373,7 @@ def write_atomically(file, write):
     """Call write(temporary path in the same folder), then rename: a kill or a full disk leaves the
     old file as it was. Only a regular file is replaced, and the new one keeps its mode."""
     file = Path(file)
-    partial = file.with_name(f"{file.name[:40]}.{secrets.token_hex(6)}.partial")
+    partial = file.with_name(f"{file.name[:40]}.{os.urandom(6).hex()}.partial")
     try:
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise OSError("it is a link or no regular file")
@@ -433,14 +383,13 @@ def write_atomically(file, write):
             os.chmod(partial, file.stat().st_mode)
         os.replace(partial, file)
     except (OSError, SafetensorError) as problem:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise OSError(f"could not write {file} ({problem}); what was there before is untouched. "
                       f"Free some space or choose another place.") from None
-    finally:
-        with contextlib.suppress(OSError):             # It is renamed by now if all went well.
-            partial.unlink()
 
 
-def stored_config(networks, text=None, sampling=None, words=()) -> str:
+def stored_config(networks, text=None, sampling=None, words=()):
     """What tensors cannot tell, as JSON for the metadata of a file."""
     config = {"sampling": sampling or {}, "words": sorted(words)}
     for part, names in (("mmdit", ("position_start", "position_step")),
@@ -452,7 +401,7 @@ def stored_config(networks, text=None, sampling=None, words=()) -> str:
     return json.dumps(config)
 
 
-def released_tensors(name, network, dtype=None) -> dict:
+def released_tensors(name, network, dtype=None):
     """{released name: tensor on the CPU} of one network, in `dtype` or as it is."""
     table = {ours: released for released, ours in NAMES[name].items() if ours is not None}
     tensors = {}
@@ -488,7 +437,7 @@ def option(default, help, low=-1e12, high=1e12, choices=()):
 def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
     """ValueError unless `value` is of the type `kind`, finite, in range and among the choices."""
     right = type(value) is kind or (kind is float and type(value) is int)
-    rule = {bool: "true or false", str: "a text"}.get(kind, f"a {kind.__name__}")
+    rule = "true or false" if kind is bool else "a text" if kind is str else "a list"
     if choices:
         right = right and value in choices
         rule = "one of " + ", ".join(map(str, choices))
@@ -499,31 +448,31 @@ def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
         raise ValueError(f"{name} {value!r:.80} must be {rule}")
 
 
-def flag(name):
-    return "--shift" if name == "timestep_shift" else "--" + name.replace("_", "-")
+def options_of(kind):
+    """(field, flags, type, type of one item) of each option of a dataclass."""
+    for item in fields(kind):
+        if "rule" in item.metadata:
+            flags = ["--" + item.name.replace("_", "-")]
+            if item.name == "timestep_shift":
+                flags.insert(0, "--shift")
+            yield item, flags, getattr(item.type, "__args__", None)
 
 
 def check_options(config):
     """Check every option of a frozen dataclass, in its __post_init__. Lists become tuples."""
-    for item in fields(config):
-        if "rule" not in item.metadata:
-            continue
+    for item, flags, several in options_of(config):
         value = getattr(config, item.name)
-        kinds = getattr(item.type, "__args__", None)   # Only a tuple[str, ...] has them.
-        if kinds and isinstance(value, list | tuple):
+        if several and isinstance(value, list | tuple):
             object.__setattr__(config, item.name, tuple(value))
             for one in value:
-                check_value(flag(item.name), one, kinds[0], *item.metadata["rule"])
+                check_value(flags[0], one, several[0], *item.metadata["rule"])
         else:
-            check_value(flag(item.name), value, item.type, *item.metadata["rule"])
+            check_value(flags[0], value, item.type, *item.metadata["rule"])
 
 
 def add_options(parser, kind):
     """Add a flag for every option of the dataclass `kind`. What is not given is None."""
-    for item in fields(kind):
-        if "rule" not in item.metadata:
-            continue
-        several = getattr(item.type, "__args__", None)
+    for item, flags, several in options_of(kind):
         settings = {"type": os.path.expanduser if item.type is str else item.type}
         if several:
             settings = {"type": several[0], "nargs": "*"}
@@ -532,22 +481,21 @@ def add_options(parser, kind):
         text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
         if item.metadata["rule"][2]:
             text += " Choices: " + ", ".join(item.metadata["rule"][2])
-        flags = dict.fromkeys((flag(item.name), "--" + item.name.replace("_", "-")))
         parser.add_argument(*flags, dest=item.name, help=text, **settings)
 
 
-def given_options(options, kind) -> dict:
+def given_options(options, kind):
     """{field: value} of the options of `kind` that were given on the command line."""
     given = {}
-    for item in fields(kind):
+    for item, _, several in options_of(kind):
         value = getattr(options, item.name, None)
         if value is not None:
             value = value == "true" if item.type is bool else value
-            given[item.name] = tuple(value) if isinstance(value, list) else value
+            given[item.name] = tuple(value) if several else value
     return given
 
 
-def read_json(file, kinds=None) -> dict:
+def read_json(file, kinds=None):
     """The object in a JSON file. kinds: {name: type} is checked; a `type | None` may be absent."""
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
@@ -557,5 +505,5 @@ def read_json(file, kinds=None) -> dict:
         raise CheckpointError(f"{file} is not a JSON object; fetch it again")
     for name, kind in (kinds or {}).items():
         if not isinstance(value.get(name), kind):
-            raise CheckpointError(f"{file}: {name} is {str(value.get(name))[:80]}, but no {kind}")
+            raise CheckpointError(f"{file}: {name} is {value.get(name)!r:.80}, but no {kind}")
     return value

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from checkpoints import (
     ENCODERS, NAMES, PREFIXES, CheckpointError, check_value, count_layers, fingerprint, find_path,
     load_components, networks_in, open_model, open_weights, read_json, read_network,
-    released_tensors, rename, save_networks, select, stored_config)
+    released_tensors, rename, save_networks, stored_config)
 
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
@@ -169,11 +169,11 @@ def from_hub(name) -> Path:
         f"its licence on its page and run `hf auth login`; or name the one that ends in -diffusers")
 
 
-def complete(model, ours, text_encoders=(), vae=None):
+def complete(model, text_encoders=(), vae=None):
     """Find the networks of a model that are not in one file of the released layout."""
     if model.path.is_dir():
         open_diffusers(model)
-    elif not ours:
+    else:
         networks, _ = networks_alone(model.path)
         refuse_others(model.path, networks)
         for name, entries in networks.items():
@@ -215,7 +215,7 @@ def networks_alone(file) -> tuple[dict, dict]:
              "text_model.": "clip_g" if projected else "clip_l"}
     for sign, name in signs.items():
         if not found and any(key.startswith(sign) for key in entries):
-            found[name] = select(entries, "", NAMES[name])
+            found |= networks_in(entries, {name: ""})
     return found, config
 
 
@@ -228,7 +228,7 @@ def refuse_others(file, networks):
                 raise CheckpointError(f"{file} is {family}, not SD3 or SD3.5: it has a {key}")
     prefixes = tuple(PREFIXES.values())
     other = [key for key in entries if not key.startswith(prefixes) and "scale" not in key]
-    if not networks or 0 < len(other) < len(entries):
+    if not networks or (other and any(key.startswith(prefixes) for key in entries)):
         raise CheckpointError(f"{file} holds {len(other)} tensor(s) of no known network: "
                               f"{', '.join(other[:3])}. Give an SD3 or SD3.5 file.")
 
@@ -247,7 +247,7 @@ def add_separate(model, name, given):
         networks, config = networks_alone(file) if file != model.path else ({}, {})
         if name in networks:
             add(model, name, networks[name])
-            model.config |= {name: config[name]} if name in config else {}
+            model.config.update({name: config[name]} if name in config else {})
             return
     if given and name == "vae":
         raise CheckpointError(f"{given[0]} holds no vae; give a .safetensors file with one")
@@ -274,12 +274,32 @@ def fit_widths(model):
     model.config["text"] = model.config.get("text", {}) | found
 
 
+def find_tokenizers(model, folder):
+    """{encoder: tokenizer file} in `folder`, beside the model or in a diffusers folder."""
+    homes = {"clip_l": ("clip", "clip_l", "tokenizer"), "clip_g": ("clip", "clip_g", "tokenizer_2"),
+             "t5": ("t5", "tokenizer_3")}
+    found = {}
+    for name in ENCODERS:
+        for place in (folder, model.path, model.path.parent):
+            for home in homes[name]:
+                for kind in ("spiece.model" if name == "t5" else "merges.txt", "tokenizer.json"):
+                    if name in model.networks and (place / home / kind).is_file():
+                        found.setdefault(name, place / home / kind)
+        if name in model.networks and name not in found:
+            raise CheckpointError(f"{folder}: no tokenizers there for {name}. They are files of their "
+                                  f"own: vocab.json and merges.txt in clip/, spiece.model in t5/, or "
+                                  f"tokenizer.json; give their folder with --tokenizers")
+    if not found:
+        raise CheckpointError(f"{model.path} holds no text encoder and none lies beside it; give "
+                              f"clip_l, clip_g and t5xxl files with --text-encoders")
+    return found
+
+
 # ---- Diffusers folders ---------------------------------------------------------------------------
 
 def open_diffusers(model):
     """What the tensors cannot tell comes from the folder's JSON files, or from our own metadata."""
     folder = model.path
-    model.tokenizers = (folder,)
     index = {}
     if (folder / "model_index.json").is_file():
         kinds = {part: list | None for part in FOLDERS.values()} | {"_class_name": str | None}
@@ -292,8 +312,8 @@ def open_diffusers(model):
             for file in weight_files(folder / part):
                 found, config = open_weights(file)
                 entries |= found
-            add(model, name, select(entries, "", TABLES[name]))
-            model.config |= config if name == "mmdit" else {}
+            add(model, name, networks_in(entries, {name: ""}, TABLES)[name])
+            model.config.update(config if name == "mmdit" else {})
             if TABLES[name] is not NAMES[name]:
                 model.finish[name] = functools.partial(from_diffusers, name)
         elif name != "t5" and (index.get(part) or [None])[0]:
@@ -427,14 +447,12 @@ def write_json(file, value):
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source, folder):
-    """Copy the files of one tokenizer. source: a folder (CLIP) or a file (T5)."""
+def copy_tokenizer(file, folder):
+    """Copy the files of one tokenizer. file: merges.txt, spiece.model or tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("vocab.json", "merges.txt", "tokenizer.json") if source.is_dir() else (source.name,)
-    for name in names:
-        file = source / name if source.is_dir() else source
-        if file.is_file():
-            shutil.copy(file, folder)
+    for name in {file.name, "vocab.json"}:
+        if file.with_name(name).is_file():
+            shutil.copy(file.with_name(name), folder)
 
 
 def tokenizer_config(name, text) -> dict:

@@ -26,7 +26,7 @@ from convert import diffusers_config, export, to_diffusers
 from data import from_tensor
 from devices import autocast, command, pick_device
 from mmdit import MMDiT, MMDiTConfig
-from sample import encode, latent_shape, load, sample_latents
+from sample import Settings, encode, latent_shape, load, sample_latents
 
 PROMPTS = ["a red circle", "two blue stars", "a green square left of a pink heart", "the word CAT",
            "three yellow rings", "a large orange triangle on a navy background",
@@ -78,8 +78,9 @@ class Both:
         self.theirs = StableDiffusion3Pipeline.from_pretrained(folder, **more).to(device)
         self.theirs.set_progress_bar_config(disable=True)
         self.ours = load(checkpoint, device=str(device), precision=precision)
-        self.settings = self.ours.settings(num_steps=num_steps, guidance_scale=guidance_scale,
-                                           schedule="released", unconditional="empty")
+        chosen = {"num_steps": num_steps, "guidance_scale": guidance_scale,
+                  "schedule": "released", "unconditional": "empty"}
+        self.settings = Settings(**(self.ours.defaults | chosen))
 
     def noise(self, prompts):
         shape = latent_shape(self.ours, self.settings)
