@@ -41,10 +41,11 @@ from checkpoints import (
 from data import Batches
 from devices import World, pick_precision, whole
 from encode import encoded
+from evaluate import format_scores, geneval
 from flow import density, rectified_flow_loss, shift_time
 from mmdit import MMDiT, MMDiTConfig, count_parameters, paper_positions
-from sample import Pipeline, captioned_grid, generate
-from scenes import HELD_OUT_SEED, format_scores, geneval, vocabulary
+from sample import Pipeline, generate
+from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
 
 # "paper" is App. B.3, and 256 px (Sec. 5.3.3, where a batch has 4096). "tiny" is for minutes: a
 # loss of .79 after ten of them on two CPU cores. The other defaults below are the paper's in both.
@@ -343,7 +344,8 @@ class Run:
             entries, picture = self.report(average, self.done)
             self.log(**entries)
             curve = draw_losses(self.entries)
-            self.write(f"samples-{self.done:06}.png", lambda path: picture.save(path, "PNG"))
+            if picture:
+                self.write(f"samples-{self.done:06}.png", lambda path: picture.save(path, "PNG"))
             self.write("loss.png", lambda path: curve.save(path, "PNG"))
 
     def save(self, model, average, optimizers):
@@ -352,7 +354,7 @@ class Run:
         due = self.every("save_every") or self.done % keep_every == 0
         if self.skipped or not (due or self.stopping):
             return
-        if isinstance(average, MMDiT):
+        if self.metadata:
             save_average(average, self.folder / "model.safetensors", self.world, self.metadata)
         target = self.folder / "checkpoints" / f"{self.done:08}"
         partial = target.with_suffix(".partial")

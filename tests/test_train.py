@@ -738,26 +738,26 @@ def same_weights(one, other):
 
 
 def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, capsys):
-    """And t comes from the named density: logit-normal around 3, all of it is above .9."""
+    """t comes from the named density: logit-normal around 3 is above .9. Of 5,000 scenes no more
+    are encoded than three steps of 8 need, and one validation."""
     seen = []
     real = train.rectified_flow_loss
     monkeypatch.setattr(train, "rectified_flow_loss",
                         lambda m, z, c, p, t, n: seen.append(t) or real(m, z, c, p, t, n))
     out = tmp_path / "run"
-    train.main([*SMALL, "--out", str(out), "--steps", "3", "--num-prompts", "1",
+    train.main([*SMALL, "--out", str(out), "--steps", "3", "--num-scenes", "5000",
                 "--density", "lognorm(3, 0.2)"])
     assert {"config.json", "log.jsonl", "loss.png", "samples-000003.png", "model.safetensors",
             "checkpoints"} <= {path.name for path in out.iterdir()}
     assert len(seen) == 3 and torch.cat(seen).min() > 0.9
     lines = [entry for entry in log_of(out) if "loss" in entry]
-    assert lines[0]["loss"] == pytest.approx(2, abs=0.5)               # of predicting nothing
+    assert lines[0]["loss"] == pytest.approx(2, abs=0.8)               # of predicting nothing
     assert all(entry["loss_by_t"][:9] == [None] * 9 for entry in lines)
     validation, = [entry for entry in log_of(out) if "validation" in entry]
     levels = validation["validation_by_t"]
     assert len(levels) == 8 and len(set(levels)) > 1
     assert validation["validation"] == pytest.approx(sum(levels[:-1]) / 7, abs=1e-5)
-    scores, = [entry for entry in log_of(out) if "geneval" in entry]
-    assert scores["num_prompts"] == 1 and "GenEval" in capsys.readouterr().out
+    assert "GenEval" not in capsys.readouterr().out
 
     with safe_open(out / "model.safetensors", "pt") as file:
         about = json.loads(file.metadata()["config"])
@@ -769,23 +769,11 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
     assert len(list((Path("runs") / "cache").iterdir())) >= 2
     assert json.loads((out / "config.json").read_text())["train"]["num_scenes"] == 64
 
-    train.main(["--out", str(out)])                                    # It has finished.
-    assert "has done its 3 steps; a larger --steps or --minutes goes on" in capsys.readouterr().out
-
-
-def test_a_finished_run_without_a_score_gets_one(tmp_path, capsys):
-    out = tmp_path / "run"
-    train.main([*SMALL, "--out", str(out), "--steps", "1"])
-    assert "GenEval" not in capsys.readouterr().out
-    train.main(["--out", str(out), "--num-prompts", "1"])
-    assert "GenEval" in capsys.readouterr().out
-
-
-def test_no_more_scenes_are_encoded_than_the_run_needs(tmp_path):
-    out = tmp_path / "run"
-    train.main([*SMALL, "--num-scenes", "5000", "--batch-size", "10", "--steps", "7",
-                "--out", str(out)])
-    assert json.loads((out / "config.json").read_text())["train"]["num_scenes"] == 70
+    train.main(["--out", str(out), "--num-prompts", "1"])              # It had finished, unscored.
+    said = capsys.readouterr().out
+    assert "has done its 3 steps; a larger --steps or --minutes goes on" in said
+    scores, = [entry for entry in log_of(out) if "geneval" in entry]
+    assert scores["num_prompts"] == 1 and "GenEval" in said
 
 
 def test_all_three_encoders_are_dropped_independently_at_the_given_rate():
@@ -839,7 +827,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path, optimizer, steps, strate
         ours = load_file(tmp_path / parallel / "model.safetensors")
         theirs = load_file(tmp_path / "one" / "model.safetensors")
         for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-4)
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
