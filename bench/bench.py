@@ -52,7 +52,7 @@ def seconds_per_call(call, device, trials: int) -> float:
 
 
 def matmul_peak(device, dtype) -> float:
-    """FLOP/s of a large square matrix product, measured: 100 % in the share that training reaches."""
+    """FLOP/s of a large square matrix product, measured. MFU is a share of it."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, dtype=dtype, device=device)
     times = []
@@ -82,7 +82,7 @@ def random_batch(config, size: int, text_tokens: int, device) -> Batch:
 
 
 def measure_everything(device):
-    """Encoded shards, then step by step against diffusers at the sizes that this device can take."""
+    """Encoded shards, then diffusers step by step, at the sizes that this device can take."""
     def run(*words):
         subprocess.run([sys.executable, *map(str, words)], check=False)
 
@@ -97,7 +97,8 @@ def measure_everything(device):
             what.remove("training")                                   # Two 8B models, and no more.
         for resolution, batch in ((256, 32), (1024, 4)):
             for compiled in ([], ["--compile"]):
-                name = f"bench-diffusers-cuda-{depth}-{resolution}{'-compiled' * len(compiled)}.json"
+                ending = "-compiled" if compiled else ""
+                name = f"bench-diffusers-cuda-{depth}-{resolution}{ending}.json"
                 run(compare, "--depth", depth, "--resolution", resolution, "--precisions", "bf16",
                     "--batch-sizes", batch, "--what", *what, "--out", ROOT / "results" / name,
                     *compiled)
@@ -139,9 +140,10 @@ def main():
             train_step(model, optimizers, loss, batches(next(steps)), config)
         rate = options.batch_size / seconds_per_call(step, device, options.trials)
         tokens = batches(0).context.shape[1]
+        mfu = rate * flops / peak
         rows.append({"what": name, "text_tokens": tokens, "images_per_second": round(rate, 1),
-                     "mfu": round(rate * flops / peak, 3)})
-        print(f"{name:14} {tokens:3} text tokens: {rate:7.1f} images/s, MFU {rate * flops / peak:.0%}")
+                     "mfu": round(mfu, 3)})
+        print(f"{name:14} {tokens:3} text tokens: {rate:7.1f} images/s, MFU {mfu:.0%}")
 
     for tokens in options.text_tokens:
         batch = random_batch(sizes, options.batch_size, tokens, device)
@@ -164,7 +166,7 @@ def main():
               "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
     file = ROOT / "results" / f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"peak of a matrix product: {peak / 1e9:.0f} GFLOP/s in {precision}; written to {file.name}")
+    print(f"a large matrix product: {peak / 1e9:.0f} GFLOP/s in {precision}; see {file.name}")
     if options.all:
         measure_everything(device)
 

@@ -1,4 +1,4 @@
-"""bench_diffusers.py: our MM-DiT against diffusers' SD3Transformer2DModel: same sizes, same weights.
+"""bench_diffusers.py: our MM-DiT against diffusers' SD3Transformer2DModel, with the same weights.
 
 Where it is at hand, Stability's own reference code is timed too. The models take turns, so that
 whatever else the machine does meets all of them. A figure is the median of the ratios of neighbours
@@ -192,7 +192,7 @@ def read_options():
     parser.add_argument("--compile", action="store_true", help="torch.compile for all")
     parser.add_argument("--reference", default="", help="folder with Stability's mmditx.py")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default="", help="file; empty: results/bench-diffusers-DEVICE.json")
+    parser.add_argument("--out", default="", help="default: results/bench-diffusers-DEVICE.json")
     options = parser.parse_args()
     smallest = min(options.depth, options.pairs, options.text_tokens, *options.batch_sizes)
     if options.resolution % 16 or smallest < 1:
