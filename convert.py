@@ -1,21 +1,18 @@
-"""convert.py: other layouts <-> the one that checkpoints.py knows.
+"""convert.py: other layouts <-> the one that checkpoints.py knows, which imports this file late.
 
 Not here    the released single file, run folders and model folders (checkpoints.py)
 Layouts     diffusers folders, both ways, here or on the hub; text encoders and VAE in files of their
             own, also in ComfyUI's tree (checkpoints/ beside clip/, text_encoders/, vae/); scaled
             float8. Whatever else people have is refused by name, with what to give instead.
-Loaded      by checkpoints.py, only when such a thing is named or a network is missing
 Run         python convert.py info PATH
             python convert.py export PATH OUT --to diffusers|single-file [--dtype bf16]
 """
 
 import argparse
-import filecmp
 import functools
 import json
 import os
 import re
-import secrets
 import shutil
 from collections import Counter
 from dataclasses import asdict
@@ -52,10 +49,9 @@ MMDIT_NAMES = {
     ".ff_context.net.2.": ".context_block.mlp.fc2.",
     ".attn.norm_added_": ".context_block.attn.ln_", ".attn.norm_": ".x_block.attn.ln_",
     ".attn2.norm_": ".x_block.attn2.ln_", ".attn2.to_": ".x_block.attn2.",
-    ".attn.to_": ".x_block.attn.",
+    ".attn.add_q_proj.": ".context_block.attn.q.", ".attn.add_k_proj.": ".context_block.attn.k.",
+    ".attn.add_v_proj.": ".context_block.attn.v.", ".attn.to_": ".x_block.attn.",
 }
-for letter in "qkv":
-    MMDIT_NAMES[f".attn.add_{letter}_proj."] = f".context_block.attn.{letter}."
 VAE_NAMES = {
     ".mid_block.resnets.0.": ".mid.block_1.", ".mid_block.resnets.1.": ".mid.block_2.",
     ".mid_block.attentions.0.group_norm.": ".mid.attn_1.norm.",
@@ -66,7 +62,6 @@ VAE_NAMES = {
     ".conv_shortcut.": ".nin_shortcut.",
 }
 TABLES = NAMES | {"mmdit": MMDIT_NAMES, "vae": VAE_NAMES}
-
 # What the JSON file of each part of a diffusers folder must say, where it says anything.
 EXPECTED = {
     "mmdit": {"_class_name": "SD3Transformer2DModel", "attention_head_dim": 64},
@@ -80,24 +75,33 @@ EXPECTED = {
                   "use_exponential_sigmas": False, "use_beta_sigmas": False,
                   "invert_sigmas": False, "stochastic_sampling": False},
 }
-# {field of such a file: field of our config}. `save_diffusers` writes these beside the above.
-CLIP_FIELDS = {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
-               "num_attention_heads": "num_heads", "max_position_embeddings": "max_length",
-               "vocab_size": "vocab_size", "projection_dim": "projection_dim"}
+# The numbers in such files: (part of our config, its field, type, lowest).
+NUMBERS = {"norm_num_groups": ("vae", "norm_groups", int, 1),
+           "scaling_factor": ("vae", "vae_scale", float, 1e-6),
+           "shift_factor": ("vae", "vae_shift", float, -1e3),
+           "shift": ("sampling", "timestep_shift", float, 1e-3)}
+# {field of a config.json that we write: field of our config}, and what else transformers wants.
 FIELDS = {
-    "mmdit": {"num_layers": "depth", "num_attention_heads": "num_heads",
-              "caption_projection_dim": "hidden_size", "patch_size": "patch_size",
-              "in_channels": "latent_channels", "out_channels": "latent_channels",
-              "joint_attention_dim": "context_dim", "pooled_projection_dim": "pooled_dim",
-              "pos_embed_max_size": "pos_embed_max_size"},
+    "mmdit": {"num_layers": "depth", "num_attention_heads": "depth", "patch_size": "patch_size",
+              "caption_projection_dim": "hidden_size", "in_channels": "latent_channels",
+              "out_channels": "latent_channels", "joint_attention_dim": "context_dim",
+              "pooled_projection_dim": "pooled_dim", "pos_embed_max_size": "pos_embed_max_size"},
     "vae": {"latent_channels": "latent_channels", "block_out_channels": "channels",
             "norm_num_groups": "norm_groups", "scaling_factor": "vae_scale",
             "shift_factor": "vae_shift"},
-    "clip_l": CLIP_FIELDS, "clip_g": CLIP_FIELDS,
+    "clip": {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
+             "num_attention_heads": "num_heads", "max_position_embeddings": "max_length",
+             "vocab_size": "vocab_size", "projection_dim": "hidden_size"},
     "t5": {"d_model": "hidden_size", "d_ff": "ff_size", "num_heads": "num_heads",
            "num_layers": "num_layers", "vocab_size": "vocab_size",
            "relative_attention_num_buckets": "num_buckets"},
 }
+CLIP_MORE = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model",
+             "dtype": "float32", "bos_token_id": 0, "pad_token_id": 1,
+             "eos_token_id": 2}                        # It stands for "pool at the largest id".
+T5_MORE = {"architectures": ["T5EncoderModel"], "model_type": "t5", "dtype": "float32",
+           "is_encoder_decoder": True, "tie_word_embeddings": False}
+
 # What other files begin with or end in, and the advice.
 PICKLE = "a pickle, which is never opened because it can run any code; give a .safetensors file"
 UNREADABLE = (
@@ -107,17 +111,15 @@ UNREADABLE = (
     (b"{", ".index.json", "a JSON file, not the weights; give the folder in which it lies"),
 )
 # Pieces of keys that tell what a file is, if it is not ours.
-FAMILIES = {
-    "lora": "a LoRA", "control": "a ControlNet", "double_blocks.0.": "a Flux model",
-    "conditioner.embedders.": "an SDXL model",
-    "cond_stage_model.": "a Stable Diffusion 1 or 2 model", "input_blocks.0.": "a U-Net",
-    "transformer_blocks.0.": "the transformer of a diffusers folder (give the folder above it)",
-    "down_blocks.0.": "a component of a diffusers folder (give the folder above it)",
-}
+ABOVE = "a component of a diffusers folder (give the folder above it)"
+FAMILIES = {"lora": "a LoRA", "control": "a ControlNet", "double_blocks.0.": "a Flux model",
+            "conditioner.embedders.": "an SDXL model", "input_blocks.0.": "a U-Net",
+            "cond_stage_model.": "a Stable Diffusion 1 or 2 model",
+            "transformer_blocks.0.": ABOVE, "down_blocks.0.": ABOVE}
 SCALES = (".scale_weight", ".weight_scale")            # beside the weights of scaled float8
 
 
-def describe_unreadable(file, problem) -> str:
+def describe_unreadable(file, problem):
     """A sentence about a file that is no whole safetensors file: by its first bytes or its name."""
     with open(file, "rb") as raw:
         start = raw.read(32)
@@ -129,7 +131,7 @@ def describe_unreadable(file, problem) -> str:
 
 # ---- What a path means ---------------------------------------------------------------------------
 
-def find_foreign(path, hub=True) -> Path:
+def find_foreign(path, hub=True):
     """The diffusers folder that `path` is, here or on the hub."""
     if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
         return path
@@ -145,28 +147,29 @@ def find_foreign(path, hub=True) -> Path:
                           f"diffusers folder or a .safetensors file")
 
 
-def from_hub(name) -> Path:
+def from_hub(name):
     """Download (or find in the cache) the diffusers folder of a hub repository "owner/name"."""
     import huggingface_hub  # comes with `tokenizers`
+
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for folder in FOLDERS.values():
         wanted += [f"{folder}/*.json", f"{folder}/*.safetensors"]
-    reached = ""
+    reasons = []
     try:
-        huggingface_hub.model_info(name, timeout=10)   # It tries once; downloads try for 26 s.
+        huggingface_hub.model_info(name, timeout=10)   # one try; a download goes on trying for 26 s
     except Exception as problem:                       # whatever the HTTP library of the day raises
-        reached = f"the hub answers with {type(problem).__name__}, and its cache here"
+        reasons.append(type(problem).__name__)
     try:
         folder = Path(huggingface_hub.snapshot_download(
-            name, allow_patterns=wanted, ignore_patterns="*.fp16*", local_files_only=bool(reached)))
+            name, allow_patterns=wanted, ignore_patterns="*.fp16*", local_files_only=bool(reasons)))
         if (folder / "model_index.json").is_file():
             return folder
     except Exception as problem:
-        reached = reached or f"the hub answers with {type(problem).__name__}, which"
+        reasons.append(type(problem).__name__)
     raise CheckpointError(
-        f"{name}: no such file or folder here; {reached or 'its hub repository'} has no diffusers "
-        f"folder. Without a network give the path of a download; for a gated or private one accept "
-        f"its licence on its page and run `hf auth login`; or name the one that ends in -diffusers")
+        f"{name}: no such file or folder here, and no diffusers folder on the hub or in its cache "
+        f"({', '.join(reasons) or 'no model_index.json'}). Without a network give a download's path; "
+        f"accept the licence of a gated one on its page and run `hf auth login`")
 
 
 def complete(model, text_encoders=(), vae=None):
@@ -197,7 +200,7 @@ def add(model, name, entries):
         model.finish[name] = unscale
 
 
-def unscale(tensors) -> dict:
+def unscale(tensors):
     """Scaled float8: each weight is to be multiplied by the scale that lies beside it."""
     for key in [key for key in tensors if key.endswith(SCALES)]:
         scale = tensors.pop(key).float()
@@ -206,7 +209,7 @@ def unscale(tensors) -> dict:
     return tensors
 
 
-def networks_alone(file) -> tuple[dict, dict]:
+def networks_alone(file):
     """({network: entries}, config) of a file: by the released prefixes, or one network alone."""
     entries, config = open_weights(file)
     found = networks_in(entries)
@@ -321,7 +324,7 @@ def open_diffusers(model):
     read_configs(model)
 
 
-def weight_files(folder) -> list:
+def weight_files(folder):
     """The safetensors files of one component: full precision rather than ".fp16." variants."""
     files = sorted(folder.glob("*.safetensors"))
     files = [file for file in files if ".fp16" not in file.name] or files
@@ -340,31 +343,20 @@ def read_configs(model):
         file = model.path / FOLDERS.get(part, "scheduler") / "config.json"
         if part == "scheduler":
             file = file.with_name("scheduler_config.json")
-        told = read_json(file) if file.is_file() else {}
+        sizes = {"hidden_size": int | None, "num_attention_heads": int | None}
+        told = read_json(file, sizes) if file.is_file() else {}
+        if part in ("clip_l", "clip_g") and "num_attention_heads" in told:
+            expected = expected | {"num_attention_heads": (told.get("hidden_size") or 0) // 64}
         for key, value in expected.items():
             if told.get(key) not in (None, value):
                 raise CheckpointError(f"{file}: {key} is {told[key]!r:.80}; only {value!r} is done")
-        heads = told.get("num_attention_heads")
-        if part.startswith("clip") and heads and told.get("hidden_size") != 64 * heads:
-            raise CheckpointError(f"{file}: num_attention_heads is {heads!r:.80}; heads must have 64")
-        for theirs in ("norm_num_groups", "scaling_factor", "shift_factor", "shift"):
-            if (value := told.get(theirs)) is None:
-                continue
-            kind = int if theirs == "norm_num_groups" else float
-            low = -1e3 if theirs == "shift_factor" else 1e-3
-            try:
-                check_value(theirs, value, kind, low, 1e3)
-            except ValueError as problem:
-                raise CheckpointError(f"{file}: {problem}") from None
-            if part == "vae":
-                vae = model.config.get("vae", {})
-                model.config["vae"] = vae | {FIELDS["vae"][theirs]: value}
-            else:
-                sampling = model.config.get("sampling", {})
-                model.config["sampling"] = {"timestep_shift": value} | sampling
+        for key, (ours, name, kind, low) in NUMBERS.items():
+            if told.get(key) is not None:
+                check_value(f"{file}: {key}", told[key], kind, low, 1e3)
+                model.config[ours] = {name: told[key]} | model.config.get(ours, {})
 
 
-def flip_levels(tensors) -> dict:
+def flip_levels(tensors):
     """Count the levels of the VAE's decoder from the other end. It is its own inverse."""
     last = count_layers(tensors, "decoder.up.") - 1
     flipped = {}
@@ -385,7 +377,7 @@ def swap_halves(tensors):
             tensors[key] = torch.cat([second, first])
 
 
-def from_diffusers(name, tensors) -> dict:
+def from_diffusers(name, tensors):
     """Renamed tensors of a diffusers folder in the form of the single file: the VAE's attention
     becomes 1x1 kernels, the MM-DiT's q, k and v become one matrix."""
     if name == "vae":
@@ -400,7 +392,7 @@ def from_diffusers(name, tensors) -> dict:
     return tensors
 
 
-def to_diffusers(name, tensors) -> dict:
+def to_diffusers(name, tensors):
     """The inverse, with the names of diffusers, for tensors by their released names."""
     tensors = dict(tensors)
     table = {}
@@ -419,27 +411,23 @@ def to_diffusers(name, tensors) -> dict:
     return {rename(key, table): tensor.contiguous() for key, tensor in tensors.items()}
 
 
-def diffusers_config(name, config) -> dict:
-    """The config.json of one network. eos_token_id 2 stands for "pool at the largest id"."""
-    values = {theirs: getattr(config, ours) for theirs, ours in FIELDS[name].items()}
-    values |= EXPECTED[name]
+def diffusers_config(name, config):
+    """The config.json of one network."""
+    fields = FIELDS["clip" if name.startswith("clip") else name]
+    values = {theirs: getattr(config, ours) for theirs, ours in fields.items()}
     if name == "mmdit":
         values["qk_norm"] = "rms_norm" if config.qk_norm else None
         values["dual_attention_layers"] = list(range(config.dual_attention_layers))
     elif name == "vae":
-        values |= {"use_quant_conv": False, "use_post_quant_conv": False}
-        for side in ("Down", "Up"):
-            kind = f"{side}{'En' if side == 'Down' else 'De'}coderBlock2D"
-            values[f"{side.lower()}_block_types"] = len(config.channels) * [kind]
+        levels = len(config.channels)
+        values |= {"use_quant_conv": False, "use_post_quant_conv": False,
+                   "down_block_types": levels * ["DownEncoderBlock2D"],
+                   "up_block_types": levels * ["UpDecoderBlock2D"]}
     elif name == "t5":
-        values |= {"architectures": ["T5EncoderModel"], "model_type": "t5", "dtype": "float32",
-                   "is_encoder_decoder": True, "tie_word_embeddings": False}
+        values |= T5_MORE
     else:
-        values |= {"architectures": ["CLIPTextModelWithProjection"], "dtype": "float32",
-                   "model_type": "clip_text_model", "intermediate_size": 4 * config.hidden_size,
-                   "projection_dim": config.projection_dim or config.hidden_size,
-                   "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-    return values
+        values |= CLIP_MORE | {"intermediate_size": 4 * config.hidden_size}
+    return EXPECTED[name] | values
 
 
 def write_json(file, value):
@@ -450,12 +438,12 @@ def write_json(file, value):
 def copy_tokenizer(file, folder):
     """Copy the files of one tokenizer. file: merges.txt, spiece.model or tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in {file.name, "vocab.json"}:
+    for name in (file.name, "vocab.json"):
         if file.with_name(name).is_file():
             shutil.copy(file.with_name(name), folder)
 
 
-def tokenizer_config(name, text) -> dict:
+def tokenizer_config(name, text):
     """The tokenizer_config.json of one text encoder: its token count and padding."""
     tokenizer = text.tokenizers[name]
     if name == "t5":
@@ -464,39 +452,38 @@ def tokenizer_config(name, text) -> dict:
                 "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": extra}
     return {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.config.clip_length,
             "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>", "pad_token": tokenizer.backend.id_to_token(tokenizer.padding)}
+            "unk_token": "<|endoftext|>",
+            "pad_token": tokenizer.backend.id_to_token(tokenizer.padding)}
 
 
 def save_diffusers(out, parts, networks, dtype=None):
     """Write a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens."""
-    clip = ["transformers", "CLIPTextModelWithProjection"]
-    classes = {"mmdit": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
-               "clip_l": clip, "clip_g": clip, "t5": ["transformers", "T5EncoderModel"]}
-    index = {"_class_name": "StableDiffusion3Pipeline",
-             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     stored = stored_config(networks, parts.text.config, parts.sampling, parts.words)
+    index = {"_class_name": "StableDiffusion3Pipeline",
+             "scheduler": ["diffusers", EXPECTED["scheduler"]["_class_name"]]}
     for name, folder in FOLDERS.items():
-        present = name in networks
-        index[folder] = classes[name] if present else [None, None]
+        index[folder] = [None, None]
         if name in TOKENIZERS:
-            kind = "T5TokenizerFast" if name == "t5" else "CLIPTokenizer"
-            index[TOKENIZERS[name]] = ["transformers", kind] if present else [None, None]
-        if not present:
+            index[TOKENIZERS[name]] = [None, None]
+        if name not in networks:
             continue
-        config = networks[name].config
-        write_json(out / folder / "config.json", diffusers_config(name, config))
+        config = diffusers_config(name, networks[name].config)
+        write_json(out / folder / "config.json", config)
         tensors = to_diffusers(name, released_tensors(name, networks[name], dtype))
         if name == "clip_l":                           # Its pooled vector passes unchanged.
-            tensors["text_projection.weight"] = torch.eye(config.hidden_size)
-        stem = "model" if name in TOKENIZERS else "diffusion_pytorch_model"
-        metadata = {"format": "pt", "config": stored}
-        save_file(tensors, out / folder / f"{stem}.safetensors", metadata)
+            tensors["text_projection.weight"] = torch.eye(config["hidden_size"])
         if name in TOKENIZERS:
+            index[folder] = ["transformers", config["architectures"][0]]
+            tokenizer = tokenizer_config(name, parts.text)
+            index[TOKENIZERS[name]] = ["transformers", tokenizer["tokenizer_class"]]
             copy_tokenizer(parts.tokenizers[name], out / TOKENIZERS[name])
-            write_json(out / TOKENIZERS[name] / "tokenizer_config.json",
-                       tokenizer_config(name, parts.text))
-    scheduler = EXPECTED["scheduler"] | {"shift": parts.sampling.get("timestep_shift", 3.0)}
-    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+            write_json(out / TOKENIZERS[name] / "tokenizer_config.json", tokenizer)
+        else:
+            index[folder] = ["diffusers", config["_class_name"]]
+        file = "model.safetensors" if name in TOKENIZERS else "diffusion_pytorch_model.safetensors"
+        save_file(tensors, out / folder / file, {"format": "pt", "config": stored})
+    shift = parts.sampling.get("timestep_shift", 3.0)
+    write_json(out / "scheduler/scheduler_config.json", EXPECTED["scheduler"] | {"shift": shift})
     write_json(out / "model_index.json", index)
 
 
@@ -507,30 +494,26 @@ def export(path, out, layout, dtype=None, tokenizers=None):
     (out is a folder). dtype None keeps what is stored.
     """
     out = Path(out)
-    single = layout == "single-file"
-    if out.exists() or (single and out.suffix != ".safetensors"):
+    if out.exists() or (layout == "single-file" and out.suffix != ".safetensors"):
         raise CheckpointError(f"{out} exists already, or does not end in .safetensors as a single "
                               f"file must; give another name")
     parts = load_components(path, dtype=None, tokenizers=tokenizers)
     networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
-    partial = out.with_name(f"{out.name[:40]}.{secrets.token_hex(6)}.partial")
+    partial = out.with_name(f"{out.name[:40]}.{os.urandom(6).hex()}.partial")
     try:
         partial.mkdir(parents=True)
-        if not single:
+        if layout == "diffusers":
             save_diffusers(partial, parts, networks, dtype)
             os.replace(partial, out)
             return
         beside = out.parent / "tokenizers"
-        for name, source in parts.tokenizers.items():
-            copy_tokenizer(source, partial / "tokenizers" / ("t5" if name == "t5" else "clip"))
-        for file in (partial / "tokenizers").glob("*/*") if beside.exists() else ():
-            other = beside / file.relative_to(partial / "tokenizers")
-            if not other.is_file() or not filecmp.cmp(file, other, shallow=False):
-                raise CheckpointError(f"{other} is of another model; write {out.name} elsewhere")
+        if beside.exists():
+            raise CheckpointError(f"{beside} is there already; write {out.name} elsewhere")
+        for name, file in parts.tokenizers.items():
+            copy_tokenizer(file, partial / "tokenizers" / ("t5" if name == "t5" else "clip"))
         save_networks(partial / out.name, networks, parts.text.config, parts.sampling, dtype,
                       parts.words)
-        if not beside.exists():
-            os.replace(partial / "tokenizers", beside)
+        os.replace(partial / "tokenizers", beside)
         os.replace(partial / out.name, out)
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"could not write {out} ({problem}); free some space or choose "
