@@ -40,12 +40,12 @@ from checkpoints import (
     SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
 from data import Batches, ImageFiles, to_tensor
 from devices import World, autocast, command, pick_precision
-from encode import CACHE, encode_folder
+from encode import encode_folder
 from evaluate import clip_score, frechet_distance, load_image_tower
 from flow import guide
 from formulations import FORMULATIONS, formulation
 from mmdit import MMDiT
-from scenes import HELD_OUT_SEED, PLAIN, Scenes, caption, make_scene
+from scenes import PLAIN, Scenes, caption, make_scene
 from train import Run, TrainConfig, fit, model_sizes, validate
 
 SAMPLERS = [(50, 1.0), (50, 2.5), (50, 5.0), (5, 5.0), (10, 5.0), (25, 5.0)]      # steps, guidance
@@ -82,6 +82,7 @@ PAPER_METRICS = {                                                      # Table 2
     "rf/lognorm(-0.50, 1.00)": (0.248, 45.64, 0.219, 89.70),
     "rf/lognorm(0.00, 1.00)": (0.250, 45.78, 0.224, 89.91),
 }
+PHOTO_SEED = 5_000_000        # The encoded scenes of train.py have other captions and seeds.
 QUICK = ("rf/lognorm(0.00, 1.00)", "rf", "eps/linear", "edm(-1.20, 1.20)")
 
 
@@ -255,16 +256,16 @@ class Study:
     def encode(self, dataset, config):
         """(training shards, held-out shards, the held-out pictures) of "scenes" or of a path."""
         size, count = self.config.resolution, config.samples
-        encode = partial(encode_folder, encoders_file=SHIPPED, resolution=size, world=self.world)
+        encode = partial(encode_folder, folder="", encoders_file=SHIPPED, resolution=size,
+                         world=self.world)
         if dataset == "scenes":
-            unseen = PhotoScenes(count, HELD_OUT_SEED)
-            seen = PhotoScenes(config.num_scenes, self.config.seed)
-            training = encode(seen, CACHE / f"photo-scenes-{self.config.seed}")
-            held_out = encode(unseen, CACHE / "photo-scenes-held-out")
-            training, held_out = training.split(config.num_scenes)[1], held_out.split(count)[1]
+            seen = PhotoScenes(config.num_scenes, PHOTO_SEED + 1 + self.config.seed)
+            unseen = PhotoScenes(count, PHOTO_SEED)
+            training = encode(seen).split(len(seen))[1]
+            held_out = encode(unseen).split(count)[1]
             return training, held_out, [unseen.image(i, size, size) for i in range(count)]
         files = ImageFiles(dataset)
-        training, held_out = encode(files, "").split(min(count, len(files) // 5))
+        training, held_out = encode(files).split(min(count, len(files) // 5))
         if len(training) + len(held_out) != len(files):
             raise ValueError(f"{dataset} has pictures that cannot be read; take them out first")
         pictures = [files.image(int(i), size, size) for i in held_out.groups[0]]
