@@ -413,7 +413,7 @@ def read_config(arguments=None):
     options = parser.parse_args(arguments)
     preset = PRESETS["quick"] if options.quick else PRESETS["full"] if options.full else {}
     given = preset | given_options(options, StudyConfig)
-    if given.get("formulations") == ("all",):
+    if "all" in given.get("formulations", ()):
         given["formulations"] = tuple(FORMULATIONS)
     return StudyConfig(**given)
 
