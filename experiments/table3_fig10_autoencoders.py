@@ -27,14 +27,14 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (  # noqa: E402
+from checkpoints import (
     SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
-from data import from_tensor, read_image, resize_and_crop, to_tensor  # noqa: E402
-from devices import command  # noqa: E402
-from evaluate import frechet_distance, load_image_tower, psnr, ssim  # noqa: E402
-from scenes import HELD_OUT_SEED, Scenes  # noqa: E402
-from train import Run, TrainConfig, fit  # noqa: E402
-from vae import VAE, VAEConfig, VAELossConfig, group_norm, perceptual_loss, vae_loss  # noqa: E402
+from data import from_tensor, read_image, resize_and_crop, to_tensor
+from devices import command
+from evaluate import frechet_distance, load_image_tower, psnr, ssim
+from scenes import HELD_OUT_SEED, Scenes
+from train import Run, TrainConfig, fit
+from vae import VAE, VAEConfig, VAELossConfig, group_norm, perceptual_loss, vae_loss
 
 PAPER = {4: (2.41, 0.85, 0.75, 25.12), 8: (1.56, 0.68, 0.79, 26.40), 16: (1.06, 0.45, 0.86, 28.62)}
 MEASURES = ("fid", "perceptual", "ssim", "psnr")                      # the columns of PAPER

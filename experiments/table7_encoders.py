@@ -23,12 +23,12 @@ import torch.nn as nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (  # noqa: E402
+from checkpoints import (
     SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
-from devices import autocast, command, pick_device, pick_precision  # noqa: E402
-from flow import rectified_flow_loss  # noqa: E402
-from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig  # noqa: E402
-from vae import VAE, VAEConfig  # noqa: E402
+from devices import autocast, command, pick_device, pick_precision
+from flow import rectified_flow_loss
+from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig
+from vae import VAE, VAEConfig
 
 # GB of memory, ms a sample at batch size 32, kB stored, per cent of a training step of 568 ms
 PAPER = {"vae": (0.14, 2.45, 65.5, 13.8), "clip_l": (0.49, 0.45, 121.3, 2.6),
