@@ -66,10 +66,9 @@ NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
-# Where one tensor lies: `dtype` is safetensors' name, `start` and `size` are in bytes.
-Entry = namedtuple("Entry", "file dtype shape start size")
-# A checkpoint on the disk. networks: {"mmdit": {our name of a tensor: Entry}, ...}. config: what
-# tensors cannot tell. finish: {network: what turns the tensors of another layout into ours}.
+# Where one tensor lies, and a checkpoint on the disk. networks: {"mmdit": {our name: Entry}, ...};
+# config: what tensors cannot tell; finish: {network: what turns another layout's tensors into ours}.
+Entry = namedtuple("Entry", "file changed dtype shape start size")
 Model = namedtuple("Model", "path networks config finish")
 
 
@@ -93,12 +92,14 @@ def open_weights(file):
     """({key: Entry}, config) of a safetensors file, parsed once for each state of the file."""
     file = Path(file)
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file. Give a .safetensors file or a model folder.")
+        raise CheckpointError(f"{file}: no such file; give a .safetensors file or a model folder")
     about = file.stat()
     try:
         return parse_header(file, about.st_size, about.st_mtime_ns)
-    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as problem:
-        raise CheckpointError(importlib.import_module("convert").describe_unreadable(file, problem)) from None
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError,
+            RecursionError) as problem:
+        reason = importlib.import_module("convert").describe_unreadable(file, problem)
+        raise CheckpointError(reason) from None
 
 
 @functools.lru_cache(maxsize=32)
@@ -110,6 +111,7 @@ def parse_header(file, size, changed):
         safe_open(file, framework="pt")                # It checks every offset, shape and type.
         header = json.loads(raw.read(length))
     config = json.loads(header.pop("__metadata__", {}).get("config", "{}"))
+    check_fields("its metadata", config, {"sampling": dict | None, "words": list | None})
     for part in ("mmdit", "vae", "text"):
         for name, value in config.get(part, {}).items():
             kind = int if part == "text" or name == "norm_groups" else float
@@ -118,7 +120,8 @@ def parse_header(file, size, changed):
     entries = {}
     for key, entry in header.items():
         first, last = entry["data_offsets"]
-        entries[key] = Entry(file, entry["dtype"], entry["shape"], 8 + length + first, last - first)
+        entries[key] = Entry(file, changed, entry["dtype"], tuple(entry["shape"]),
+                             8 + length + first, last - first)
     return entries, config
 
 
@@ -176,8 +179,10 @@ def read_network(name, model, dtype=torch.float32, shapes_only=False):
         with torch.device("meta"):
             network = kind(config)
         network.load_state_dict(tensors, strict=True, assign=True)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as problem:
-        reason = "it lacks " * isinstance(problem, KeyError) + " ".join(str(problem).split())
+    except KeyError as problem:
+        raise CheckpointError(f"{file}: its {name} lacks {problem}") from None
+    except (IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as problem:
+        reason = " ".join(str(problem).split())
         raise CheckpointError(f"{file}: its {name} does not fit: {reason:.400}") from None
     return network.eval().requires_grad_(False)
 
@@ -195,7 +200,7 @@ def infer_config(name, shapes, stored):
         depth = count_layers(shapes, "joint_blocks.")
         if width != 64 * depth:
             raise ValueError(f"it has {depth} blocks of width {width}, which must be 64 x depth")
-        grid = math.isqrt(shapes["pos_embed"][1])      # Released positions: 0 in steps of 64 / grid.
+        grid = math.isqrt(shapes["pos_embed"][1])      # released positions: 0, 64 / grid, ...
         positions = {"position_start": 0.0, "position_step": 64 / grid} | stored
         return MMDiT, MMDiTConfig(
             depth, patch_size, channels, shapes["context_embedder.weight"][1],
@@ -237,30 +242,31 @@ def find_model_file(path, hub=True):
     path = find_path(path)
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
-    return path if path.is_file() else importlib.import_module("convert").find_foreign(path, hub)
+    if path.is_file():
+        return path
+    return importlib.import_module("convert").find_foreign(path, hub)
 
 
 def open_model(path, text_encoders=(), vae=None):
     """The Model at `path`. text_encoders, vae: other files or folders to take these from."""
     file = find_model_file(path)
     model = Model(file, {}, {}, {})
-    complete = False
     if file.is_file():
         entries, config = open_weights(file)
         model.networks.update(networks_in(entries))
         model.config.update(config)
         run = (file.parent / "config.json").is_file()  # It names its encoders itself.
-        complete = run or len(model.networks) == len(PREFIXES)
-        for key in entries:                            # "scale": of float8
-            if "scale" in key or not key.startswith(tuple(PREFIXES.values())):
-                complete = complete and key.endswith("logit_scale")
-    if text_encoders or vae or not complete:
-        importlib.import_module("convert").complete(model, text_encoders, vae)
+        odd = {key.rpartition(".")[2] for key in entries        # "scale": of float8
+               if "scale" in key or not key.startswith(tuple(PREFIXES.values()))}
+        whole = run or len(model.networks) == len(PREFIXES)
+        if whole and odd <= {"logit_scale"} and not text_encoders and not vae:
+            return model
+    importlib.import_module("convert").complete(model, text_encoders, vae)
     return model
 
 
+@functools.lru_cache(maxsize=None)
 def checksum(entry):
-    """CRC-32 of the whole tensor."""
     crc = 0
     with open(entry.file, "rb") as raw:
         raw.seek(entry.start)
@@ -271,15 +277,16 @@ def checksum(entry):
 
 def fingerprint(path, components=tuple(PREFIXES)):
     """A hash over every byte of these networks, in all the files that `open_model` found, and over
-    what the metadata says of VAE and text encoders. A CPU core reads about 1.5 GB a second."""
+    what the metadata says of VAE and text encoders. Each CPU core reads about 1.5 GB a second."""
     model = open_model(path)
-    parts = [model.config.get("vae"), model.config.get("text")]
-    for name in sorted(set(components) & model.networks.keys()):
-        entries = sorted(model.networks[name].items())
-        with ThreadPoolExecutor() as threads:
-            sums = list(threads.map(checksum, [entry for _, entry in entries]))
-        parts += [[name, key, entry.dtype, entry.shape] for key, entry in entries] + sums
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    entries = {}
+    for name in set(components) & model.networks.keys():
+        for key, entry in model.networks[name].items():
+            entries[f"{name}.{key} {entry.dtype} {entry.shape}"] = entry
+    with ThreadPoolExecutor() as threads:
+        sums = dict(zip(entries, threads.map(checksum, entries.values())))
+    about = [model.config.get("vae"), model.config.get("text"), sums]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_encoders(folder):
@@ -315,15 +322,14 @@ def load_text(model, dtype, given, shapes_only):
         try:
             if name == "t5":
                 tokenizers[name] = T5Tokenizer(file)
-                fits = tokenizers[name].vocab_size <= config.vocab_size      # The table is padded.
             else:
-                tokenizers[name] = CLIPTokenizer(file.parent, padding=0 if name == "clip_g" else None)
-                fits = tokenizers[name].vocab_size == config.vocab_size
+                tokenizers[name] = CLIPTokenizer(file.parent, 0 if name == "clip_g" else None)
+            missing = config.vocab_size - tokenizers[name].vocab_size
+            if missing < 0 or (missing and name != "t5"):        # T5's table is padded.
+                raise ValueError(f"its {name} has {config.vocab_size} tokens")
         except Exception as problem:                   # `tokenizers` raises nothing more exact.
-            raise CheckpointError(f"{file} cannot be used as a tokenizer ({problem})") from None
-        if not fits or (name != "t5" and stored.get("clip_length", 0) > config.max_length):
-            raise CheckpointError(f"{file} or the token counts of {model.path} do not fit its {name};"
-                                  f" give the right folder with --tokenizers")
+            raise CheckpointError(f"{file} is no tokenizer for {model.path} ({problem}); give the "
+                                  f"right folder with --tokenizers") from None
     return TextEncoders(encoders, tokenizers, TextConfig(**stored)).eval(), files
 
 
@@ -357,9 +363,9 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     for name, source in (("mmdit", model), ("vae", frozen)):
         if name in wanted:
             if name not in source.networks:
-                raise CheckpointError(f"{source.path} holds no {name}, only "
-                                      f"{', '.join(source.networks)}. Give the MM-DiT's file, and "
-                                      f"the others with --text-encoders and --vae")
+                raise CheckpointError(
+                    f"{source.path} holds no {name}, only {', '.join(source.networks)}. Give the "
+                    f"MM-DiT's file, and the others with --text-encoders and --vae")
             setattr(parts, name, read_network(name, source, dtype, shapes_only))
     if "text" in wanted:
         parts.text, parts.tokenizers = load_text(frozen, dtype, tokenizers, shapes_only)
@@ -448,51 +454,43 @@ def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
         raise ValueError(f"{name} {value!r:.80} must be {rule}")
 
 
-def options_of(kind):
-    """(field, flags, type, type of one item) of each option of a dataclass."""
-    for item in fields(kind):
-        if "rule" in item.metadata:
-            flags = ["--" + item.name.replace("_", "-")]
-            if item.name == "timestep_shift":
-                flags.insert(0, "--shift")
-            yield item, flags, getattr(item.type, "__args__", None)
+def flag(item):
+    return "--" + item.name.replace("_", "-")
 
 
 def check_options(config):
     """Check every option of a frozen dataclass, in its __post_init__. Lists become tuples."""
-    for item, flags, several in options_of(config):
-        value = getattr(config, item.name)
-        if several and isinstance(value, list | tuple):
+    for item in fields(config):
+        value, kind = getattr(config, item.name), item.type
+        values = [value]
+        if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, list | tuple):
             object.__setattr__(config, item.name, tuple(value))
-            for one in value:
-                check_value(flags[0], one, several[0], *item.metadata["rule"])
-        else:
-            check_value(flags[0], value, item.type, *item.metadata["rule"])
+            kind, values = kind.__args__[0], value
+        for one in values if "rule" in item.metadata else ():
+            check_value(flag(item), one, kind, *item.metadata["rule"])
 
 
 def add_options(parser, kind):
     """Add a flag for every option of the dataclass `kind`. What is not given is None."""
-    for item, flags, several in options_of(kind):
+    for item in fields(kind):
+        if "rule" not in item.metadata:
+            continue
         settings = {"type": os.path.expanduser if item.type is str else item.type}
-        if several:
-            settings = {"type": several[0], "nargs": "*"}
         if item.type is bool:
-            settings = {"nargs": "?", "const": "true", "choices": ("true", "false")}
+            settings = {"type": json.loads, "nargs": "?", "const": True, "metavar": "true|false"}
+        elif hasattr(item.type, "__args__"):
+            settings = {"type": item.type.__args__[0], "nargs": "*"}
         text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
         if item.metadata["rule"][2]:
             text += " Choices: " + ", ".join(item.metadata["rule"][2])
-        parser.add_argument(*flags, dest=item.name, help=text, **settings)
+        flags = ["--shift"] if item.name == "timestep_shift" else []
+        parser.add_argument(*flags, flag(item), dest=item.name, help=text, **settings)
 
 
 def given_options(options, kind):
     """{field: value} of the options of `kind` that were given on the command line."""
-    given = {}
-    for item, _, several in options_of(kind):
-        value = getattr(options, item.name, None)
-        if value is not None:
-            value = value == "true" if item.type is bool else value
-            given[item.name] = tuple(value) if several else value
-    return given
+    names = [item.name for item in fields(kind) if getattr(options, item.name, None) is not None]
+    return {name: getattr(options, name) for name in names}
 
 
 def read_json(file, kinds=None):
@@ -500,10 +498,14 @@ def read_json(file, kinds=None):
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise CheckpointError(f"{file} cannot be read as JSON ({problem}); fetch it again") from None
+        raise CheckpointError(f"{file} cannot be read as JSON ({problem}); fetch it anew") from None
+    check_fields(file, value, kinds or {})
+    return value
+
+
+def check_fields(file, value, kinds):
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object; fetch it again")
-    for name, kind in (kinds or {}).items():
+        raise CheckpointError(f"{file} is not a JSON object; fetch it anew")
+    for name, kind in kinds.items():
         if not isinstance(value.get(name), kind):
             raise CheckpointError(f"{file}: {name} is {value.get(name)!r:.80}, but no {kind}")
-    return value

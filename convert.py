@@ -1,9 +1,9 @@
 """convert.py: other layouts <-> the one that checkpoints.py knows, which imports this file late.
 
 Not here    the released single file, run folders and model folders (checkpoints.py)
-Layouts     diffusers folders, both ways, here or on the hub; text encoders and VAE in files of their
-            own, also in ComfyUI's tree (checkpoints/ beside clip/, text_encoders/, vae/); scaled
-            float8. Whatever else people have is refused by name, with what to give instead.
+Layouts     diffusers folders, both ways, here or on the hub; text encoders and VAE in other files,
+            also in ComfyUI's tree (checkpoints/ beside clip/, text_encoders/, vae/); scaled float8.
+            Whatever else people have is refused by name, with what to give instead.
 Run         python convert.py info PATH
             python convert.py export PATH OUT --to diffusers|single-file [--dtype bf16]
 """
@@ -31,7 +31,7 @@ FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 SEPARATE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
-            "t5": "t5xxl*.safetensors", "vae": "*.safetensors"}
+            "t5": "t5xxl*.safetensors"}
 
 # The names of diffusers -> those of the single file, where q, k and v are one: `from_diffusers`.
 MMDIT_NAMES = {
@@ -138,8 +138,8 @@ def find_foreign(path, hub=True):
     if (path.parent / "model_index.json").is_file():
         raise CheckpointError(f"{path} is a part of a diffusers folder; give {path.parent}")
     if path.is_dir():
-        raise CheckpointError(f"{path} has no model.safetensors. A run folder gets one at its first "
-                              f"save; train longer, or name the file itself")
+        raise CheckpointError(f"{path} has no model.safetensors. A run folder gets one when it is "
+                              f"first saved; train longer, or name the file itself")
     owned = re.fullmatch(r"(?!(runs|out|pretrained)/)[\w-][\w.-]*/[\w.-]+", str(path))
     if hub and owned and not path.parent.is_dir() and path.suffix != ".safetensors":
         return from_hub(str(path))
@@ -168,27 +168,49 @@ def from_hub(name):
         reasons.append(type(problem).__name__)
     raise CheckpointError(
         f"{name}: no such file or folder here, and no diffusers folder on the hub or in its cache "
-        f"({', '.join(reasons) or 'no model_index.json'}). Without a network give a download's path; "
-        f"accept the licence of a gated one on its page and run `hf auth login`")
+        f"({', '.join(reasons) or 'no model_index.json'}). Without a network, give the path of a "
+        f"download. For a gated one, accept its licence on its page and run `hf auth login`")
 
 
 def complete(model, text_encoders=(), vae=None):
     """Find the networks of a model that are not in one file of the released layout."""
-    if model.path.is_dir():
+    here = model.path
+    if here.is_dir():
         open_diffusers(model)
     else:
         networks, _ = networks_alone(model.path)
         refuse_others(model.path, networks)
         for name, entries in networks.items():
             add(model, name, entries)
-    for name in SEPARATE:
-        named = text_encoders
-        if name == "vae":
-            named = [vae] if vae else []
-        given = [find_path(path) for path in named]
-        if given or name not in model.networks:
-            add_separate(model, name, given)
+        here = here.parent
+    for path in text_encoders:
+        take(model, find_path(path), "*.safetensors", ENCODERS, given=True)
+    if vae:
+        take(model, find_path(vae), "*.safetensors", ("vae",), given=True)
+    folders = [here, here / "text_encoders", here.parent / "text_encoders", here.parent / "clip"]
+    for folder in folders:
+        for name, pattern in SEPARATE.items():
+            take(model, folder, pattern, (name,))
+    for folder in (here / "vae", here.parent / "vae"):
+        take(model, folder, "*.safetensors", ("vae",))
     fit_widths(model)
+
+
+def take(model, place, pattern, names, given=False):
+    """Take networks from a file or the files of a folder: what is missing, or what was `given`."""
+    wanted = set(names) if given else set(names) - model.networks.keys()
+    files = sorted(place.glob(pattern), key=lambda file: ("fp8" in file.name, file.name))
+    missing = set(wanted)
+    for file in [place] if given and not place.is_dir() else files if wanted else ():
+        networks, config = networks_alone(file)
+        for name in missing & networks.keys():
+            add(model, name, networks[name])
+            if name in config:
+                model.config[name] = config[name]
+        missing -= networks.keys()
+    if given and missing == wanted:
+        raise CheckpointError(f"{place} holds no {' or '.join(names)}; give a .safetensors file "
+                              f"that does")
 
 
 def add(model, name, entries):
@@ -236,26 +258,6 @@ def refuse_others(file, networks):
                               f"{', '.join(other[:3])}. Give an SD3 or SD3.5 file.")
 
 
-def add_separate(model, name, given):
-    """Take a network from the paths in `given`, or from where other programs keep it."""
-    here = model.path if model.path.is_dir() else model.path.parent
-    places = given or [here, here / "text_encoders", here.parent / "text_encoders",
-                       here.parent / "clip"]
-    if name == "vae" and not given:
-        places = [here / "vae", here.parent / "vae"]
-    files = []
-    for place in places:
-        files += sorted(place.glob(SEPARATE[name])) if place.is_dir() else [place] if given else []
-    for file in sorted(files, key=lambda file: "fp8" in file.name):     # fp16 rather than float8
-        networks, config = networks_alone(file) if file != model.path else ({}, {})
-        if name in networks:
-            add(model, name, networks[name])
-            model.config.update({name: config[name]} if name in config else {})
-            return
-    if given and name == "vae":
-        raise CheckpointError(f"{given[0]} holds no vae; give a .safetensors file with one")
-
-
 def fit_widths(model):
     """The MM-DiT tells the widths of text encoders that are missing. Those present must fit."""
     widths = {}
@@ -289,8 +291,8 @@ def find_tokenizers(model, folder):
                     if name in model.networks and (place / home / kind).is_file():
                         found.setdefault(name, place / home / kind)
         if name in model.networks and name not in found:
-            raise CheckpointError(f"{folder}: no tokenizers there for {name}. They are files of their "
-                                  f"own: vocab.json and merges.txt in clip/, spiece.model in t5/, or "
+            raise CheckpointError(f"{folder}: no tokenizers there for {name}. They are vocab.json "
+                                  f"and merges.txt in clip/, spiece.model in t5/, or a "
                                   f"tokenizer.json; give their folder with --tokenizers")
     if not found:
         raise CheckpointError(f"{model.path} holds no text encoder and none lies beside it; give "
@@ -308,7 +310,7 @@ def open_diffusers(model):
         kinds = {part: list | None for part in FOLDERS.values()} | {"_class_name": str | None}
         index = read_json(folder / "model_index.json", kinds)
     if not index.get("_class_name", "StableDiffusion3").startswith("StableDiffusion3"):
-        raise CheckpointError(f"{folder} is a {index['_class_name']}, not a StableDiffusion3Pipeline")
+        raise CheckpointError(f"{folder} is a {index['_class_name']}; give a Stable Diffusion 3")
     for name, part in FOLDERS.items():
         if (folder / part).is_dir():
             entries = {}
@@ -332,8 +334,7 @@ def weight_files(folder):
         names = read_json(index, {"weight_map": dict})["weight_map"].values()
         files = [folder / Path(str(name)).name for name in sorted(set(names), key=str)]
     if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file; .bin files are pickles and are "
-                              f"never opened")
+        raise CheckpointError(f"{folder} holds no .safetensors; .bin are pickles, never opened")
     return files
 
 
@@ -368,11 +369,11 @@ def flip_levels(tensors):
 
 
 def swap_halves(tensors):
-    """(shift, scale) <-> (scale, shift), in place, in the final layer and in the last text block."""
+    """(shift, scale) <-> (scale, shift), in place: in the final layer and the last text block."""
     last = count_layers(tensors, "joint_blocks.") - 1
-    names = ("final_layer.adaLN_modulation.", f"joint_blocks.{last}.context_block.adaLN_modulation.")
+    swapped = ("final_layer.adaLN_mod", f"joint_blocks.{last}.context_block.adaLN_mod")
     for key in tensors:
-        if key.startswith(names):
+        if key.startswith(swapped):
             first, second = tensors[key].chunk(2)
             tensors[key] = torch.cat([second, first])
 
@@ -536,8 +537,8 @@ def info(path):
         kinds = Counter(entry.dtype for entry in entries)
         network = read_network(name, model, shapes_only=True)
         parameters = sum(x.numel() for x in network.state_dict().values()) / 1e6
-        print(f"  {name:7} {len(entries):5} tensors {parameters:10.3f} M parameters  {dict(kinds)}  "
-              f"{asdict(network.config)}")
+        print(f"  {name:7} {len(entries):5} tensors {parameters:10.3f} M parameters  "
+              f"{dict(kinds)}  {asdict(network.config)}")
 
 
 def main():

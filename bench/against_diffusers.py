@@ -69,7 +69,8 @@ class Both:
     dtype: what their networks are opened in. None is what `from_pretrained(folder)` does alone.
     """
 
-    def __init__(self, checkpoint, folder, precision, device, num_steps, guidance_scale, dtype=None):
+    def __init__(self, checkpoint, folder, precision, device, num_steps, guidance_scale,
+                 dtype=None):
         from diffusers import StableDiffusion3Pipeline
 
         if not Path(folder).exists():
@@ -93,7 +94,8 @@ class Both:
         ours = self.ours
         with autocast(ours.device, ours.precision):
             context, pooled = encode(ours.text, prompts, self.settings)
-            return sample_latents(ours.mmdit, context, pooled, self.noise(prompts), self.settings)[0]
+            noise = self.noise(prompts)
+            return sample_latents(ours.mmdit, context, pooled, noise, self.settings)[0]
 
     @torch.no_grad()
     def our_images(self, prompts):
@@ -117,7 +119,7 @@ def median(values):
 
 
 def compare_speed(both, rounds):
-    """Median seconds of both from prompts to pictures, and the median of theirs / ours by rounds."""
+    """Median seconds of both, from prompts to pictures, and the median of theirs / ours."""
     times = {"ours": [], "theirs": []}
     for _ in range(rounds + 1):                              # the first round warms up
         for name, work in (("ours", both.our_images), ("theirs", both.their_images)):
@@ -134,8 +136,8 @@ def main():
     """Compare the network, the pipeline and the speed, and write one JSON file."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--checkpoint", default=str(SHIPPED))
-    parser.add_argument("--depth", type=int, default=24, help="of the random network; 0: leave it out")
-    parser.add_argument("--rounds", type=int, default=5, help="of the speed comparison; 0: leave it out")
+    parser.add_argument("--depth", type=int, default=24, help="0: no random network")
+    parser.add_argument("--rounds", type=int, default=5, help="0: no comparison of speed")
     parser.add_argument("--num-steps", type=int, default=28)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--device", default="auto")

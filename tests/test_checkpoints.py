@@ -235,8 +235,9 @@ def test_what_does_not_fit_is_named_in_one_sentence(what, saved, tmp_path):
     ({"vae": {"vae_scale": 0}}, "vae_scale 0"), ({"vae": {"norm_groups": "8"}}, "norm_groups '8'"),
     ({"vae": {"vae_shift": float("nan")}}, "vae_shift nan"), ({"text": {"t5_length": 2.5}}, "2.5"),
     ({"text": {"clip_length": 10**9}}, "clip_length 1000000000"), ({"vae": 5}, "attribute"),
-    ({"mmdit": {"position_step": -1}}, "position_step -1"), ("[1]", "attribute"),
-    ({"vae": {"colour": 1}}, "colour"), ("{", "whole safetensors file"),
+    ({"mmdit": {"position_step": -1}}, "position_step -1"), ({"vae": {"colour": 1}}, "colour"),
+    ({"words": 5}, "words is 5"), ({"sampling": 3}, "sampling is 3"),
+    ("[1]", "its metadata is not a JSON object"), ("{", "whole safetensors file"),
     ("[" * 100_000 + "]" * 100_000, "recursion")])
 def test_metadata_of_a_wrong_type_or_range_is_refused(config, named, saved, tmp_path):
     file = resave(saved, tmp_path / "m.safetensors", lambda x: None, config)
@@ -483,11 +484,27 @@ def test_the_fingerprint_covers_every_tensor_to_its_last_byte(saved, tmp_path):
     seen = {before}
     names = [name for name in load_file(saved) if name != TABLE]
     for i, name in enumerate(names[::40] + [PREFIXES["t5"] + "shared.weight"]):
-        changed = resave(saved, tmp_path / f"{i}.safetensors", lambda x: x[name].view(-1)[-1].add_(1))
+        file = tmp_path / f"{i}.safetensors"
+        changed = resave(saved, file, lambda x: x[name].view(-1)[-1].add_(1))
         seen.add(fingerprint(changed))
     assert len(seen) == len(names[::40]) + 2
-    twin = resave(saved, tmp_path / "scale.safetensors", lambda x: None, {"vae": {"vae_scale": 2.0}})
+    file = tmp_path / "scale.safetensors"
+    twin = resave(saved, file, lambda x: None, {"vae": {"vae_scale": 2.0}})
     assert fingerprint(twin) not in seen
+
+
+def test_a_file_that_is_written_again_is_read_again(networks, tmp_path):
+    file = tmp_path / "model.safetensors"
+    seen = set()
+    for i in range(2):
+        save_networks(file, {"vae": networks["vae"]}, sampling={"guidance_scale": i + 1})
+        with open(file, "r+b") as raw:                       # another last byte, as many bytes
+            raw.seek(-1, os.SEEK_END)
+            raw.write(bytes([i]))
+        os.utime(file, ns=(i, i))
+        assert open_model(file).config["sampling"] == {"guidance_scale": i + 1}
+        seen.add(fingerprint(file))
+    assert len(seen) == 2
 
 
 def test_the_fingerprint_of_the_encoders_does_not_change_with_the_mmdit(saved, tmp_path):
@@ -533,7 +550,7 @@ def test_options_come_from_the_fields_and_only_what_is_given_is_there(monkeypatc
     monkeypatch.setenv("HOME", "/home/me")
     assert parse("") == {}
     assert parse("--num-steps 3 --shift 2 --without t5 clip_l --layers 1 2 --data=~/pics") == {
-        "num_steps": 3, "timestep_shift": 2.0, "without": ("t5", "clip_l"), "layers": (1, 2),
+        "num_steps": 3, "timestep_shift": 2.0, "without": ["t5", "clip_l"], "layers": [1, 2],
         "data": "/home/me/pics"}
     assert parse("--timestep-shift 2 --compile") == {"timestep_shift": 2.0, "compile": True}
     assert parse("--compile false") == {"compile": False}
@@ -553,7 +570,7 @@ def test_the_help_names_the_default_and_the_choices(capsys):
     "layers": (3, (-1,), [1.5], "12"), "compile": (1, "true", None), "data": (3, None, ["x"]),
 }.items())
 def test_a_value_of_a_wrong_type_or_out_of_range_is_refused_by_its_flag(name, values):
-    flag = "--shift" if name == "timestep_shift" else "--" + name.replace("_", "-")
+    flag = "--" + name.replace("_", "-")
     for value in values:
         with pytest.raises(ValueError, match=f"^{flag} .* must be "):
             Example(**{name: value})

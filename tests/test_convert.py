@@ -139,7 +139,9 @@ def test_a_folder_with_tokenizer_json_only_gives_the_same_ids(exported, folder):
     transformers = pytest.importorskip("transformers")
     expected = load_components(exported, ("text",)).text
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        kind = transformers.T5TokenizerFast if name.endswith("3") else transformers.CLIPTokenizerFast
+        kind = transformers.CLIPTokenizerFast
+        if name == "tokenizer_3":
+            kind = transformers.T5TokenizerFast
         tokenizer = kind.from_pretrained(folder / name)
         shutil.rmtree(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -228,7 +230,7 @@ def test_explicit_files_come_before_those_that_lie_about(networks, saved, tmp_pa
     for given in ({"vae": saved.with_name("nowhere")}, {"text_encoders": [tmp_path / "nowhere"]}):
         with pytest.raises(CheckpointError, match="nowhere"):
             load_components(file, **given)
-    with pytest.raises(CheckpointError, match="clip_l.safetensors.*no vae"):
+    with pytest.raises(CheckpointError, match="clip_l.safetensors holds no vae"):
         load_components(file, vae=tmp_path / "models" / "clip" / "clip_l.safetensors")
 
 

@@ -116,7 +116,8 @@ def test_mmdit_equals_the_reference_from_tokens_to_velocity(case):
     assert [getattr(model.config, key) for key in sizes] == [case.config[key] for key in theirs]
     seen = keep_outputs({"block0": model.joint_blocks[0], "tokens_out": model.final_layer})
     for run in (run["name"] for run in case.meta["runs"]):
-        x, t, context, pooled = (case.io[f"{run}.{part}"] for part in ("x", "sigma", "context", "y"))
+        x, t = case.io[f"{run}.x"], case.io[f"{run}.sigma"]
+        context, pooled = case.io[f"{run}.context"], case.io[f"{run}.y"]
         out = model(x, t, context, pooled)
         ours = {"t_emb": model.t_embedder(timestep_embedding(t)), "tokens_in": model.embed_image(x),
                 "cond": model.embed_cond(t, pooled), "context_in": model.embed_text(context),
@@ -176,7 +177,8 @@ def test_vae_equals_the_reference(case):
               "enc.mid": vae.encoder.mid, "dec.mid": vae.decoder.mid,
               f"dec.up{len(vae.decoder.up) - 1}": vae.decoder.up[-1]}
     seen = keep_outputs(middle)
-    for picture in sorted(name.removesuffix(".moments") for name in io if name.endswith(".moments")):
+    pictures = [name.split(".")[0] for name in io if name.endswith(".moments")]
+    for picture in sorted(pictures):
         moments = vae.encoder(io[f"{picture}.image"])
         mean, logvar = vae.encode_moments(io[f"{picture}.image"])
         decoded = vae.decoder(io[f"{picture}.z"])
@@ -413,7 +415,7 @@ DIFFUSERS = [folder for folder, kind in FOLDERS if kind == "diffusers"]
 
 @pytest.mark.parametrize("folder", DIFFUSERS, ids=lambda folder: folder.name)
 def test_diffusers_folder_equals_the_single_file_tensor_by_tensor_and_back(folder):
-    """Reading gives the weights of the single file; writing gives the folder's names and numbers."""
+    """Reading gives the weights of the single file, and writing gives the folder again."""
     twin = (folder / json.loads((folder / "meta.json").read_text())["io_from"]).parent
     single, model = open_model(twin / "weights.safetensors"), open_model(folder)
     assert model.networks.keys() == single.networks.keys()
