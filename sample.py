@@ -9,51 +9,48 @@ Run         python sample.py --prompt "a red circle left of a blue square"
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import sys
-import textwrap
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-import devices
 import flow
-from checkpoints import (SHIPPED, CheckpointError, Components, add_options, check_options,
-                         given_options, load_components, option, write_atomically)
+from checkpoints import (SHIPPED, Components, add_options, check_options, given_options,
+                         load_components, option, write_atomically)
 from data import from_tensor, read_image, read_lines, resize_and_crop, to_tensor
+from devices import PRECISIONS, autocast, command, pick_device, pick_precision
+from scenes import captioned_grid
 
-SKIP_SCALE = 2.5                      # skip-layer guidance as on SD3.5-medium's model card,
-SKIP_START = 0.01                     # between these shares of the steps
+SKIP_SCALE = 2.5           # skip-layer guidance as on SD3.5-medium's model card,
+SKIP_START = 0.01          # between these shares of the steps
 SKIP_END = 0.2
-RECORD = "rectified-flow"             # the key under which a PNG says how it was made
 
 
 @dataclass(frozen=True)
 class Settings:
     """How noise and a prompt become a picture. The defaults are those of the released SD3."""
-    num_steps: int = option(28, "steps of the solver", low=1, high=1000)
-    guidance_scale: float = option(5.0, "classifier-free guidance; 1: off", low=0, high=100)
-    timestep_shift: float = option(3.0, "alpha of Eq. 23; 1: no shift", low=0.01, high=100)
+    num_steps: int = option(28, "steps of the solver", 1, 1000)
+    guidance_scale: float = option(5.0, "classifier-free guidance; 1: off", 0, 100)
+    timestep_shift: float = option(3.0, "alpha of Eq. 23; 1: no shift", 0.01, 100)
     schedule: str = option("released", "times of the steps", choices=tuple(flow.SCHEDULES))
     solver: str = option("euler", "the paper has euler", choices=tuple(flow.SOLVERS))
-    unconditional: str = option("empty", "guidance leads away from the empty prompt, or from "
-                                "text features of zero (App. B.3)", choices=("zeros", "empty"))
-    negative_prompt: str = option("", "a text that guidance leads away from instead")
+    unconditional: str = option("empty", "where guidance starts: text features of zero (App. B.3), "
+                                "or those of the empty prompt", choices=("zeros", "empty"))
+    negative_prompt: str = option("", "where guidance starts instead, a text")
     without: tuple[str, ...] = option((), "text encoders to leave out (Sec. 5.3.3)",
                                       choices=("clip_l", "clip_g", "t5"))
-    height: int = option(1024, "height of the picture in px", low=16, high=16384)
-    width: int = option(1024, "width of the picture in px", low=16, high=16384)
-    strength: float = option(0.6, "with --image: 0 keeps it, 1 keeps nothing", low=0, high=1)
-    skip_layers: tuple[int, ...] = option((), "blocks for skip-layer guidance; none: off", low=0)
+    height: int = option(1024, "height of the picture in px", 16, 16384)
+    width: int = option(1024, "width of the picture in px", 16, 16384)
+    strength: float = option(0.6, "with --image: 0 keeps it, 1 keeps nothing", 0, 1)
+    skip_layers: tuple[int, ...] = option((), "blocks for skip-layer guidance; none: off", 0)
 
     def __post_init__(self):
         check_options(self)
@@ -72,27 +69,20 @@ def released_settings(config, name):
 
 @dataclass
 class Pipeline:
-    """Three networks, and as `defaults` the Settings that the model wants.
-
-    With `read`, the networks here have no numbers, and `network` reads one when its turn comes.
-    """
+    """Three networks, and as `defaults` the Settings that the model wants. With `read`, networks
+    have no numbers here, and read(name) reads one when its turn comes."""
     mmdit: torch.nn.Module
     vae: torch.nn.Module
     text: torch.nn.Module
     defaults: dict
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
-    parts: Components | None = None   # what else is known of the model's file
+    parts: Components | None = None    # what else is known of the model
     read: object = None
 
     def network(self, name):
         """The network "mmdit", "vae" or "text", ready to compute."""
-        network = getattr(self, name)
-        if self.read is not None:
-            config = network.config
-            network = getattr(self.read(wanted=(name,)), name)
-            network.config = config                                   # It has the t5_length of `load`.
-        return network.to(self.device)
+        return self.read(name) if self.read else getattr(self, name)
 
 
 def load(checkpoint=SHIPPED, device="auto", precision="auto", tokenizers=None, memory="all",
@@ -102,23 +92,31 @@ def load(checkpoint=SHIPPED, device="auto", precision="auto", tokenizers=None, m
     memory: "all" keeps all networks on the device. "one" reads the text encoders when they are
     needed, and lets them go before it reads MM-DiT and VAE. t5_length: T5's tokens; 0: the model's.
     """
-    device = devices.pick_device(device)
-    precision = devices.pick_precision(precision, device)
+    device = pick_device(device)
+    precision = pick_precision(precision, device)
     read = partial(load_components, dtype=precision, tokenizers=tokenizers,
                    text_encoders=text_encoders, vae=vae)
     parts = read(checkpoint, shapes_only=memory == "one")
     if t5_length:
         parts.text.config = replace(parts.text.config, t5_length=t5_length)
+
+    def read_one(name):
+        network = getattr(read(parts.file, (name,)), name).to(device)
+        network.config = getattr(parts, name).config                  # It knows t5_length.
+        return network
+    networks = (parts.mmdit, parts.vae, parts.text)
+    if memory == "all":
+        read_one = None
+        for network in networks:
+            network.to(device)
     defaults = asdict(Settings()) | released_settings(parts.mmdit.config, checkpoint)
     for name in defaults.keys() & parts.sampling.keys():
         defaults[name] = parts.sampling[name]
-    read_one = partial(read, parts.file) if memory == "one" else None
-    return Pipeline(parts.mmdit, parts.vae, parts.text, defaults, device, precision, parts, read_one)
+    return Pipeline(*networks, defaults, device, precision, parts, read_one)
 
 
 def encode(text, prompts, settings):
-    """B prompts -> context (B, L, D), pooled (B, P). Under guidance, B more rows that it leads away
-    from."""
+    """B prompts -> context (B, L, D), pooled (B, P). With guidance, B more rows: its start."""
     context, pooled = text(prompts, settings.without)
     if settings.guidance_scale == 1:
         return context, pooled
@@ -154,11 +152,10 @@ def sample_latents(mmdit, context, pooled, noise, settings, latent=None, repaint
     """
     N = settings.num_steps
     times = flow.make_schedule(settings.schedule, N, settings.timestep_shift).to(noise)   # (N + 1,)
-    solver_step = flow.SOLVERS[settings.solver]
     first = 0
     z = noise
     if latent is not None:
-        first = int(N * (1 - settings.strength) + 1e-6)               # 10 steps at .9 leave out one.
+        first = int(N * (1 - settings.strength) + 1e-6)               # of 10 at .9 it leaves out 1
         z = flow.interpolate(latent, noise, times[first : first + 1])
     before = None
     lengths = noise.new_zeros(len(noise))
@@ -167,7 +164,7 @@ def sample_latents(mmdit, context, pooled, noise, settings, latent=None, repaint
         skip_layers = settings.skip_layers if SKIP_START * N < i < SKIP_END * N else ()
         velocity = partial(guided_velocity, mmdit=mmdit, context=context, pooled=pooled,
                            guidance_scale=settings.guidance_scale, skip_layers=skip_layers)
-        z_next, v = solver_step(velocity, z, t, t_next, before)
+        z_next, v = flow.SOLVERS[settings.solver](velocity, z, t, t_next, before)
         if repaint is not None:
             kept = flow.interpolate(latent, noise, times[i + 1 : i + 2])
             z_next = torch.where(repaint, z_next, kept)
@@ -177,6 +174,15 @@ def sample_latents(mmdit, context, pooled, noise, settings, latent=None, repaint
         if bar is not None:
             bar.update()
     return z, lengths
+
+
+def decode(vae, z):
+    """(C, H, W) -> (3, 8H, 8W) on the CPU. ValueError for what would be a black picture."""
+    picture = vae.decode(z[None])[0].float().cpu()
+    if not (z.isfinite().all() and picture.isfinite().all()):
+        raise ValueError("the model gives numbers that are not finite, so there is no picture; try "
+                         "--precision fp32, or fetch the model again")
+    return picture
 
 
 def latent_shape(pipeline, settings):
@@ -190,17 +196,16 @@ def latent_shape(pipeline, settings):
         raise ValueError(f"--height {height} --width {width}: both must be multiples of {step} px, "
                          f"at most {largest}x{largest} px for this model")
     if max(settings.skip_layers, default=0) >= config.depth:
-        raise ValueError(f"--skip-layers {settings.skip_layers}: this model's blocks are 0 to "
-                         f"{config.depth - 1}")
+        raise ValueError(f"--skip-layers: this model's blocks are 0 to {config.depth - 1}")
     return config.latent_channels, height // factor, width // factor
 
 
 def read_to_edit(image, mask, height, width):
     """Files -> image (3, height, width), and where it may change, (height, width) bool: where the
-    mask is white. Transparent is black. Without a mask it may change everywhere."""
+    mask is white and not transparent, or everywhere without a mask."""
     image = read_image(image)
     original = to_tensor(resize_and_crop(image, height, width))
-    if mask is None:
+    if not mask:
         return original, torch.ones(height, width, dtype=torch.bool)
     mask = read_image(mask, background="black")
     if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
@@ -210,97 +215,70 @@ def read_to_edit(image, mask, height, width):
 
 
 @torch.no_grad()
-def draw(pipeline, prompts, seed=0, batch_size=8, progress=False, image=None, mask=None, **settings):
-    """Yields a PIL picture for each of the prompts (a list), as soon as it is finished.
-
-    image: a file to begin from. mask: a file, white where the image is painted anew. settings:
-    fields of Settings, in place of the model's own. Picture i starts from noise that is drawn on
-    the CPU from seed + i, so it is the same alone, in a batch and on any device.
-    """
-    settings = Settings(**pipeline.defaults | settings)
+def draw(pipeline, prompts, seed, batch_size, progress, image, mask, settings):
+    """Yields the pictures of `generate`, each as soon as it is finished."""
     shape = latent_shape(pipeline, settings)
-    if mask is not None and image is None:
-        raise ValueError("--mask says which part of --image is painted anew; give --image as well")
-    if image is not None:
+    if mask and not image:
+        raise ValueError("--mask says where --image is painted anew; give --image as well")
+    if image:
         original, changes = read_to_edit(image, mask, settings.height, settings.width)
     device = pipeline.device
-    precision = pipeline.precision
+    computing = partial(autocast, device, pipeline.precision)
+    fp16 = pipeline.precision == torch.float16                        # T5-XXL overflows it.
     text = pipeline.network("text")
     encoded = []
-    with devices.autocast(device, torch.bfloat16 if precision == torch.float16 else precision):
-        for first in range(0, len(prompts), batch_size):              # T5-XXL overflows fp16.
+    with autocast(device, torch.bfloat16 if fp16 else pipeline.precision):
+        for first in range(0, len(prompts), batch_size):
             encoded.append(encode(text, prompts[first : first + batch_size], settings))
     del text                                                          # memory="one" frees it here.
     mmdit = pipeline.network("mmdit")
     vae = pipeline.network("vae")
     latent = repaint = None
-    if image is not None:
-        with devices.autocast(device, precision):
+    if image:
+        with computing():
             latent = vae.encode(original[None].to(device)).float()    # (1, C, H, W)
-        white = changes[None, None].float().to(device)
-        repaint = F.max_pool2d(white, vae.config.downsampling).bool()             # (1, 1, H, W)
+        repaint = F.max_pool2d(changes[None, None].float(), vae.config.downsampling)
+        repaint = repaint.bool().to(device)                           # (1, 1, H, W)
     bar = tqdm(total=settings.num_steps * len(encoded), desc="sampling", disable=not progress)
-    for part, (context, pooled) in enumerate(encoded):
+    for part, texts in enumerate(encoded):
         noise = []
         for i in range(part * batch_size, min(len(prompts), (part + 1) * batch_size)):
             noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)))
         noise = torch.stack(noise).to(device)                         # (B, C, H, W)
-        with devices.autocast(device, precision):
-            latents, _ = sample_latents(mmdit, context, pooled, noise, settings, latent, repaint, bar)
-        check_finite(latents)
+        with computing():
+            latents, _ = sample_latents(mmdit, *texts, noise, settings, latent, repaint, bar)
         for z in latents:
-            with devices.autocast(device, precision):
-                picture = vae.decode(z[None])[0].float().cpu()        # (3, height, width)
-            check_finite(picture)
-            if image is not None:
+            with computing():
+                picture = decode(vae, z)                              # (3, height, width)
+            if image:
                 picture = torch.where(changes, picture, original)
             yield from_tensor(picture)
 
 
-def check_finite(x):
-    """Raises ValueError for NaN and infinity, which would be saved as a black picture."""
-    if not x.isfinite().all():
-        raise ValueError("the model gives numbers that are not finite, so there is no picture; try "
-                         "--precision fp32, or fetch the model again")
+def generate(pipeline, prompts, seed=0, batch_size=8, progress=False, image=None, mask=None,
+             **settings):
+    """PIL pictures for prompts (a list of texts, or one), as a list.
 
-
-def generate(pipeline, prompts, *options, **settings):
-    """The pictures of `draw` as a list. The options are the same; prompts may be a single text."""
+    image: a file to begin from. mask: a file, white where the image is painted anew. settings:
+    fields of Settings, in place of the model's own. Picture i starts from noise that is drawn on
+    the CPU from seed + i, so it is the same alone, in a batch and on any device.
+    """
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    return list(draw(pipeline, prompts, *options, **settings))
+    settings = Settings(**pipeline.defaults | settings)
+    return list(draw(pipeline, prompts, seed, batch_size, progress, image, mask, settings))
 
 
-def captioned_grid(images, captions, columns):
-    """One picture of many (PIL or uint8 arrays), each above its caption, enlarged to 160 px."""
-    images = [Image.fromarray(np.asarray(image)) for image in images]
-    side = max(max(image.size) for image in images)
-    factor = -(-160 // side)
-    cell = factor * side + 16
-    font = ImageFont.load_default(size=cell // 16)
-    row_height = cell + 5 * font.size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * cell, int(rows * row_height)), "white")
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x = i % columns * cell + 8
-        y = int(i // columns * row_height) + 8
-        grid.paste(image.resize((factor * image.width, factor * image.height), Image.NEAREST), (x, y))
-        text = textwrap.fill(caption, 30, max_lines=4, placeholder=" ...")
-        below = (x, y + factor * image.height + 4)
-        ImageDraw.Draw(grid).multiline_text(below, text, font=font, fill="black")
-    return grid
-
-
-# ---- Command line --------------------------------------------------------------------------------
+# --- The command line -----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Options(Settings):
-    """What the command line takes. Fields from `image` on are not written into PNGs."""
+    """What the command line takes. The last ten name files and devices; no PNG carries them."""
     prompt: tuple[str, ...] = option((), "one or more texts, each in quotes")
-    seed: int = option(0, "seed of the first picture", low=0, high=2**63 - 1)
-    precision: str = option("auto", "of matrix products", choices=("auto", *devices.PRECISIONS))
-    t5_length: int = option(0, "tokens of T5; 0: the model's own", low=0, high=2048)
+    seed: int = option(0, "seed of the first picture", 0, 2**63 - 1)
+    precision: str = option("auto", "of matrix products", choices=("auto", *PRECISIONS))
+    t5_length: int = option(0, "tokens of T5; 0: the model's own", 0, 2048)
     grid: bool = option(False, "one PNG with all pictures and their prompts")
-    enlarge: int = option(1, "px that each px of a picture becomes", low=1, high=32)
+    enlarge: int = option(1, "px that each px of a picture becomes", 1, 32)
     image: str = option("", "a picture to begin from")
     mask: str = option("", "a picture, white where --image is painted anew")
     prompts_file: str = option("", "a text file with one prompt a line")
@@ -310,19 +288,16 @@ class Options(Settings):
     text_encoders: tuple[str, ...] = option((), "files of text encoders, if not in the checkpoint")
     vae: str = option("", "file of the VAE, if not in the checkpoint")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    out: str = option("out", "a folder, or a name that ends in .png for one picture or a grid")
+    out: str = option("out", "a folder; or, for one picture or a grid, NAME.png")
 
 
-def recorded(options):
-    """What a PNG says of the options in a dict: all that name no file and no device."""
-    names = list(Options.__dataclass_fields__)
-    return {name: options[name] for name in names[: names.index("image")] if name in options}
+RECORDED = tuple(Options.__dataclass_fields__)[:-10]
 
 
 def save_png(picture, file, record):
-    """Writes a PNG, enlarged, that carries its record as JSON."""
+    """Writes a PNG, enlarged, that carries how it was made as JSON."""
     info = PngImagePlugin.PngInfo()
-    info.add_text(RECORD, json.dumps(record))
+    info.add_text("rectified-flow", json.dumps(record))
     factor = record["options"]["enlarge"]
     picture = picture.resize((factor * picture.width, factor * picture.height), Image.NEAREST)
     write_atomically(file, partial(picture.save, format="PNG", pnginfo=info))
@@ -330,41 +305,37 @@ def save_png(picture, file, record):
 
 
 def read_record(file):
-    """What `save_png` wrote. It may be a stranger's: numbers and prompts, all in bounds; no files."""
+    """What `save_png` wrote. A stranger's PNG too gives only numbers and prompts, within bounds."""
     try:
         if not Path(file).is_file():
             raise ValueError("no such file")
         with Image.open(file, formats=["PNG"]) as picture:
-            record = json.loads(picture.info[RECORD])
-        options = recorded(record["options"])
+            record = json.loads(picture.info["rectified-flow"])
+        options = {name: record["options"][name] for name in RECORDED}
         Options(**options)
-        return record | {"options": options, "fingerprint": str(record["fingerprint"])}
+        return {"options": options, "model": record["model"], "edited": record["edited"]}
     except Exception as problem:        # whatever a decoder raises
-        raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem}); give one "
-                         f"that it wrote") from None
+        raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem})") from None
 
 
 def notes(pipeline, prompts, settings):
-    """What this model cannot know: sentences to say once, before it draws anyway."""
-    found = []
+    """Yields sentences about what this model cannot know."""
     if "t5" in pipeline.parts.missing:
-        found.append("the model's T5 is missing; it draws without (Sec. 5.3.3)")
+        yield "the model's T5 is missing; it draws without (Sec. 5.3.3)"
     known = set(pipeline.parts.words)
-    unknown = set(re.findall(r"\w+", " ".join(prompts).lower())) - known
+    unknown = sorted(set(re.findall(r"\w+", " ".join(prompts).lower())) - known)
     if known and unknown:
-        found.append(f"the model has never seen the words {', '.join(sorted(unknown)[:20])}; it "
-                     f"knows only {', '.join(sorted(known))}")
+        yield (f"the model has never seen the words {', '.join(unknown[:20])}; it knows only "
+               f"{', '.join(sorted(known))}")
     height, width = pipeline.defaults["height"], pipeline.defaults["width"]
     if known and (settings.height, settings.width) != (height, width):
-        found.append(f"the model has only seen pictures of {height}x{width} px")
-    return found
+        yield f"the model has only seen pictures of {height}x{width} px"
 
 
-def read_options():
-    """The command line -> Options, what was given of them, and the record of --from-png or {}."""
-    parser = argparse.ArgumentParser(
-        description="From a prompt to a picture. Where nothing is given, the settings of the "
-        "checkpoint hold; the defaults below are SD3's.", allow_abbrev=False)
+def main():
+    """Prompts from the command line to PNG files."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="From a prompt to a picture. "
+                                     "The checkpoint's own defaults go before those below.")
     add_options(parser, Options)
     given = given_options(parser.parse_args(), Options)
     if "prompts_file" in given:
@@ -375,60 +346,49 @@ def read_options():
         record = read_record(given["from_png"])
         given = record["options"] | given
     options = Options(**given)
-    if not options.prompt:
+    prompts = options.prompt
+    if not prompts:
         raise ValueError('nothing says what to draw, with --image or not; give --prompt "a heart"')
+    if record and record["edited"] != bool(options.image):
+        raise ValueError("--from-png was made with an --image, or without; give the same as then")
     out = Path(options.out)
     is_png = out.suffix.lower() == ".png"
-    several = len(options.prompt) > 1 and not options.grid
-    wrong = several if is_png else out.suffix.lower() in Image.registered_extensions()
-    if wrong or len(os.fsencode(out.name)) > 200:
-        raise ValueError(f"--out {out.name[:80]}: give a folder; or, for one picture or a grid, a "
-                         f"name that ends in .png and has at most 200 bytes")
-    return options, given, record
-
-
-def main():
-    """Prompts from the command line to PNG files."""
-    options, given, record = read_options()
-    inputs = []
-    for file in (options.image, options.mask):
-        inputs.append(hashlib.sha256(read_image(file).tobytes()).hexdigest() if file else "")
-    if record.get("inputs", inputs) != inputs:
-        raise ValueError(f"{options.from_png} was made with another --image or --mask; give those")
-    pipeline = load(options.checkpoint, options.device, options.precision, options.tokenizers or None,
-                    "one", options.t5_length, options.text_encoders, options.vae or None)
-    fingerprint = pipeline.parts.fingerprint
-    if "checkpoint" not in given and record.get("fingerprint", fingerprint) != fingerprint:
-        raise CheckpointError(f"{options.from_png} was not made with {options.checkpoint}; name its "
-                              f"model with --checkpoint")
-    wanted = {name: value for name, value in given.items() if name in pipeline.defaults}
-    settings = Settings(**pipeline.defaults | wanted)
-    for note in notes(pipeline, options.prompt, settings):
+    several = len(prompts) > 1 and not options.grid
+    if several if is_png else out.suffix.lower() in Image.registered_extensions():
+        raise ValueError(f"--out {out}: give a folder; or, for one picture or a grid, NAME.png")
+    pipeline = load(options.checkpoint, options.device, options.precision, options.tokenizers,
+                    "one", options.t5_length, options.text_encoders, options.vae)
+    model = pipeline.parts.fingerprint
+    if record and record["model"] != model and "checkpoint" not in given:
+        raise ValueError(f"{options.from_png} was made with another model than "
+                         f"{options.checkpoint}; name its model with --checkpoint")
+    settings = {name: given.get(name, value) for name, value in pipeline.defaults.items()}
+    settings = Settings(**settings)
+    for note in notes(pipeline, prompts, settings):
         print(f"note: {note}", file=sys.stderr)
-    out = Path(options.out)
-    folder = out.parent if out.suffix.lower() == ".png" else out
+    folder = out.parent if is_png else out
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {out}: nothing can be written there; give another folder")
-    record = {"options": recorded(asdict(options) | asdict(settings)), "fingerprint": fingerprint,
-              "inputs": inputs}
+    if not os.access(folder, os.W_OK) or len(os.fsencode(out.name)) > 200:
+        raise ValueError(f"--out {out.name[:80]} cannot be written; give another or shorter name")
+    recorded = {name: getattr(options, name) for name in RECORDED} | asdict(settings)
+    record = {"options": recorded, "model": model, "edited": bool(options.image)}
     pictures = []
     try:
-        for picture in draw(pipeline, options.prompt, options.seed, 1, True, options.image or None,
-                            options.mask or None, **wanted):
-            prompt = options.prompt[len(pictures)]
-            seed = options.seed + len(pictures)
+        for picture in draw(pipeline, prompts, options.seed, 1, True, options.image, options.mask,
+                            settings):
+            i = len(pictures)
             pictures.append(picture)
             if not options.grid:
-                name = re.sub(r"\W", "-", prompt).encode(errors="replace")[:60].decode(errors="ignore")
-                file = out if folder != out else out / f"{name.strip('-') or 'picture'}-{seed}.png"
-                own = record["options"] | {"prompt": [prompt], "seed": seed}
-                save_png(picture, file, record | {"options": own})
+                own = {"prompt": [prompts[i]], "seed": options.seed + i}
+                name = re.sub(r"\W", "-", prompts[i]).encode(errors="replace")[:60]
+                name = name.decode(errors="ignore").strip("-") or "picture"
+                save_png(picture, out if is_png else out / f"{name}-{own['seed']}.png",
+                         record | {"options": recorded | own})
     finally:
         if options.grid and pictures:
-            grid = captioned_grid(pictures, options.prompt[: len(pictures)], min(4, len(pictures)))
-            save_png(grid, out if folder != out else out / "grid.png", record)
+            grid = captioned_grid(pictures, prompts[: len(pictures)], min(4, len(pictures)))
+            save_png(grid, out if is_png else out / "grid.png", record)
 
 
 if __name__ == "__main__":
-    devices.command(main)
+    command(main)

@@ -139,9 +139,9 @@ def peak_memory(file: Path, tokenizers: str, precision: str) -> dict:
     peaks = Peaks()
     read = pipeline.read
 
-    def watched(wanted):
-        peaks.current = wanted[0]
-        return read(wanted=wanted)
+    def watched(name):
+        peaks.current = name
+        return read(name)
     pipeline.read = watched
     start = time.perf_counter()
     generate(pipeline, "a red circle left of a blue square", height=64, width=64, num_steps=1)

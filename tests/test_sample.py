@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 import checkpoints
 import flow
 import sample
-from checkpoints import SHIPPED, CheckpointError
+from checkpoints import SHIPPED
 from mmdit import MMDiTConfig
 from sample import Settings, encode, generate, load, released_settings, sample_latents
 
@@ -140,7 +140,8 @@ def test_skip_layer_guidance_is_its_formula(pipeline, noise, monkeypatch):
         without = pipeline.mmdit(z, half, context, pooled, skip_layers=(1,))
         assert (v - without).abs().mean() > 1e-3
         expected = z - 0.5 * (v + 2.5 * (v - without))
-    torch.testing.assert_close(latents(pipeline, noise, settings)[0], expected, rtol=1e-4, atol=1e-5)
+    ours, _ = latents(pipeline, noise, settings)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_cards_of_sd35_give_the_defaults():
@@ -181,8 +182,9 @@ def is_red_circle_on_white(picture):
     """White corners, and red in a thirtieth to a third of the pixels. Decoded noise is not that."""
     picture = pixels(picture)
     red = (picture[..., 0] > 150) & (picture[..., 1] < 110) & (picture[..., 2] < 110)
-    corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]]
-    return corners.min() > 200 and (picture.min(axis=-1) > 200).mean() > 0.5 and 0.03 < red.mean() < 0.33
+    white = picture.min(axis=-1) > 200
+    corners = white[[0, 0, -1, -1], [0, -1, 0, -1]]
+    return corners.all() and white.mean() > 0.5 and 0.03 < red.mean() < 0.33
 
 
 @pytest.mark.parametrize("without", [(), ("t5",)])
@@ -260,7 +262,7 @@ def test_outside_the_mask_every_pixel_stays(pipeline, photo, tmp_path, mode):
 def test_a_mask_has_an_image_and_its_proportions(pipeline, photo, tmp_path):
     Image.new("L", (64, 48), 255).save(tmp_path / "flat.png")
     Image.new("L", (33, 33), 255).save(tmp_path / "small.png")
-    with pytest.raises(ValueError, match="64x48 px and --image 64x64 px; give a mask with the prop"):
+    with pytest.raises(ValueError, match="64x48 px and --image 64x64 px; give a mask with the"):
         generate(pipeline, PROMPT, image=photo, mask=tmp_path / "flat.png")
     with pytest.raises(ValueError, match="give --image as well"):
         generate(pipeline, PROMPT, mask=tmp_path / "small.png")
@@ -276,13 +278,13 @@ def test_networks_that_take_turns_draw_the_same_picture(pipeline):
     read = turns.read
     seen = []
 
-    def watched(wanted):
+    def watched(name):
         gc.collect()
-        if wanted == ("mmdit",):
+        if name == "mmdit":
             assert seen[0]() is None
-        parts = read(wanted=wanted)
-        seen.append(weakref.ref(getattr(parts, wanted[0])))
-        return parts
+        network = read(name)
+        seen.append(weakref.ref(network))
+        return network
     turns.read = watched
     prompts = [PROMPT, "two green stars"]
     pictures = generate(turns, prompts, num_steps=1, batch_size=1)
@@ -334,7 +336,7 @@ def test_t5_length_is_an_argument_of_load(pipeline):
     ({"guidance_scale": float("nan")}, "--guidance-scale nan"),
     ({"guidance_scale": float("inf")}, "--guidance-scale inf"),
     ({"guidance_scale": 1e39}, "--guidance-scale"),
-    ({"timestep_shift": 0}, "--shift"),
+    ({"timestep_shift": 0}, "shift 0 must be"),
     ({"num_steps": 0}, "--num-steps"),
     ({"num_steps": 10**9}, "--num-steps"),
     ({"num_steps": "4"}, "--num-steps"),
@@ -364,7 +366,9 @@ def test_other_sizes(pipeline):
 def test_numbers_that_are_not_finite_are_no_picture(network):
     """They used to become an all-black PNG."""
     pipeline = load(SHIPPED, device="cpu")
-    next(p for n, p in getattr(pipeline, network).named_parameters() if "encoder" not in n).fill_(torch.nan)
+    for name, parameter in getattr(pipeline, network).named_parameters():
+        if "encoder" not in name:
+            parameter.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         generate(pipeline, PROMPT, num_steps=1)
 
@@ -376,18 +380,18 @@ def record_of(file):
 
 
 def test_from_png_repeats_one_of_several_pictures_bit_for_bit(tmp_path, photo, monkeypatch):
-    """With an image to begin from, which must be given again and be the same."""
+    """With an image to begin from, which must be given again."""
     options = ("--image", photo, "--strength", 0.9, "--guidance-scale", 3, "--seed", 5,
                "--num-steps", 3, "--precision", "fp32", "--t5-length", 12)
-    first = run_main(monkeypatch, "--prompt", PROMPT, "two green stars", *options, "--out", tmp_path)
+    prompts = ("--prompt", PROMPT, "two green stars")
+    first = run_main(monkeypatch, *prompts, *options, "--out", tmp_path)
     again = ("--from-png", first[1], "--out", tmp_path / "again.png")
     second, = run_main(monkeypatch, *again, "--image", photo)
     assert second.read_bytes() == first[1].read_bytes()
     other, = run_main(monkeypatch, *again, "--image", photo, "--seed", 7)
     assert not np.array_equal(pixels(Image.open(other)), pixels(Image.open(first[1])))
-    for wrong in ((), ("--image", first[0])):
-        with pytest.raises(ValueError, match="was made with another --image or --mask"):
-            run_main(monkeypatch, *again, *wrong)
+    with pytest.raises(ValueError, match="was made with an --image, or without"):
+        run_main(monkeypatch, *again)
 
 
 def test_the_png_says_how_it_was_made_and_names_no_file(tmp_path, photo, monkeypatch):
@@ -395,9 +399,9 @@ def test_the_png_says_how_it_was_made_and_names_no_file(tmp_path, photo, monkeyp
                      "--num-steps", 2, "--checkpoint", SHIPPED, "--out", tmp_path / "x.PNG")
     record = record_of(file)
     assert record["options"]["prompt"] == [PROMPT] and record["options"]["num_steps"] == 2
-    assert record["options"].keys() >= asdict(Settings()).keys() | {"seed", "precision", "t5_length"}
-    assert str(tmp_path) not in json.dumps(record) and str(SHIPPED) not in json.dumps(record)
-    assert "photo" not in json.dumps(record)
+    assert record["options"].keys() >= asdict(Settings()).keys() | {"seed", "precision"}
+    text = json.dumps(record)
+    assert "photo" not in text and str(tmp_path) not in text and "pretrained" not in text
 
 
 def test_from_png_repeats_a_grid_and_refuses_another_model(tmp_path, monkeypatch):
@@ -405,8 +409,8 @@ def test_from_png_repeats_a_grid_and_refuses_another_model(tmp_path, monkeypatch
     first, = run_main(monkeypatch, *options)
     again, = run_main(monkeypatch, "--from-png", first, "--out", tmp_path / "again.png")
     assert first.read_bytes() == again.read_bytes()
-    write_record(tmp_path / "other.png", record_of(first) | {"fingerprint": "another"})
-    with pytest.raises(CheckpointError, match="name its model with --checkpoint"):
+    write_record(tmp_path / "other.png", record_of(first) | {"model": "another"})
+    with pytest.raises(ValueError, match="name its model with --checkpoint"):
         run_main(monkeypatch, "--from-png", tmp_path / "other.png", "--out", tmp_path / "no.png")
     assert run_main(monkeypatch, "--from-png", tmp_path / "other.png", "--checkpoint", SHIPPED,
                     "--out", tmp_path / "yes.png")
@@ -424,10 +428,11 @@ def write_record(file, record):
     {"guidance_scale": float("nan")}, {"without": "t5"}, {"enlarge": 10**9}, {"t5_length": 10**9},
     {"skip_layers": [[1]]}, {"grid": 1}])
 def test_wrong_types_in_a_strangers_png_are_one_sentence(tmp_path, monkeypatch, change):
-    options = asdict(Settings()) | {"prompt": [PROMPT]} | change
-    record = {"options": options, "fingerprint": "", "inputs": ["", ""]}
+    options = {name: getattr(sample.Options(), name) for name in sample.RECORDED}
+    options |= {"prompt": [PROMPT]} | change
+    record = {"options": options, "model": "", "edited": False}
     write_record(tmp_path / "x.png", record)
-    with pytest.raises(ValueError, match="not a PNG that sample.py wrote"):
+    with pytest.raises(ValueError, match=f"not a PNG that sample.py wrote .*{list(change)[0][:2]}"):
         run_main(monkeypatch, "--from-png", tmp_path / "x.png")
 
 
@@ -482,10 +487,10 @@ def test_file_names_are_short_in_bytes(tmp_path, monkeypatch, prompt, name):
 
 
 @pytest.mark.parametrize("out, words", [
-    ("x.jpg", "ends in .png"), ("x.webp", "ends in .png"), ("x" * 300 + ".png", "at most 200 bytes"),
-    ("\u732b" * 90 + ".png", "at most 200 bytes"), ("several.png", "for one picture or a grid")])
+    ("x.jpg", "give a folder"), ("x.webp", "give a folder"), ("several.png", "give a folder"),
+    ("x" * 300 + ".png", "shorter name"), ("\u732b" * 90 + ".png", "shorter name")])
 def test_out_is_checked_before_the_work(tmp_path, monkeypatch, out, words):
-    monkeypatch.setattr(sample, "load", None)
+    monkeypatch.setattr(sample, "draw", None)
     prompts = ("a heart", "a star") if out == "several.png" else ("a heart",)
     with pytest.raises(ValueError, match=words):
         run_main(monkeypatch, "--prompt", *prompts, "--out", tmp_path / out)
@@ -545,7 +550,7 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
 
 
 @pytest.mark.parametrize("options, words", [
-    ((), "nothing says what to draw"), (("--image", "photo.png"), "with --image or not; give --prompt"),
+    ((), "nothing says what to draw"), (("--image", "photo.png"), "with --image or not; give --p"),
     (("--prompt", "x", "--width", "70"), "multiples of 16"),
     (("--prompt", "x", "--image", "/dev/zero"), "/dev/zero"),
     (("--prompt", "x", "--num-steps", "1e9"), "--num-steps"),
@@ -554,7 +559,7 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
     (("--prompt", "x", "--device", "foo"), "--device foo"),
     (("--prompt", "x", "--checkpoint", "/no/such"), "o such file or folder"),
     (("--prompts-file", "/no/such.txt"), "/no/such.txt")])
-def test_what_cannot_work_is_answered_in_one_sentence(monkeypatch, tmp_path, capsys, options, words):
+def test_what_cannot_work_is_one_sentence(monkeypatch, tmp_path, capsys, options, words):
     with pytest.raises((ValueError, OSError, SystemExit)) as problem:
         run_main(monkeypatch, *options, "--out", tmp_path / "out")
     assert words in str(problem.value) + capsys.readouterr().err
@@ -567,5 +572,5 @@ def test_the_command_ends_with_one_sentence_and_a_code(tmp_path):
     good = subprocess.run([*command, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0 and good.stderr.count("are cut") == 1
     bad = subprocess.run([*command, tmp_path / "x.jpg"], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 1 and bad.stderr.startswith("sample.py: --out x.jpg")
+    assert bad.returncode == 1 and bad.stderr.startswith("sample.py: --out")
     assert len(bad.stderr.splitlines()) == 1
