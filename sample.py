@@ -28,6 +28,7 @@ from checkpoints import (SHIPPED, Components, add_options, check_options, given_
 from data import from_tensor, read_image, read_lines, resize_and_crop, to_tensor
 from devices import PRECISIONS, autocast, command, pick_device, pick_precision
 from scenes import captioned_grid
+from text_encoders import ENCODERS
 
 SKIP_SCALE = 2.5           # skip-layer guidance as on SD3.5-medium's model card,
 SKIP_START = 0.01          # between these shares of the steps
@@ -42,11 +43,9 @@ class Settings:
     timestep_shift: float = option(3.0, "alpha of Eq. 23; 1: no shift", 0.01, 100)
     schedule: str = option("released", "times of the steps", choices=tuple(flow.SCHEDULES))
     solver: str = option("euler", "the paper has euler", choices=tuple(flow.SOLVERS))
-    unconditional: str = option("empty", "where guidance starts: text features of zero (App. B.3), "
-                                "or those of the empty prompt", choices=("zeros", "empty"))
-    negative_prompt: str = option("", "where guidance starts instead, a text")
-    without: tuple[str, ...] = option((), "text encoders to leave out (Sec. 5.3.3)",
-                                      choices=("clip_l", "clip_g", "t5"))
+    unconditional: str = option("empty", "what no text is (App. B.3)", choices=("zeros", "empty"))
+    negative_prompt: str = option("", "guidance leads away from this text")
+    without: tuple[str, ...] = option((), "encoders to leave out", choices=ENCODERS)
     height: int = option(1024, "height of the picture in px", 16, 16384)
     width: int = option(1024, "width of the picture in px", 16, 16384)
     strength: float = option(0.6, "with --image: 0 keeps it, 1 keeps nothing", 0, 1)
@@ -60,17 +59,16 @@ def released_settings(config, name):
     """What the model cards of SD3.5 recommend. Only its file's name tells a turbo model."""
     if config.dual_attention_layers and config.depth == 24:           # SD3.5-medium
         return {"num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}
-    if not config.qk_norm or config.depth != 38:
-        return {}
-    if "turbo" in Path(name).name.lower():
+    is_large = config.qk_norm and config.depth == 38
+    if is_large and "turbo" in Path(name).name.lower():
         return {"num_steps": 4, "guidance_scale": 1.0}
-    return {"guidance_scale": 3.5}                                    # SD3.5-large
+    return {"guidance_scale": 3.5} if is_large else {}
 
 
 @dataclass
 class Pipeline:
     """Three networks, and as `defaults` the Settings that the model wants. With `read`, networks
-    have no numbers here, and read(name) reads one when its turn comes."""
+    have no numbers here, and read("mmdit"), "vae" or "text" reads one when its turn comes."""
     mmdit: torch.nn.Module
     vae: torch.nn.Module
     text: torch.nn.Module
@@ -79,10 +77,6 @@ class Pipeline:
     precision: torch.dtype = torch.float32
     parts: Components | None = None    # what else is known of the model
     read: object = None
-
-    def network(self, name):
-        """The network "mmdit", "vae" or "text", ready to compute."""
-        return self.read(name) if self.read else getattr(self, name)
 
 
 def load(checkpoint=SHIPPED, device="auto", precision="auto", tokenizers=None, memory="all",
@@ -99,20 +93,17 @@ def load(checkpoint=SHIPPED, device="auto", precision="auto", tokenizers=None, m
     parts = read(checkpoint, shapes_only=memory == "one")
     if t5_length:
         parts.text.config = replace(parts.text.config, t5_length=t5_length)
-
-    def read_one(name):
-        network = getattr(read(parts.file, (name,)), name).to(device)
-        network.config = getattr(parts, name).config                  # It knows t5_length.
-        return network
-    networks = (parts.mmdit, parts.vae, parts.text)
-    if memory == "all":
-        read_one = None
-        for network in networks:
-            network.to(device)
     defaults = asdict(Settings()) | released_settings(parts.mmdit.config, checkpoint)
     for name in defaults.keys() & parts.sampling.keys():
         defaults[name] = parts.sampling[name]
-    return Pipeline(*networks, defaults, device, precision, parts, read_one)
+    networks = (parts.mmdit, parts.vae, parts.text)
+    pipeline = Pipeline(*networks, defaults, device, precision, parts)
+    if memory == "one":
+        pipeline.read = lambda name: getattr(read(parts.file, (name,)), name).to(device)
+    else:
+        for network in networks:
+            network.to(device)
+    return pipeline
 
 
 def encode(text, prompts, settings):
@@ -176,15 +167,6 @@ def sample_latents(mmdit, context, pooled, noise, settings, latent=None, repaint
     return z, lengths
 
 
-def decode(vae, z):
-    """(C, H, W) -> (3, 8H, 8W) on the CPU. ValueError for what would be a black picture."""
-    picture = vae.decode(z[None])[0].float().cpu()
-    if not (z.isfinite().all() and picture.isfinite().all()):
-        raise ValueError("the model gives numbers that are not finite, so there is no picture; try "
-                         "--precision fp32, or fetch the model again")
-    return picture
-
-
 def latent_shape(pipeline, settings):
     """(C, H, W) of the latents. Raises ValueError for what these networks cannot do."""
     config = pipeline.mmdit.config
@@ -200,42 +182,43 @@ def latent_shape(pipeline, settings):
     return config.latent_channels, height // factor, width // factor
 
 
-def read_to_edit(image, mask, height, width):
+def read_to_edit(image, mask, settings):
     """Files -> image (3, height, width), and where it may change, (height, width) bool: where the
     mask is white and not transparent, or everywhere without a mask."""
+    if not image:
+        raise ValueError("--mask says where --image is painted anew; give --image as well")
+    size = (settings.height, settings.width)
     image = read_image(image)
-    original = to_tensor(resize_and_crop(image, height, width))
+    original = to_tensor(resize_and_crop(image, *size))
     if not mask:
-        return original, torch.ones(height, width, dtype=torch.bool)
+        return original, torch.ones(size, dtype=torch.bool)
     mask = read_image(mask, background="black")
     if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
         raise ValueError(f"--mask has {mask.width}x{mask.height} px and --image {image.width}x"
                          f"{image.height} px; give a mask with the proportions of the image")
-    return original, to_tensor(resize_and_crop(mask, height, width)).mean(0) > 0
+    return original, to_tensor(resize_and_crop(mask, *size)).mean(0) > 0
 
 
 @torch.no_grad()
 def draw(pipeline, prompts, seed, batch_size, progress, image, mask, settings):
     """Yields the pictures of `generate`, each as soon as it is finished."""
     shape = latent_shape(pipeline, settings)
-    if mask and not image:
-        raise ValueError("--mask says where --image is painted anew; give --image as well")
-    if image:
-        original, changes = read_to_edit(image, mask, settings.height, settings.width)
-    device = pipeline.device
-    computing = partial(autocast, device, pipeline.precision)
-    fp16 = pipeline.precision == torch.float16                        # T5-XXL overflows it.
-    text = pipeline.network("text")
+    if image or mask:
+        original, changes = read_to_edit(image, mask, settings)
+    read = pipeline.read or partial(getattr, pipeline)
+    device, precision = pipeline.device, pipeline.precision
+    text = read("text")
+    text.config = pipeline.text.config                                # It knows the t5_length.
     encoded = []
-    with autocast(device, torch.bfloat16 if fp16 else pipeline.precision):
-        for first in range(0, len(prompts), batch_size):
+    with autocast(device, torch.bfloat16 if precision == torch.float16 else precision):
+        for first in range(0, len(prompts), batch_size):              # T5-XXL overflows fp16.
             encoded.append(encode(text, prompts[first : first + batch_size], settings))
     del text                                                          # memory="one" frees it here.
-    mmdit = pipeline.network("mmdit")
-    vae = pipeline.network("vae")
+    mmdit = read("mmdit")
+    vae = read("vae")
     latent = repaint = None
     if image:
-        with computing():
+        with autocast(device, precision):
             latent = vae.encode(original[None].to(device)).float()    # (1, C, H, W)
         repaint = F.max_pool2d(changes[None, None].float(), vae.config.downsampling)
         repaint = repaint.bool().to(device)                           # (1, 1, H, W)
@@ -245,14 +228,15 @@ def draw(pipeline, prompts, seed, batch_size, progress, image, mask, settings):
         for i in range(part * batch_size, min(len(prompts), (part + 1) * batch_size)):
             noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)))
         noise = torch.stack(noise).to(device)                         # (B, C, H, W)
-        with computing():
+        with autocast(device, precision):
             latents, _ = sample_latents(mmdit, *texts, noise, settings, latent, repaint, bar)
         for z in latents:
-            with computing():
-                picture = decode(vae, z)                              # (3, height, width)
-            if image:
-                picture = torch.where(changes, picture, original)
-            yield from_tensor(picture)
+            with autocast(device, precision):
+                picture = vae.decode(z[None])[0].float().cpu()        # (3, height, width)
+            if not picture.isfinite().all():
+                raise ValueError("the model gives numbers that are not finite, so there is no "
+                                 "picture; try --precision fp32, or fetch the model again")
+            yield from_tensor(torch.where(changes, picture, original) if image else picture)
 
 
 def generate(pipeline, prompts, seed=0, batch_size=8, progress=False, image=None, mask=None,
@@ -282,7 +266,7 @@ class Options(Settings):
     image: str = option("", "a picture to begin from")
     mask: str = option("", "a picture, white where --image is painted anew")
     prompts_file: str = option("", "a text file with one prompt a line")
-    from_png: str = option("", "a PNG made here: draw it again, with what else is given instead")
+    from_png: str = option("", "a PNG made here, to draw again; as then, give its --image and --mask")
     checkpoint: str = option(str(SHIPPED), "run or model folder, .safetensors file, or hub name")
     tokenizers: str = option("", "folder with clip/ and t5/, if not beside the checkpoint")
     text_encoders: tuple[str, ...] = option((), "files of text encoders, if not in the checkpoint")
@@ -298,8 +282,8 @@ def save_png(picture, file, record):
     """Writes a PNG, enlarged, that carries how it was made as JSON."""
     info = PngImagePlugin.PngInfo()
     info.add_text("rectified-flow", json.dumps(record))
-    factor = record["options"]["enlarge"]
-    picture = picture.resize((factor * picture.width, factor * picture.height), Image.NEAREST)
+    size = (record["enlarge"] * picture.width, record["enlarge"] * picture.height)
+    picture = picture.resize(size, Image.NEAREST)
     write_atomically(file, partial(picture.save, format="PNG", pnginfo=info))
     print(file)
 
@@ -311,9 +295,9 @@ def read_record(file):
             raise ValueError("no such file")
         with Image.open(file, formats=["PNG"]) as picture:
             record = json.loads(picture.info["rectified-flow"])
-        options = {name: record["options"][name] for name in RECORDED}
+        options = {name: record[name] for name in RECORDED}
         Options(**options)
-        return {"options": options, "model": record["model"], "edited": record["edited"]}
+        return options, record["model"]
     except Exception as problem:        # whatever a decoder raises
         raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem})") from None
 
@@ -341,16 +325,13 @@ def main():
     if "prompts_file" in given:
         lines = [line for line in read_lines(given["prompts_file"]) if line.strip()]
         given["prompt"] = (*given.get("prompt", ()), *lines)
-    record = {}
+    recorded = {}
     if "from_png" in given:
-        record = read_record(given["from_png"])
-        given = record["options"] | given
-    options = Options(**given)
+        recorded, its_model = read_record(given["from_png"])
+    options = Options(**recorded | given)
     prompts = options.prompt
     if not prompts:
         raise ValueError('nothing says what to draw, with --image or not; give --prompt "a heart"')
-    if record and record["edited"] != bool(options.image):
-        raise ValueError("--from-png was made with an --image, or without; give the same as then")
     out = Path(options.out)
     is_png = out.suffix.lower() == ".png"
     several = len(prompts) > 1 and not options.grid
@@ -359,31 +340,30 @@ def main():
     pipeline = load(options.checkpoint, options.device, options.precision, options.tokenizers,
                     "one", options.t5_length, options.text_encoders, options.vae)
     model = pipeline.parts.fingerprint
-    if record and record["model"] != model and "checkpoint" not in given:
+    if recorded and "checkpoint" not in given and its_model != model:
         raise ValueError(f"{options.from_png} was made with another model than "
                          f"{options.checkpoint}; name its model with --checkpoint")
-    settings = {name: given.get(name, value) for name, value in pipeline.defaults.items()}
-    settings = Settings(**settings)
+    wanted = pipeline.defaults | recorded | given
+    settings = Settings(**{name: wanted[name] for name in pipeline.defaults})
     for note in notes(pipeline, prompts, settings):
         print(f"note: {note}", file=sys.stderr)
     folder = out.parent if is_png else out
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK) or len(os.fsencode(out.name)) > 200:
         raise ValueError(f"--out {out.name[:80]} cannot be written; give another or shorter name")
-    recorded = {name: getattr(options, name) for name in RECORDED} | asdict(settings)
-    record = {"options": recorded, "model": model, "edited": bool(options.image)}
+    record = {name: getattr(options, name) for name in RECORDED} | asdict(settings)
+    record["model"] = model
     pictures = []
     try:
         for picture in draw(pipeline, prompts, options.seed, 1, True, options.image, options.mask,
                             settings):
-            i = len(pictures)
+            prompt = prompts[len(pictures)]
+            seed = options.seed + len(pictures)
             pictures.append(picture)
+            name = re.sub(r"\W", "-", prompt).encode(errors="replace")[:60].decode(errors="ignore")
+            file = out if is_png else out / f"{name.strip('-') or 'picture'}-{seed}.png"
             if not options.grid:
-                own = {"prompt": [prompts[i]], "seed": options.seed + i}
-                name = re.sub(r"\W", "-", prompts[i]).encode(errors="replace")[:60]
-                name = name.decode(errors="ignore").strip("-") or "picture"
-                save_png(picture, out if is_png else out / f"{name}-{own['seed']}.png",
-                         record | {"options": recorded | own})
+                save_png(picture, file, record | {"prompt": [prompt], "seed": seed})
     finally:
         if options.grid and pictures:
             grid = captioned_grid(pictures, prompts[: len(pictures)], min(4, len(pictures)))
