@@ -17,21 +17,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (  # noqa: F401
-    get_optimizer_state_dict, set_optimizer_state_dict)
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # for get_model_state_dict
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-warnings.filterwarnings("ignore", "torch.distributed is disabled")   # One process saves alone.
-warnings.filterwarnings("ignore", "FSDP2-wrapped module")            # Nothing writes in its output.
+warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name. "auto" takes CUDA or Apple's MPS if there is one, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    here = [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())]
-    if name not in ("auto", "cpu", found.type, *here):
-        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu {' '.join(here)}")
+    here = [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in ("auto", "cpu", *here):
+        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu, {here[-1]}")
     return torch.device(found.type if name == "auto" else name)
 
 
@@ -53,16 +53,14 @@ def autocast(device: torch.device, precision: torch.dtype):
 
 
 class World:
-    """This process among all that torchrun started; without torchrun, rank 0 of 1. parallel:
-    "ddp" keeps a whole model in each process, "fsdp" shards it over all processes, "hsdp" over
-    those of a node. "auto" shards from a billion `parameters` up (20 GB in training)."""
+    """This process among all that torchrun started; without torchrun, rank 0 of 1. parallel: "ddp"
+    keeps whole models, "fsdp" shards them over all processes, "hsdp" over those of a node. "auto"
+    shards from a billion `parameters` up, which are 20 GB in training."""
 
     def __init__(self, device: str = "auto", parallel: str = "auto", parameters: int = 0):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
-        if self.device.type == "mps" and self.size > 1:      # gloo cannot add tensors on MPS.
-            self.device = torch.device("cpu")
         if self.device.type == "cuda":
             if self.size > 1 or self.device.index is None:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -70,38 +68,33 @@ class World:
         if parallel == "auto":
             parallel = "fsdp" if self.size > 1 and parameters > 10**9 else "ddp"
         if parallel not in ("ddp", "fsdp", "hsdp") or (self.size == 1 and parallel != "ddp"):
-            raise ValueError(f"--parallel {parallel}: choose auto or ddp; under torchrun with "
-                             f"several processes, also fsdp or hsdp")
+            raise ValueError(f"--parallel {parallel}: choose auto, ddp; under torchrun fsdp, hsdp")
         self.parallel = parallel
-        if self.size > 1:
-            self.connect()
-
-    def connect(self):
-        """Meets the other processes, and groups them: (copies of the model, shards of each)."""
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-                warnings.warn("processes may not meet again after a restart; use "
-                              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...", stacklevel=3)
-        gpu = self.device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
-        shards = int(os.environ["LOCAL_WORLD_SIZE"]) if self.parallel == "hsdp" else self.size
+        if self.size == 1:
+            return
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+            warnings.warn("processes may not meet again after a restart; start "
+                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...", stacklevel=2)
+        kind = self.device.type
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        shards = int(os.environ["LOCAL_WORLD_SIZE"]) if parallel == "hsdp" else self.size
         shape, names = (self.size // shards, shards), ("copies", "shards")
-        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
 
     def shard(self, model, precision: torch.dtype):
-        """Makes shards of each block, then of the rest, stored and summed in fp32. The blocks
-        are gathered in `precision`. Inputs are never cast."""
-        modules = [] if self.parallel == "ddp" else [*getattr(model, "joint_blocks", ()), model]
-        for module in modules:
+        """Makes fp32 shards of each block, gathered in `precision`, and then of the rest."""
+        for module in (*getattr(model, "joint_blocks", ()), model):
             dtype = torch.float32 if module is model else precision
             policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
+            if self.parallel != "ddp":
+                fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
 
     def wrap(self, model):
         """The model whose backward() averages gradients over all processes."""
-        if self.size == 1 or self.parallel != "ddp":
-            return model
-        return torch.nn.parallel.DistributedDataParallel(model)
+        alone = self.size == 1 or self.parallel != "ddp"
+        return model if alone else torch.nn.parallel.DistributedDataParallel(model)
 
     def gather(self, value) -> list:
         """The values of all ranks, by rank. All ranks wait for each other here."""
@@ -127,8 +120,8 @@ class World:
 def assign(parameter, value):
     """parameter <- value, a whole tensor that is the same on all ranks. A shard takes its part."""
     if isinstance(parameter, DTensor):
-        mesh, value = parameter.device_mesh, value.to(parameter.device)
-        value = distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh,
+                                  parameter.placements, src_data_rank=None)
     parameter.copy_(value)
 
 
@@ -145,7 +138,7 @@ def synchronized(model, last: bool):
 
 
 def save_state(state: dict, folder: Path, world: World):
-    """Writes a dict of state dicts by all ranks together. OSError if it cannot be written."""
+    """Writes a dict of state dicts, all ranks together. OSError if it cannot be written."""
     try:
         dcp.save(state, checkpoint_id=folder, no_dist=world.size == 1)
     except (Exception, dcp.CheckpointException) as problem:  # The second is a BaseException.
@@ -155,8 +148,7 @@ def save_state(state: dict, folder: Path, world: World):
 
 
 def load_state(state: dict, folder: Path, world: World):
-    """Reads it in place, on any number of ranks. OSError if it is damaged; `state` is then too.
-    torch.distributed.checkpoint unpickles its metadata: read only what is your own."""
+    """Reads it in place. OSError if it is damaged. It unpickles metadata: read only your own."""
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
     except (Exception, dcp.CheckpointException) as problem:
@@ -165,12 +157,11 @@ def load_state(state: dict, folder: Path, world: World):
 
 def command(main):
     """Runs a verb. What a user can get wrong ends in one sentence and exit code 1; Ctrl-C, 130."""
-    rank = f" rank {os.environ['RANK']}:" if "RANK" in os.environ else ""
-    name = f"{Path(sys.argv[0]).name}:{rank}"
+    name = Path(sys.argv[0]).name + (f": rank {os.environ['RANK']}" if "RANK" in os.environ else "")
     try:
         main()
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:
-        sys.exit(f"{name} {' '.join(str(problem).split()) or type(problem).__name__}")
+        sys.exit(f"{name}: {' '.join(str(problem).split()) or type(problem).__name__}")
     except KeyboardInterrupt as stop:                        # Its text may say how to go on.
-        print(name, "stopped;", *stop.args, file=sys.stderr)
+        print(f"{name}: stopped;", *stop.args, file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,7 @@
 """train.py: one loop that trains everything (SD3, arXiv:2403.03206v1, Sec. 5.3, App. B.3 and E.1).
 
 Read with   App. B.3: flow_loss is Eq. 19, 23 and 8, then train_step to validate; fit is the loop
-Not here    the loss (flow.py), the network (mmdit.py), pictures (data.py, encode.py), sampling
-            (sample.py), processes (devices.py)
+Not here    loss (flow.py), network (mmdit.py), pictures (data.py), processes (devices.py)
 Randomness  every draw is keyed by (seed, step, index in the global batch), so neither the number
             of processes nor a restart changes a run
 Shapes      B samples of this process   C latent channels   H W latent height, width
@@ -114,11 +113,9 @@ def flow_loss(model, batch, density, timestep_shift):
 
 
 def train_step(model, optimizers, loss, batch, config):
-    """One update from this process's share of the batch. Returns losses (B,), the gradient's norm.
-
-    Nothing here knows how many processes exist: backward() averages gradients over them, and all
-    random numbers came with the batch. If the norm is not finite, the weights stay as they are.
-    """
+    """One update from this process's share of a batch: losses (B,) and the gradient's norm. It does
+    not know how many processes exist: backward() averages gradients over them, and all random
+    numbers came with the batch. If the norm is not finite, the weights stay as they are."""
     device = next(model.parameters()).device
     parts = batch.split(config.accumulate) if config.accumulate > 1 else [batch]
     losses = []
@@ -166,9 +163,7 @@ def update_average(average, model, done: int, steps: int, config):
 @torch.no_grad()
 def validate(model, samples, precision, loss=rectified_flow_loss, levels: int = 8):
     """Losses at equally spaced t in [0, 1] (App. B.3): (levels,). Their mean leaves out t = 1.
-
-    samples: (latent, context, pooled, noise) for each picture size, the same every time.
-    """
+    samples: (latent, context, pooled, noise) for each picture size, the same every time."""
     losses = []
     for latent, context, pooled, noise in samples:
         with devices.autocast(latent.device, precision):
@@ -218,79 +213,65 @@ class Run:
     config: TrainConfig
     world: World = None              # made here if it is not given
     times: object = None             # times(batch) -> t (B,), by which the log sorts losses
-    report: object = None            # report(average, step) -> entries for the log, a picture
+    report: object = None            # report(average, step) -> entries for the log, a picture or None
     average: nn.Module = None        # a place for the average; if none, a copy of the model
-    metadata: dict = field(default_factory=dict)     # what save_networks is told of an MM-DiT
+    metadata: dict = None            # of model.safetensors, for an MM-DiT; if none, it is not written
     about: dict = field(default_factory=dict)        # more entries for config.json
 
-    def __post_init__(self):
-        self.stopping = False        # after SIGTERM, on any rank
-        self.skipped = 0             # steps without a finite gradient, in a row
-        self.signals, self.rows, self.norms, self.periods = [], [], [], {}
-
     def say(self, sentence: str):
-        """Prints a line, once for all processes, beside the progress bar."""
+        """Prints a line beside the progress bar, once for all processes."""
         if self.world.rank == 0:
             tqdm.write(sentence)
-
-    def write(self, name: str, write):
-        """Calls write(path) for a file of the folder, once for all processes."""
-        if self.world.rank == 0:
-            write_atomically(self.folder / name, write)
 
     def start(self, model, average, optimizers):
         """Locks the folder, loads its newest whole checkpoint, and drops later lines of the log."""
         self.folder, self.world = Path(self.folder), self.world or World(self.config.device)
+        self.stopping, self.signals, self.skipped, self.recent = False, [], 0, []
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")              # The system frees it when we die.
         try:
             if self.world.rank == 0:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another process writes into {self.folder}; wait for it, or choose "
-                             f"another --out") from None
+            raise ValueError(f"{self.folder} is in use; choose another --out, or wait") from None
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
-        self.done, seconds = self.restore(model, average, optimizers)
-        self.first = self.done
-        self.began = STARTED - seconds                           # as if it had run without a pause
-        self.steps = self.total_steps()
-        self.every("sample_every"), self.every("save_every")
-        self.entries = [e for e in read_log(self.folder / "log.jsonl") if e["step"] <= self.done]
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        about = {"train": asdict(replace(self.config, out="")), **self.about}
-        self.write("log.jsonl", lambda path: path.write_text(lines))
-        self.write("config.json", lambda path: path.write_text(json.dumps(about, indent=1)))
-
-    def restore(self, model, average, optimizers):
-        """Loads the newest whole checkpoint: (steps done, seconds they took)."""
+        state = {"step": 0, "seconds": 0.0}
         found = self.world.same(checkpoints_of(self.folder))
-        while found:
-            state = run_state(model, average, optimizers, 0, 0.0)
+        while found and not state["step"]:
+            state = run_state(model, average, optimizers)
             try:
                 devices.load_state(state, found.pop(), self.world)
                 devices.set_optimizer_state_dict(model, optimizers, state["optimizer"])
-                return state["step"], state["seconds"]
             except OSError as problem:
                 if not found:
                     raise
                 self.say(f"{problem}; the checkpoint before it is taken")
-        return 0, 0.0
+        self.done = self.first = state["step"]
+        self.began = STARTED - state["seconds"]                  # as if it had run without a pause
+        self.steps = self.total_steps()
+        self.entries = read_log(self.folder / "log.jsonl", self.done)
+        log = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        about = json.dumps({"train": asdict(replace(self.config, out="")), **self.about}, indent=1)
+        if self.world.rank == 0:
+            write_atomically(self.folder / "log.jsonl", lambda path: path.write_text(log))
+            write_atomically(self.folder / "config.json", lambda path: path.write_text(about))
 
     def total_steps(self) -> int:
-        """--steps, or as many as fit into --minutes at the pace so far. A tenth of the minutes is
+        """--steps, or as many as fit into nine tenths of --minutes at the pace so far. The rest is
         for the last pictures, the last checkpoint and the score."""
-        if self.config.steps:
-            return self.config.steps
         left = max(0, 54 * self.config.minutes - (time.time() - self.began))
-        taken = self.done - self.first
-        if taken < 3:                                            # The first steps are slow.
+        taken = self.done - self.first - 2                       # The first two are slow.
+        if self.config.steps or taken < 1:
             self.paced = time.time()
-            return self.world.same(self.done + 1000 if left else self.done)
-        steps = self.done + int(left * (taken - 2) / (time.time() - self.paced))
-        if taken == 3 and steps < 100:
-            self.say(f"only {steps} steps fit into --minutes {self.config.minutes:g} on this "
-                     f"machine, which teaches next to nothing; give more minutes")
-        return self.world.same(steps)
+            self.planned = self.config.steps or self.done + (1000 if left else 0)
+            return self.world.same(self.planned)
+        steps = self.world.same(self.done + int(left * taken / (time.time() - self.paced)))
+        if taken == 1:
+            self.planned = steps
+        if taken == 1 and steps < 100:
+            self.say(f"only {steps} steps fit into --minutes {self.config.minutes:g}, which teaches "
+                     f"next to nothing; give more minutes")
+        return steps
 
     def count_step(self, model, grad_norm: float):
         """Ends the run when its numbers stop being finite, before they are averaged or saved."""
@@ -313,69 +294,68 @@ class Run:
     def log_step(self, batch, losses, grad_norm: float, waited: float, seconds: float):
         """Collects a step. The first 20 and then every 20th are followed by a line in the log."""
         t = self.times(batch) if self.times else torch.full((len(losses),), math.nan)
-        self.rows.append(torch.stack([losses.float().cpu(), t.float().cpu()]))         # (2, B)
-        self.norms.append((grad_norm, waited, seconds))
+        rows = torch.stack([losses.float().cpu(), t.float().cpu()])                    # (2, B)
+        self.recent.append((rows, grad_norm, waited, seconds))
         if self.done > 20 and self.done % 20 and self.done != self.steps:
             return
-        losses, t = torch.cat(self.world.gather(torch.cat(self.rows, dim=1)), dim=1)   # (n,) each
-        norms, waits, seconds = torch.tensor(self.norms).T                             # (steps,)
-        self.rows, self.norms = [], []
+        rows, norms, waits, seconds = zip(*self.recent, strict=True)
+        self.recent = []
+        losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         if self.world.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 1e9
-        self.log(loss=mean(losses), grad_norm=mean(norms), skipped=int((~norms.isfinite()).sum()),
+        self.log(loss=mean(losses), grad_norm=mean(torch.tensor(norms)),
                  loss_by_t=[mean(losses[(10 * t).floor() == tenth]) for tenth in range(10)],
-                 images_seen=self.done * self.config.batch_size, memory_gb=memory,
-                 images_per_second=mean(len(losses) / seconds.sum()),
-                 data_wait=mean(waits.sum() / seconds.sum()))
+                 skipped=len(norms) - sum(map(math.isfinite, norms)), memory_gb=memory,
+                 images_seen=self.done * self.config.batch_size,
+                 images_per_second=len(losses) / sum(seconds), data_wait=sum(waits) / sum(seconds))
 
-    def every(self, name: str) -> bool:
-        """Whether another share `name` of the run, or all of it, is done since the last call."""
-        share = getattr(self.config, name)
-        periods = int(self.done / max(1, self.steps) / share + 1e-6) if share else 0
-        due = periods > self.periods.get(name, periods) or self.done == self.steps
-        self.periods[name] = max(periods, self.periods.get(name, 0))
-        return due
+    def every(self, share: float) -> bool:
+        """Whether another `share` of the run, or all of it, is done."""
+        period = max(1, round(share * self.planned)) if share else math.inf
+        return self.done % period == 0 or self.done == self.steps
 
     def sample(self, average):
         """Validation, pictures and the curve of the loss, when their time has come."""
         self.stopping = self.world.any(bool(self.signals))
-        if self.report and self.every("sample_every") and not self.stopping:
-            entries, picture = self.report(average, self.done)
-            self.log(**entries)
-            curve = draw_losses(self.entries)
-            if picture:
-                self.write(f"samples-{self.done:06}.png", lambda path: picture.save(path, "PNG"))
-            self.write("loss.png", lambda path: curve.save(path, "PNG"))
+        if not self.report or self.stopping or not self.every(self.config.sample_every):
+            return
+        entries, picture = self.report(average, self.done)
+        self.log(**entries)
+        pictures = {"loss.png": draw_losses(self.entries), f"samples-{self.done:06}.png": picture}
+        for name, picture in pictures.items():
+            if picture and self.world.rank == 0:
+                write_atomically(self.folder / name, partial(picture.save, format="PNG"))
 
     def save(self, model, average, optimizers):
         """A checkpoint, when its time has come. The last two stay, and every `keep_every` steps."""
         keep_every = self.config.keep_every or math.inf
-        due = self.every("save_every") or self.done % keep_every == 0
+        due = self.every(self.config.save_every) or self.done % keep_every == 0
         if self.skipped or not (due or self.stopping):
             return
         if self.metadata:
-            save_average(average, self.folder / "model.safetensors", self.world, self.metadata)
+            weights = devices.get_model_state_dict(average, options=devices.WHOLE)
+            save_mmdit(self.folder / "model.safetensors", average.config, weights, self.metadata)
         target = self.folder / "checkpoints" / f"{self.done:08}"
-        partial = target.with_suffix(".partial")
         state = run_state(model, average, optimizers, self.done, time.time() - self.began)
-        devices.save_state(state, partial, self.world)
+        devices.save_state(state, target.with_suffix(".partial"), self.world)
         if self.world.rank == 0:
             shutil.rmtree(target, ignore_errors=True)            # A damaged one may be there.
-            partial.rename(target)
+            target.with_suffix(".partial").rename(target)
             older = [old for old in checkpoints_of(self.folder) if int(old.name) < self.done]
             for old in older[:-1]:
                 if int(old.name) % keep_every:
                     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_log(file: Path) -> list[dict]:
-    """The lines of a log.jsonl. What a kill or a stranger left there is no entry."""
+def read_log(file: Path, last: int) -> list[dict]:
+    """The entries of a log.jsonl up to a step. What else a kill or a stranger left is dropped."""
     entries = []
     for line in file.read_text().split("\n") if file.is_file() else ():
         try:
             entry = json.loads(line)
-            entries += [entry] if entry["step"] >= 0 else []
+            if 0 <= entry["step"] <= last:
+                entries.append(entry)
         except (ValueError, TypeError, LookupError, RecursionError):
             continue
     return entries
@@ -387,11 +367,10 @@ def mean(values):
     return round(values.mean().item(), 6) if values.numel() else None
 
 
-def run_state(model, average, optimizers, step: int, seconds: float) -> dict:
+def run_state(model, average, optimizers, step: int = 0, seconds: float = 0.0) -> dict:
     """What a run goes on from. Random numbers need no state: they are keyed by the step."""
-    optimizer = devices.get_optimizer_state_dict(model, optimizers)
-    return {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer,
-            "step": step, "seconds": seconds}
+    return {"model": model.state_dict(), "average": average.state_dict(), "step": step,
+            "optimizer": devices.get_optimizer_state_dict(model, optimizers), "seconds": seconds}
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -399,16 +378,11 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{8}", p.name))
 
 
-def save_average(average, file: Path, world: World, metadata: dict):
-    """model.safetensors: the whole of the average, gathered by all ranks and written by one."""
-    weights = {}
-    for name, tensor in average.state_dict().items():
-        tensor = whole(tensor)
-        if world.rank == 0:
-            weights[name] = tensor.cpu()
-    if world.rank == 0:
+def save_mmdit(file: Path, sizes: MMDiTConfig, weights: dict, metadata: dict):
+    """model.safetensors. Only rank 0 has weights, whole and on the CPU."""
+    if weights:
         with torch.device("meta"):
-            model = MMDiT(average.config)
+            model = MMDiT(sizes)
         model.load_state_dict(weights, assign=True)
         save_networks(file, {"mmdit": model}, **metadata)
 
@@ -418,34 +392,34 @@ def draw_losses(entries: list[dict]) -> Image.Image:
     from blue (near data) to red (near noise)."""
     image = Image.new("RGB", (640, 450), "white")
     draw = ImageDraw.Draw(image)
-    for i in range(11):
-        points = []
-        for entry in entries:
-            loss = [*entry.get("loss_by_t", [None] * 10), entry.get("loss")][i]
+    for entry in entries:
+        x = 600 * entry["step"] / entries[-1]["step"]
+        for i, loss in enumerate([*entry.get("loss_by_t", ()), entry.get("loss")]):
             if loss:
-                x = 600 * entry["step"] / entries[-1]["step"]
-                points.append((x, 150 - 150 * math.log10(loss)))
-        draw.line(points, fill="black" if i == 10 else (28 * i, 60, 255 - 28 * i), width=i // 5 + 1)
+                y = 150 - 150 * math.log10(loss)
+                color = "black" if i == 10 else (28 * i, 60, 255 - 28 * i)
+                draw.rectangle((x, y, x + 2, y + 2), fill=color)
     for loss in (3, 1, 0.3, 0.1):
-        draw.text((600, 145 - 150 * math.log10(loss)), str(loss), fill="black")
+        draw.text((605, 145 - 150 * math.log10(loss)), str(loss), fill="black")
     return image
 
 
 # --- A run of MM-DiT ------------------------------------------------------------------------------
 
 def model_sizes(config, vae, text, longest_side: int, start=None) -> MMDiTConfig:
-    """The MM-DiT for these encoders, with the paper's positions (Sec. 5.3.2) for longest_side px
-    and for twice the resolution. start: the MMDiTConfig of --init. A released model, whose
-    positions begin at 0, keeps its own."""
+    """The MM-DiT for these encoders, with the paper's positions (Sec. 5.3.2) up to longest_side px
+    or twice the resolution. start: the model of --init; a released one, whose positions begin at 0,
+    keeps them."""
     longest = max(2 * config.resolution, longest_side) // 16
     first, second, *_ = paper_positions(config.resolution, longest).tolist()
-    grid = {"pos_embed_max_size": longest, "position_start": first, "position_step": second - first}
-    if start and start.position_start == 0:
-        grid = {name: getattr(start, name) for name in grid}
-    return MMDiTConfig(
+    sizes = MMDiTConfig(
         config.depth, latent_channels=vae.latent_channels, context_dim=text.context_dim,
-        pooled_dim=text.pooled_dim, qk_norm=config.qk_norm,
-        dual_attention_layers=start.dual_attention_layers if start else 0, **grid)
+        pooled_dim=text.pooled_dim, qk_norm=config.qk_norm, pos_embed_max_size=longest,
+        position_start=first, position_step=second - first)
+    if start and start.config.position_start == 0:
+        kept = ("pos_embed_max_size", "position_start", "position_step", "dual_attention_layers")
+        sizes = replace(sizes, **{name: getattr(start.config, name) for name in kept})
+    return sizes
 
 
 def make_model(sizes: MMDiTConfig, config, world: World, trained: bool) -> MMDiT:
@@ -491,9 +465,8 @@ def score(pipeline, config, run):
         pictures = generate(pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))
         return [np.asarray(picture) for picture in pictures]
 
-    count = config.num_prompts
-    if not config.steps:
-        count = min(count, math.ceil(5 * config.minutes))
+    count = config.num_prompts if config.steps else min(config.num_prompts, 5 * config.minutes)
+    count = math.ceil(count)
     scores = geneval(draw, count, height=config.resolution, width=config.resolution)
     run.log(geneval=scores, num_prompts=count)
     run.say(f"{format_scores(scores)}, {count} prompts for each task")
@@ -501,12 +474,10 @@ def score(pipeline, config, run):
 
 def departures(config) -> str:
     """Where a run leaves the paper's numbers, in one line. (Sec. 5.3.3 has batches of 4096.)"""
-    paper = PRESETS["paper"] | {"encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
-    found = []
-    for name, value in paper.items():
-        if getattr(config, name) != value:
-            found.append(f"{name} {getattr(config, name)} ({value})")
-    return "not as in the paper (App. B.3): " + (", ".join(found) or "nothing")
+    paper = {**PRESETS["paper"], "encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
+    differs = [name for name in paper if getattr(config, name) != paper[name]]
+    words = [f"{name} {getattr(config, name)} ({paper[name]})" for name in differs]
+    return f"not as in the paper (App. B.3): {', '.join(words) or 'nothing'}"
 
 
 def read_config(arguments=None):
@@ -566,8 +537,7 @@ def main(arguments=None):
     start = None
     if config.init and not stored:
         start = load_components(config.init, ("mmdit",)).mmdit
-    sizes = model_sizes(config, vae.config, text.config, training.longest_side,
-                        start and start.config)
+    sizes = model_sizes(config, vae.config, text.config, training.longest_side, start)
     if stored:
         sizes = MMDiTConfig(**stored["model"])
     model = make_model(sizes, config, world, trained=True)
