@@ -15,18 +15,19 @@ import argparse
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -63,18 +64,9 @@ def layout(vae, text, height: int, width: int) -> dict:
     }
 
 
-def sample_bytes(vae, text, height: int, width: int) -> dict:
-    """Bytes of a sample by encoder. SD3 at 256 px: 65.5, 121.3, 202.2, 630.8 kB (Table 7)."""
-    size = {}
-    for name, (shape, kind) in layout(vae, text, height, width).items():
-        size[name] = torch.Size(shape).numel() * kind.itemsize
-    return {"vae": size["moments"], "clip_l": size["clip_l"] + size["pooled_l"],
-            "clip_g": size["clip_g"] + size["pooled_g"], "t5": size["t5"]}
-
-
 @torch.no_grad()
 def encode_shard(samples, height: int, width: int, vae, text, device, precision):
-    """Encode (picture, captions) pairs of one size: (tensors as in `layout`, the U captions).
+    """Encode what `readable` yields, of one size: (tensors as in `layout`, the U captions).
 
     64 pictures or captions go together, and fewer pictures of more than 256 x 256 px. So the
     numbers depend on the samples alone.
@@ -89,14 +81,18 @@ def encode_shard(samples, height: int, width: int, vae, text, device, precision)
     together = max(1, min(64, 64 * 256**2 // (height * width)))
     L, l, g = text.config.clip_length, text.config.clip_l_width, text.config.clip_g_width
     with autocast(device, precision):
-        while group := list(itertools.islice(samples, together)):
-            image = torch.from_numpy(np.stack([picture for picture, _ in group])).to(device)
-            image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()  # (n, 3, 8H, 8W)
-            keep("moments", torch.cat(vae.encode_moments(image), dim=1))          # (n, 2C, H, W)
-            for _, captions in group:
-                for caption in captions:
-                    caption_row.append(row_of.setdefault(caption, len(row_of)))
-                caption_start.append(len(caption_row))
+        while group := list(islice(samples, together)):
+            pictures = []
+            for _, image, captions in group:
+                if image is not None:
+                    pictures.append(image)
+                    for caption in captions:
+                        caption_row.append(row_of.setdefault(caption, len(row_of)))
+                    caption_start.append(len(caption_row))
+            if pictures:
+                image = torch.from_numpy(np.stack(pictures)).to(device).float() / 127.5 - 1
+                image = image.permute(0, 3, 1, 2).contiguous()        # (n, 3, 8H, 8W)
+                keep("moments", torch.cat(vae.encode_moments(image), dim=1))
         unique = list(row_of)
         for start in range(0, len(unique), 64):
             context, pooled = text(unique[start : start + 64])        # (n, L + L', D) and (n, P)
@@ -114,170 +110,170 @@ def encode_shard(samples, height: int, width: int, vae, text, device, precision)
 # ---- Which picture goes into which shard ---------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A shard to be. `key` is a hash of all that its contents follow from."""
-    file: Path
-    height: int
-    width: int
-    indices: list[int]
-    key: str
-
-
 def hash_of(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def contents(source, index: int):
+    """What the encoding of a sample follows from, besides the recipe: JSON that changes with it."""
+    if isinstance(source, Scenes):
+        return index
+    record = source.records[index]
+    about = record.path.stat()
+    return [record.name, record.offset, record.size, about.st_size, about.st_mtime_ns, record.captions]
 
 
 def sort_by_size(source, resolution: int, buckets: bool) -> dict:
     """{(height, width): sample numbers}, from headers. What cannot be read joins the problems."""
     if not buckets:
-        return {(resolution, resolution): range(len(source))}
+        return {(resolution, resolution): np.arange(len(source))}
     groups = {size: [] for size in aspect_buckets(resolution)}
 
-    def place(index):
+    def nearest(index):
         try:
             return nearest_bucket(*source.picture_size(index), list(groups))
         except UnreadableImage as problem:
             source.problems.append(str(problem))
 
     with ThreadPoolExecutor(8) as threads:
-        for index, size in enumerate(threads.map(place, range(len(source)))):
-            if size:
-                groups[size].append(index)
+        for index, size in enumerate(threads.map(nearest, range(len(source)))):
+            groups.get(size, []).append(index)
     check_problems(sorted(source.problems), source.found)
-    return groups
+    return {size: np.array(indices) for size, indices in groups.items()}
 
 
-def plan_shards(source, groups: dict, folder: Path, shard_size: int, recipe: str, made) -> list[Plan]:
-    """Cut each size into shards. made: index.json's lines; a set of scenes grows behind these."""
-    plans = []
-    for (height, width), indices in groups.items():
+def plan_shards(source, folder: Path, resolution, buckets, shard_size, recipe) -> list[dict]:
+    """The lines of index.json, one a shard. A shard that has to be made has no "hash" yet.
+
+    ValueError if the folder was made by another recipe.
+    """
+    lines, made = [], {}
+    if (folder / "index.json").is_file():
+        index = EncodedFolder(folder).index
+        if index.get("recipe") != recipe:
+            raise ValueError(f"{folder} was made from another source, with other encoders or other "
+                             f"settings; choose another --out, or delete that folder")
+        made = {line["file"]: line for line in index["shards"]}
+    grows = isinstance(source, Scenes)                  # Shards of scenes never change: others read.
+    if grows:
+        source = Scenes(max(len(source), sum(line["count"] for line in made.values())), source.seed)
+    for (height, width), indices in sort_by_size(source, resolution, buckets).items():
         start = 0
         while start < len(indices):
-            count = shard_size
-            if isinstance(source, Scenes) and len(plans) < len(made):
-                count = made[len(plans)]["count"]
-            part = list(indices[start : start + count])
-            start += count
-            samples = part
-            if isinstance(source, ImageFiles):
-                samples = [(source.name(i), source.stamp(i), source.captions(i)) for i in part]
-            file = folder / f"shard-{len(plans):05}.safetensors"
-            key = hash_of([recipe, height, width, samples])
-            plans.append(Plan(file, height, width, part, key))
-    return plans
+            file = f"shard-{len(lines):05}.safetensors"
+            old = made.get(file, {})
+            part = indices[start : start + (old["count"] if grows and old else shard_size)].tolist()
+            key = hash_of([recipe, height, width, [contents(source, index) for index in part]])
+            line = {"file": file, "height": height, "width": width, "key": key, "indices": part}
+            lines.append(describe(folder, line, old))
+            start += len(part)
+    return lines
 
 
-def describe(plan: Plan, known: dict) -> dict:
-    """The line of index.json for a shard; {} if it is missing, cut off or made from other things.
+def describe(folder: Path, line: dict, old: dict) -> dict:
+    """What index.json says of a shard; `line` itself if it is missing, damaged or out of date.
 
-    known: the line that index.json has, or {}. It is taken without a look into the file.
+    old: the line that index.json has, or {}. It saves a look into the file.
     """
+    file = folder / line["file"]
     try:
-        if known.get("key") == plan.key and known["bytes"] == plan.file.stat().st_size:
-            return known
-        with safe_open(plan.file, "pt") as opened:
+        if old.get("key") == line["key"] and old["bytes"] == file.stat().st_size:
+            return old
+        with safe_open(file, "pt") as opened:
             about = json.loads(opened.metadata()["shard"])
-        if about["key"] != plan.key:
-            return {}
-        return {"file": plan.file.name, "height": plan.height, "width": plan.width, "key": plan.key,
-                "count": about["count"], "skipped": about["skipped"],
-                "captions": len(about["captions"]), "bytes": plan.file.stat().st_size,
-                "hash": hashlib.sha256(np.memmap(plan.file, mode="r")).hexdigest()}
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
-        return {}
+        if about["key"] != line["key"]:
+            return line
+    except Exception:                                   # safetensors raises errors of many types.
+        return line
+    about["captions"] = len(about["captions"])
+    about["hash"] = hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
+    known = {name: line[name] for name in ("file", "height", "width")}
+    return known | about | {"bytes": file.stat().st_size}
 
 
 # ---- A folder of shards --------------------------------------------------------------------------
 
 
-def make_shards(plans: list[Plan], source, file, tokenizers: str, world, precision) -> list[dict]:
-    """Encode and write shards, each whole before it has its name. Returns their lines."""
-    if not plans:
+def make_shards(lines, folder: Path, source, file, tokenizers, world, precision) -> list[dict]:
+    """Encode and write these shards, each whole before it has its name. Returns their new lines."""
+    if not lines:
         return []
-    parts = load_components(file, ("vae", "text"), tokenizers=tokenizers)
-    vae, text, lines = parts.vae.to(world.device), parts.text.to(world.device), []
-    wanted = [(index, plan.height, plan.width) for plan in plans for index in plan.indices]
+    parts, done = load_components(file, ("vae", "text"), tokenizers=tokenizers), []
+    vae, text = parts.vae.to(world.device), parts.text.to(world.device)
+    wanted = [(index, line["height"], line["width"]) for line in lines for index in line["indices"]]
     stream = iter(tqdm(readable(source, wanted), "encoding", len(wanted), unit="image",
                        disable=world.rank > 0))
-    for plan in plans:
-        before = len(source.problems)
-        samples = ((image, captions) for _, image, captions in itertools.islice(stream, len(plan.indices))
-                   if image is not None)
-        tensors, captions = encode_shard(samples, plan.height, plan.width, vae, text, world.device,
-                                         precision)
-        about = {"key": plan.key, "count": len(tensors["moments"]), "captions": captions,
+    for line in lines:
+        before, size = len(source.problems), (line["height"], line["width"])
+        samples = islice(stream, len(line["indices"]))
+        tensors, captions = encode_shard(samples, *size, vae, text, world.device, precision)
+        about = {"key": line["key"], "count": len(tensors["moments"]), "captions": captions,
                  "skipped": source.problems[before:]}
         save = functools.partial(save_file, tensors, metadata={"shard": json.dumps(about)})
-        write_atomically(plan.file, save)
-        lines.append(describe(plan, {}))
+        write_atomically(folder / line["file"], save)
+        done.append(describe(folder, line, {}))
+    next(stream, None)                                  # The bar ends.
     for name, count in text.captions_cut.items():
-        print(f"{count} captions are longer than {name} reads; their ends are cut off")
-    return lines
+        print(f"{count} captions are longer than {name} can read; their ends are cut off")
+    return done
 
 
 def encode_folder(source, folder, encoders_file, resolution: int, world, buckets=False,
                   shard_size=512, tokenizers="", precision="auto") -> EncodedFolder:
     """Everything that a source holds, as shards; those that are there and up to date are kept.
 
-    folder: "" stands for one in CACHE, named after what goes into it. A set of Scenes grows there
-    and never shrinks. The processes of `world` share the work. ValueError if the folder was made
-    by another recipe, or if over one per cent of the pictures cannot be read.
+    folder: "" stands for one in CACHE, named after the recipe. A set of Scenes grows there and
+    never shrinks. The processes of `world` share the work. ValueError if the folder was made by
+    another recipe, or if over one per cent of the pictures cannot be read.
     """
     file, precision = find_model_file(encoders_file), pick_precision(precision, world.device)
     encoders = {"path": portable(file), "fingerprint": fingerprint(file, FROZEN),
-                "tokenizers": portable(tokenizers) if tokenizers else ""}
-    origin = str(source.path.resolve()) if isinstance(source, ImageFiles) else source.seed
-    drawing = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()
-    recipe = hash_of([origin, drawing, encoders["fingerprint"], encoders["tokenizers"], resolution,
-                      buckets, shard_size, str(precision)])
-    folder, plans, lines, made = Path(folder or CACHE / recipe).expanduser(), [], {}, []
+                "tokenizers": tokenizers and portable(tokenizers)}
+    origin = [getattr(source, "seed", ""), Path(scenes.__file__).read_text()]
+    if isinstance(source, ImageFiles):
+        origin = str(source.path.resolve())
+    recipe = hash_of([origin, encoders["fingerprint"], encoders["tokenizers"], resolution, buckets,
+                      shard_size, str(precision)])
+    folder, lines = Path(folder or CACHE / recipe).expanduser(), []
     folder.mkdir(parents=True, exist_ok=True)
-    if world.rank == 0:
-        lock = os.open(folder, os.O_RDONLY)             # Two runs can want the same scenes.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / "index.json").is_file():
-            index = EncodedFolder(folder).index
-            made = index["shards"]
-            if index.get("recipe") != recipe:
-                raise ValueError(f"{folder} was made from another source, with other encoders or "
-                                 f"settings; choose another --out, or delete that folder")
-        if isinstance(source, Scenes):
-            source = Scenes(max(len(source), sum(line["count"] for line in made)), source.seed)
-        groups = sort_by_size(source, resolution, buckets)
-        plans = plan_shards(source, groups, folder, shard_size, recipe, made)
-        known = {line["file"]: line for line in made}
-        for plan in plans:
-            lines[plan.file.name] = describe(plan, known.get(plan.file.name, {}))
-    todo = world.same([plan for plan in plans if not lines[plan.file.name]])
-    mine = make_shards(todo[world.rank :: world.size], source, file, tokenizers, world, precision)
-    for line in itertools.chain(*world.gather(mine)):
-        lines[line["file"]] = line
-    if world.rank == 0:
-        skipped = {problem for line in lines.values() for problem in line["skipped"]}
-        check_problems(sorted(skipped | set(source.problems)), source.found)
-        index = {"encoders": encoders, "recipe": recipe, "resolution": resolution,
-                 "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                 "shards": [line for line in lines.values() if line["count"]]}
-        if index["shards"] != made:
-            write_atomically(folder / "index.json", lambda partial: partial.write_text(
-                json.dumps(index, indent=1)))
-        os.close(lock)
-    world.any(False)                                    # Nobody reads before the index is there.
+    with locked(folder, world):
+        if world.rank == 0:
+            lines = plan_shards(source, folder, resolution, buckets, shard_size, recipe)
+        lines = world.same(lines)
+        todo = [line for line in lines if "hash" not in line][world.rank :: world.size]
+        done = world.gather(make_shards(todo, folder, source, file, tokenizers, world, precision))
+        if world.rank == 0:
+            done = {line["file"]: line for part in done for line in part}
+            lines = [done.get(line["file"], line) for line in lines]
+            problems = set(source.problems).union(*[line["skipped"] for line in lines])
+            check_problems(sorted(problems), source.found)
+            command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+            index = {"encoders": encoders, "recipe": recipe, "resolution": resolution,
+                     "command": command, "shards": [line for line in lines if line["count"]]}
+            text = json.dumps(index, indent=1)
+            write_atomically(folder / "index.json", lambda partial: partial.write_text(text))
+        world.any(False)                                # The index is there before others go on.
     return EncodedFolder(folder, encoders["fingerprint"])
 
 
-def is_encoded(path) -> bool:
-    """Whether a path is a folder of shards, finished or not."""
-    return Path(path, "index.json").is_file() or any(Path(path).glob("shard-*.safetensors"))
+@contextmanager
+def locked(folder: Path, world):
+    """One run at a time writes into a folder; two can want the same scenes. A kill frees it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if world.rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def encoded(config, world, count: int):
-    """(training, held-out) EncodedFolders of a run; what is missing in the cache is made.
+    """(training, held-out) EncodedFolders of a run; what the cache does not have is made.
 
     Scenes: the first `count` of config.seed, and 64 of HELD_OUT_SEED. Pictures, or a folder of
-    shards: one in fifty is held out, at most 64. config: data, encoders, tokenizers, resolution,
-    seed, precision. A single picture is both.
+    shards: one in fifty is held out, at most 64; a single picture is both. config: data,
+    encoders, tokenizers, resolution, seed, precision.
     """
     settings = {"encoders_file": config.encoders, "resolution": config.resolution, "world": world,
                 "tokenizers": config.tokenizers, "precision": config.precision}
@@ -285,16 +281,14 @@ def encoded(config, world, count: int):
         training = encode_folder(Scenes(count, config.seed), "", **settings)
         held_out = encode_folder(Scenes(64, HELD_OUT_SEED), "", **settings)
         return training.split(count)[1], held_out.split(64)[1]
-    if is_encoded(config.data):
-        folder = EncodedFolder(config.data, fingerprint(find_model_file(config.encoders), FROZEN))
+    data = Path(config.data).expanduser()
+    if (data / "index.json").is_file() or any(data.glob("shard-*.safetensors")):
+        folder = EncodedFolder(data, fingerprint(find_model_file(config.encoders), FROZEN))
     else:
-        folder = encode_folder(ImageFiles(config.data), "", **settings)
+        folder = encode_folder(ImageFiles(data), "", **settings)
     if len(folder) == 1:
         return folder, folder
     return folder.split(min(64, max(1, len(folder) // 50)))
-
-
-# ---- The command line -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
