@@ -3,7 +3,6 @@
 Read with   Eq. 1; App. B.3 for Euler's method; Sec. 5.3.2 for the shift; Sec. 5.3.3 for `without`
 Not here    the formulae of a step (flow.py), the networks, their files (checkpoints.py)
 Shapes      B batch   C latent channels   H W latent height, width   L text tokens   P pooled_dim
-Library     generate(load("pretrained/tiny"), ["two red circles"])[0].save("picture.png")
 Run         python sample.py --prompt "a red circle left of a blue square"
             python sample.py --from-png out/PICTURE.png     draws the picture again, bit for bit
 """
@@ -59,10 +58,9 @@ def released_settings(config, name):
     """What the model cards of SD3.5 recommend. Only its file's name tells a turbo model."""
     if config.dual_attention_layers and config.depth == 24:           # SD3.5-medium
         return {"num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}
-    is_large = config.qk_norm and config.depth == 38
-    if is_large and "turbo" in Path(name).name.lower():
+    if config.depth == 38 and "turbo" in Path(name).name.lower():
         return {"num_steps": 4, "guidance_scale": 1.0}
-    return {"guidance_scale": 3.5} if is_large else {}
+    return {"guidance_scale": 3.5} if config.depth == 38 else {}      # SD3.5-large
 
 
 @dataclass
@@ -266,7 +264,7 @@ class Options(Settings):
     image: str = option("", "a picture to begin from")
     mask: str = option("", "a picture, white where --image is painted anew")
     prompts_file: str = option("", "a text file with one prompt a line")
-    from_png: str = option("", "a PNG made here, to draw again; as then, give its --image and --mask")
+    from_png: str = option("", "a PNG made here: draw it again (give its --image and --mask)")
     checkpoint: str = option(str(SHIPPED), "run or model folder, .safetensors file, or hub name")
     tokenizers: str = option("", "folder with clip/ and t5/, if not beside the checkpoint")
     text_encoders: tuple[str, ...] = option((), "files of text encoders, if not in the checkpoint")
@@ -323,7 +321,7 @@ def main():
     add_options(parser, Options)
     given = given_options(parser.parse_args(), Options)
     if "prompts_file" in given:
-        lines = [line for line in read_lines(given["prompts_file"]) if line.strip()]
+        lines = filter(str.strip, read_lines(given["prompts_file"]))
         given["prompt"] = (*given.get("prompt", ()), *lines)
     recorded = {}
     if "from_png" in given:
