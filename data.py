@@ -376,6 +376,11 @@ def readable(source, wanted, limit: float = 0.01):
 # ---- Encoded shards (App. E.1) -------------------------------------------------------------------
 
 
+def file_hash(file: Path) -> str:
+    """SHA-256 of all bytes of a file."""
+    return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
+
+
 class EncodedFolder:
     """The shards of a folder that encode.py made; a row is read when it is asked for.
 
@@ -421,7 +426,7 @@ class EncodedFolder:
         """Views of a mapped shard, once its bytes are known to be those that were written."""
         file = self.folder / str(line["file"])
         try:
-            if hashlib.sha256(np.memmap(file, mode="r")).hexdigest() != line["hash"]:
+            if file_hash(file) != line["hash"]:
                 raise ValueError("its bytes are not those that were written")
             with safe_open(file, "pt") as opened:
                 arrays = {name: opened.get_tensor(name).numpy() for name in opened.keys()}

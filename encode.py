@@ -36,8 +36,8 @@ from checkpoints import (
     FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint, given_options,
     load_components, option, portable, write_atomically)
 from data import (
-    EncodedFolder, ImageFiles, UnreadableImage, aspect_buckets, check_problems, nearest_bucket,
-    readable)
+    EncodedFolder, ImageFiles, UnreadableImage, aspect_buckets, check_problems, file_hash,
+    nearest_bucket, readable)
 from devices import World, autocast, command, pick_precision
 from scenes import HELD_OUT_SEED, Scenes
 
@@ -186,7 +186,7 @@ def describe(folder: Path, line: dict, old: dict) -> dict:
     except Exception:                                   # safetensors raises errors of many types.
         return line
     about["captions"] = len(about["captions"])
-    about["hash"] = hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
+    about["hash"] = file_hash(file)
     known = {name: line[name] for name in ("file", "height", "width")}
     return known | about | {"bytes": file.stat().st_size}
 
