@@ -208,11 +208,11 @@ class VAE(nn.Module):
         """image -> latent (B, C, H, W) of the mean code. With a Generator the code is sampled."""
         mean, logvar = self.encode_moments(image)
         noise = None if rng is None else torch.randn(mean.shape, generator=rng).to(mean)
-        return self.normalize(sample_code(mean, logvar, noise))
+        return normalize(sample_code(mean, logvar, noise), self.config)
 
     def decode(self, latent):
         """latent (B, C, H, W) -> image (B, 3, 8H, 8W), in about [-1, 1], not clamped."""
-        return self.decoder(self.denormalize(latent))
+        return self.decoder(denormalize(latent, self.config))
 
     def normalize(self, code):
         return normalize(code, self.config)
