@@ -2,7 +2,6 @@
 
 Read with   Sec. 5.3 (training at scale), Sec. 5.3.2 (mixed precision in bf16)
 Not here    what is computed. No other file knows torch.distributed
-Words       size is the number of processes, rank the number of this one; torchrun sets both
 """
 
 import os
@@ -53,9 +52,8 @@ def autocast(device: torch.device, precision: torch.dtype):
 
 
 class World:
-    """This process among all that torchrun started; without torchrun, rank 0 of 1. parallel: "ddp"
-    keeps whole models, "fsdp" shards them over all processes, "hsdp" over those of a node. "auto"
-    shards from a billion `parameters` up, which are 20 GB in training."""
+    """This process, number `rank` of `size`; without torchrun, 0 of 1. parallel: "ddp" keeps whole
+    models, "fsdp" shards them over all, "hsdp" within a node, "auto" from 10^9 `parameters` up."""
 
     def __init__(self, device: str = "auto", parallel: str = "auto", parameters: int = 0):
         self.rank = int(os.environ.get("RANK", 0))
@@ -76,12 +74,11 @@ class World:
         if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
             warnings.warn("processes may not meet again after a restart; start "
                           "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...", stacklevel=2)
-        kind = self.device.type
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
         shards = int(os.environ["LOCAL_WORLD_SIZE"]) if parallel == "hsdp" else self.size
         shape, names = (self.size // shards, shards), ("copies", "shards")
-        self.mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
+        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def shard(self, model, precision: torch.dtype):
         """Makes fp32 shards of each block, gathered in `precision`, and then of the rest."""

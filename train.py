@@ -112,6 +112,11 @@ def flow_loss(model, batch, density, timestep_shift):
     return rectified_flow_loss(model, batch.latent, batch.context, batch.pooled, t, batch.noise)
 
 
+def flow_times(batch, density, timestep_shift):
+    """The t of flow_loss, (B,), by which the log sorts the losses."""
+    return shift_time(density.quantile(batch.uniform), timestep_shift)
+
+
 def train_step(model, optimizers, loss, batch, config):
     """One update from this process's share of a batch: losses (B,) and the gradient's norm. It does
     not know how many processes exist: backward() averages gradients over them, and all random
@@ -211,11 +216,11 @@ class Run:
     the checkpoints, which come from all ranks together."""
     folder: Path
     config: TrainConfig
-    world: World = None              # made here if it is not given
+    world: World = None              # if none, one is made
     times: object = None             # times(batch) -> t (B,), by which the log sorts losses
-    report: object = None            # report(average, step) -> entries for the log, a picture or None
+    report: object = None            # report(average, step) -> entries for the log, a picture
     average: nn.Module = None        # a place for the average; if none, a copy of the model
-    metadata: dict = None            # of model.safetensors, for an MM-DiT; if none, it is not written
+    metadata: dict = None            # of an MM-DiT's model.safetensors; if none, it is not written
     about: dict = field(default_factory=dict)        # more entries for config.json
 
     def say(self, sentence: str):
@@ -269,8 +274,8 @@ class Run:
         if taken == 1:
             self.planned = steps
         if taken == 1 and steps < 100:
-            self.say(f"only {steps} steps fit into --minutes {self.config.minutes:g}, which teaches "
-                     f"next to nothing; give more minutes")
+            self.say(f"only {steps} steps fit into --minutes {self.config.minutes:g}; that teaches "
+                     f"next to nothing, so give more")
         return steps
 
     def count_step(self, model, grad_norm: float):
@@ -281,8 +286,8 @@ class Run:
         total = whole(nn.utils.get_total_norm(model.parameters())).item()
         stuck = self.skipped == 10 or (self.skipped and self.done == self.steps)
         if stuck or not math.isfinite(total):
-            raise RuntimeError(f"loss, gradient or weights are not finite at step {self.done}. What "
-                               f"is saved is older; give --out {self.folder} and a lower --lr")
+            raise RuntimeError(f"loss, gradient or weights are not finite at step {self.done}; all "
+                               f"that is saved is. Give --out {self.folder} and a lower --lr")
 
     def log(self, **entry):
         """Adds a line to log.jsonl."""
@@ -459,14 +464,16 @@ def report(average, step, pipeline, held_out, prompts):
     return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
 
 
-def score(pipeline, config, run):
+def score(run, pipeline):
     """GenEval's tasks on held-out scenes; without --steps, with 5 prompts a minute for each."""
     def draw(prompts, first):
         pictures = generate(pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))
         return [np.asarray(picture) for picture in pictures]
 
-    count = config.num_prompts if config.steps else min(config.num_prompts, 5 * config.minutes)
-    count = math.ceil(count)
+    config = run.config
+    count = config.num_prompts
+    if not config.steps:
+        count = min(count, math.ceil(5 * config.minutes))
     scores = geneval(draw, count, height=config.resolution, width=config.resolution)
     run.log(geneval=scores, num_prompts=count)
     run.say(f"{format_scores(scores)}, {count} prompts for each task")
@@ -491,6 +498,9 @@ def read_config(arguments=None):
     parser.add_argument("--resume", dest="out", help="the same as --out")
     options = parser.parse_args(arguments)
     given = given_options(options, TrainConfig)
+    for name in ("data", "tokenizers"):                          # They hold in any working folder.
+        if given.get(name):
+            given[name] = str(Path(given[name]).resolve())
     index = Path(given.get("data", "")) / "index.json"
     if given.get("data") and index.is_file():
         given.setdefault("resolution", read_json(index, {"resolution": int})["resolution"])
@@ -514,26 +524,35 @@ def read_config(arguments=None):
         raise ValueError(f"{file} is of another version of train.py: {problem}") from None
 
 
-def main(arguments=None):
-    """A whole run, from pictures to the score."""
-    config, stored = read_config(arguments)
+def join(config) -> World:
+    """The processes of a run. ValueError for what cannot be spread over them."""
     world = World(config.device, config.parallel, count_parameters(MMDiTConfig(config.depth)))
-    precision = pick_precision(config.precision, world.device)
     if world.parallel != "ddp" and config.optimizer == "muon":
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     if config.batch_size % (world.size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of {world.size} "
                          f"processes x --accumulate {config.accumulate}")
+    return world
+
+
+def main(arguments=None):
+    """A whole run, from pictures to the score."""
+    config, stored = read_config(arguments)
+    world = join(config)
+    precision = pick_precision(config.precision, world.device)
     free = (Path(f"runs/d{config.depth}-{number}") for number in range(1, 10**6))
     folder = Path(config.out) if config.out else next(path for path in free if not path.exists())
     folder = world.same(folder)
-    count = config.steps * config.batch_size or int(2000 * config.minutes)
     file = run_encoders(folder)[0] if stored else find_model_file(config.encoders)
-    config = replace(config, encoders=portable(file),
-                     num_scenes=min(config.num_scenes, max(64, count)))
-    training, held_out = encoded(config, world, config.num_scenes)
+    count = config.steps * config.batch_size or int(2000 * config.minutes)
+    count = min(config.num_scenes, max(64, count))               # No more than the run needs.
+    config = replace(config, encoders=portable(file), num_scenes=count)
+    training, held_out = encoded(config, world, count)
     frozen = load_components(file, ("vae", "text"), precision, config.tokenizers)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
+    batches = Batches(training, vae.config, text.config, config, world)
+    unseen = Batches(held_out, vae.config, text.config, config, world)
+
     start = None
     if config.init and not stored:
         start = load_components(config.init, ("mmdit",)).mmdit
@@ -551,14 +570,12 @@ def main(arguments=None):
                 "timestep_shift": config.timestep_shift, "unconditional": "zeros",
                 "height": config.resolution, "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
-    batches = Batches(training, vae.config, text.config, config, world)
-    unseen = Batches(held_out, vae.config, text.config, config, world)
     prompts = [held_out.captions(index)[0] for index in held_out.groups[0][:8]]
+    density_of_t = density(config.density)
     run = Run(
-        folder, config, world,
-        times=lambda batch: shift_time(of_t.quantile(batch.uniform), config.timestep_shift),
+        folder, config, world, average=average,
+        times=partial(flow_times, density=density_of_t, timestep_shift=config.timestep_shift),
         report=partial(report, pipeline=pipeline, held_out=unseen, prompts=prompts),
-        average=average,
         metadata={"sampling": sampling, "words": () if config.data else sorted(vocabulary())},
         about={"model": asdict(sizes), "encoders": {
             "path": portable(file), "tokenizers": config.tokenizers,
@@ -566,18 +583,23 @@ def main(arguments=None):
     run.say(f"MM-DiT of depth {config.depth}: {count_parameters(sizes) / 1e6:.1f} M parameters; "
             f"{len(training)} pictures of {config.resolution} px; {world.size} x {world.device}, "
             f"{precision}, {world.parallel}\n{departures(config)}")
-    of_t = density(config.density)
-    loss = partial(flow_loss, density=of_t, timestep_shift=config.timestep_shift)
+    loss = partial(flow_loss, density=density_of_t, timestep_shift=config.timestep_shift)
     fit(model, loss, batches, config, run)
+    conclude(run, pipeline, prompts[0])
+
+
+def conclude(run, pipeline, prompt):
+    """What to say at the end; a run on scenes that has no score yet gets one."""
     if run.stopping:
-        run.say(f"stopped by SIGTERM and saved; go on with --out {folder}")
+        run.say(f"stopped by SIGTERM and saved; go on with --out {run.folder}")
     elif run.done == run.first:
-        run.say(f"{folder} has done its {run.done} steps; a larger --steps or --minutes goes on")
-    if config.num_prompts and not (config.data or run.stopping or "geneval" in str(run.entries)):
-        score(pipeline, config, run)
-    run.say(f"the model, log.jsonl, loss.png and pictures are in {folder}. Next:\n"
-            f'python sample.py --checkpoint {folder} --prompt "{prompts[0]}"')
-    world.close()
+        run.say(f"{run.folder} has done its {run.done} steps; more --steps or --minutes go on")
+    scored = any("geneval" in entry for entry in run.entries)
+    if run.config.num_prompts and not (run.config.data or run.stopping or scored):
+        score(run, pipeline)
+    run.say(f"the model, log.jsonl, loss.png and pictures are in {run.folder}. Next:\n"
+            f'python sample.py --checkpoint {run.folder} --prompt "{prompt}"')
+    run.world.close()
 
 
 if __name__ == "__main__":

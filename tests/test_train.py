@@ -773,7 +773,7 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
 
     train.main(["--out", str(out), "--num-prompts", "1"])              # It had finished, unscored.
     said = capsys.readouterr().out
-    assert "has done its 3 steps; a larger --steps or --minutes goes on" in said
+    assert "has done its 3 steps; more --steps or --minutes go on" in said
     scores, = [entry for entry in log_of(out) if "geneval" in entry]
     assert scores["num_prompts"] == 1 and "GenEval" in said
 
