@@ -611,7 +611,8 @@ def test_compilation_and_recomputation_change_no_gradient(monkeypatch):
 @pytest.mark.parametrize("words", [
     "--lr inf", "--lr nan", "--lr -1", "--max-grad-norm 0", "--max-grad-norm -1", "--ema nan",
     "--ema 1", "--full-captions 7", "--keep-every -1", "--cooldown -3", "--minutes inf",
-    "--minutes 0", "--depth 0", "--depth 100000", "--batch-size 0", "--steps -1", "--shift nan",
+    "--minutes 0", "--depth 0", "--depth 100000", "--batch-size 0", "--steps -1",
+    "--timestep-shift nan",
     "--resolution 100", "--precision fp16", "--parallel tp", "--optimizer sgd",
     "--encoder-dropout 1.1", "--density eps/linear", "--density mode(9)", "--qk-norm maybe"])
 def test_settings_that_cannot_work_are_refused_by_name(words, capsys):
