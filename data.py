@@ -328,15 +328,16 @@ class ImageFiles:
         return np.array(resize_and_crop(self.picture(index), height, width))
 
     def picture_size(self, index: int) -> tuple[int, int]:
-        """(height, width) of the upright picture, from its header. Raises UnreadableImage."""
+        """(height, width) of the upright picture, from its header; (1, 1) if that is broken."""
         for at_most in (2**16, MAX_BYTES):              # Pillow wants to see the whole of a WebP.
             with suppress(Exception), warnings.catch_warnings(action="ignore"):
                 content = io.BytesIO(self.records[index].read(at_most))
                 image, exif = Image.open(content, formats=FORMATS), Image.Exif()
-                exif.load(image.info.get("exif"))       # image.getexif() would decode a PNG.
+                with suppress(Exception):
+                    exif.load(image.info.get("exif"))   # image.getexif() would decode a PNG.
                 on_its_side = exif.get(0x0112) in (5, 6, 7, 8)        # the tag Orientation
                 return image.size if on_its_side else image.size[::-1]
-        return self.picture(index).size[::-1]           # This says what is wrong, if anything is.
+        return 1, 1
 
 
 def check_problems(problems: list[str], total: int, limit: float = 0.01):

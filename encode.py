@@ -2,13 +2,11 @@
 
 Read with   App. E.1: latents and text embeddings are computed once, texts in half precision
 Not here    the networks (vae.py, text_encoders.py), pictures and the reader of shards (data.py)
-Output      a folder with index.json and shard-NNNNN.safetensors, which data.EncodedFolder reads
 Shapes      N pictures   U different captions   C latent channels   H W latent height, width
             L CLIP tokens   L' T5 tokens
 Run         python encode.py --data PATH --out DIR --resolution 256 --buckets
-            python train.py --data DIR
             torchrun --nproc_per_node 8 encode.py ...     each process makes a share of the shards
-            The same command, started again, goes on where it stopped.
+            The same command goes on where it stopped. Then python train.py --data DIR
 """
 
 import argparse
@@ -16,11 +14,9 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,8 +32,7 @@ from checkpoints import (
     FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint, given_options,
     load_components, option, portable, write_atomically)
 from data import (
-    EncodedFolder, ImageFiles, UnreadableImage, aspect_buckets, check_problems, file_hash,
-    nearest_bucket, readable)
+    EncodedFolder, ImageFiles, aspect_buckets, check_problems, file_hash, nearest_bucket, readable)
 from devices import World, autocast, command, pick_precision
 from scenes import HELD_OUT_SEED, Scenes
 
@@ -49,9 +44,9 @@ CACHE = Path("runs/cache")          # what train.py encodes by itself
 def layout(vae, text, height: int, width: int) -> dict:
     """{name: (shape, type)} of what is stored for a picture of height x width px and a caption.
 
-    vae, text: VAEConfig, TextConfig. The zeros that pad CLIP to T5's width are not stored, and
-    equal captions are stored once. A shard also has caption_start (N + 1,) and caption_row: the
-    captions of picture i are rows caption_row[caption_start[i] : caption_start[i + 1]].
+    vae, text: VAEConfig, TextConfig. The zeros that pad CLIP to T5's width are not stored. A shard
+    has N rows of moments and U rows of the others. The captions of picture i are their rows
+    caption_row[caption_start[i] : caption_start[i + 1]].
     """
     H, W = height // vae.downsampling, width // vae.downsampling
     return {
@@ -60,8 +55,7 @@ def layout(vae, text, height: int, width: int) -> dict:
         "clip_g": ((text.clip_length, text.clip_g_width), torch.float16),
         "t5": ((text.t5_length, text.t5_width), torch.float16),
         "pooled_l": ((text.clip_l_width,), torch.float32),
-        "pooled_g": ((text.clip_g_width,), torch.float32),
-    }
+        "pooled_g": ((text.clip_g_width,), torch.float32)}
 
 
 @torch.no_grad()
@@ -77,22 +71,19 @@ def encode_shard(samples, height: int, width: int, vae, text, device, precision)
     def keep(name, value):
         parts[name].append(value.to(wanted[name][1]).cpu())
 
-    samples, row_of, caption_row, caption_start = iter(samples), {}, [], [0]
+    row_of, caption_row, caption_start = {}, [], [0]
     together = max(1, min(64, 64 * 256**2 // (height * width)))
     L, l, g = text.config.clip_length, text.config.clip_l_width, text.config.clip_g_width
+    samples = (sample for sample in samples if sample[1] is not None)
     with autocast(device, precision):
         while group := list(islice(samples, together)):
-            pictures = []
-            for _, image, captions in group:
-                if image is not None:
-                    pictures.append(image)
-                    for caption in captions:
-                        caption_row.append(row_of.setdefault(caption, len(row_of)))
-                    caption_start.append(len(caption_row))
-            if pictures:
-                image = torch.from_numpy(np.stack(pictures)).to(device).float() / 127.5 - 1
-                image = image.permute(0, 3, 1, 2).contiguous()        # (n, 3, 8H, 8W)
-                keep("moments", torch.cat(vae.encode_moments(image), dim=1))
+            image = torch.from_numpy(np.stack([image for _, image, _ in group])).to(device)
+            image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+            keep("moments", torch.cat(vae.encode_moments(image), dim=1))          # (n, 2C, H, W)
+            for _, _, captions in group:
+                for caption in captions:
+                    caption_row.append(row_of.setdefault(caption, len(row_of)))
+                caption_start.append(len(caption_row))
         unique = list(row_of)
         for start in range(0, len(unique), 64):
             context, pooled = text(unique[start : start + 64])        # (n, L + L', D) and (n, P)
@@ -120,26 +111,18 @@ def contents(source, index: int):
         return index
     record = source.records[index]
     about = record.path.stat()
-    return [record.name, record.offset, record.size, about.st_size, about.st_mtime_ns, record.captions]
+    return [record.name, record.captions, record.offset, about.st_size, about.st_mtime_ns]
 
 
 def sort_by_size(source, resolution: int, buckets: bool) -> dict:
-    """{(height, width): sample numbers}, from headers. What cannot be read joins the problems."""
+    """{(height, width): sample numbers}. Only headers are read, by threads."""
     if not buckets:
-        return {(resolution, resolution): np.arange(len(source))}
+        return {(resolution, resolution): range(len(source))}
     groups = {size: [] for size in aspect_buckets(resolution)}
-
-    def nearest(index):
-        try:
-            return nearest_bucket(*source.picture_size(index), list(groups))
-        except UnreadableImage as problem:
-            source.problems.append(str(problem))
-
     with ThreadPoolExecutor(8) as threads:
-        for index, size in enumerate(threads.map(nearest, range(len(source)))):
-            groups.get(size, []).append(index)
-    check_problems(sorted(source.problems), source.found)
-    return {size: np.array(indices) for size, indices in groups.items()}
+        for index, size in enumerate(threads.map(source.picture_size, range(len(source)))):
+            groups[nearest_bucket(*size, groups)].append(index)
+    return groups
 
 
 def plan_shards(source, folder: Path, resolution, buckets, shard_size, recipe) -> list[dict]:
@@ -151,10 +134,10 @@ def plan_shards(source, folder: Path, resolution, buckets, shard_size, recipe) -
     if (folder / "index.json").is_file():
         index = EncodedFolder(folder).index
         if index.get("recipe") != recipe:
-            raise ValueError(f"{folder} was made from another source, with other encoders or other "
+            raise ValueError(f"{folder} was made from another source, with other encoders or "
                              f"settings; choose another --out, or delete that folder")
         made = {line["file"]: line for line in index["shards"]}
-    grows = isinstance(source, Scenes)                  # Shards of scenes never change: others read.
+    grows = isinstance(source, Scenes)                  # Another run may be reading its shards.
     if grows:
         source = Scenes(max(len(source), sum(line["count"] for line in made.values())), source.seed)
     for (height, width), indices in sort_by_size(source, resolution, buckets).items():
@@ -162,11 +145,12 @@ def plan_shards(source, folder: Path, resolution, buckets, shard_size, recipe) -
         while start < len(indices):
             file = f"shard-{len(lines):05}.safetensors"
             old = made.get(file, {})
-            part = indices[start : start + (old["count"] if grows and old else shard_size)].tolist()
+            count = old["count"] if grows and old else shard_size
+            part = list(indices[start : start + count])
+            start += count
             key = hash_of([recipe, height, width, [contents(source, index) for index in part]])
             line = {"file": file, "height": height, "width": width, "key": key, "indices": part}
             lines.append(describe(folder, line, old))
-            start += len(part)
     return lines
 
 
@@ -185,10 +169,9 @@ def describe(folder: Path, line: dict, old: dict) -> dict:
             return line
     except Exception:                                   # safetensors raises errors of many types.
         return line
-    about["captions"] = len(about["captions"])
+    about |= {"captions": len(about["captions"]), "bytes": file.stat().st_size}
     about["hash"] = file_hash(file)
-    known = {name: line[name] for name in ("file", "height", "width")}
-    return known | about | {"bytes": file.stat().st_size}
+    return {name: line[name] for name in ("file", "height", "width")} | about
 
 
 # ---- A folder of shards --------------------------------------------------------------------------
@@ -229,15 +212,17 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
     file, precision = find_model_file(encoders_file), pick_precision(precision, world.device)
     encoders = {"path": portable(file), "fingerprint": fingerprint(file, FROZEN),
                 "tokenizers": tokenizers and portable(tokenizers)}
-    origin = [getattr(source, "seed", ""), Path(scenes.__file__).read_text()]
-    if isinstance(source, ImageFiles):
+    if isinstance(source, Scenes):
+        origin = [source.seed, Path(scenes.__file__).read_text()]
+    else:
         origin = str(source.path.resolve())
     recipe = hash_of([origin, encoders["fingerprint"], encoders["tokenizers"], resolution, buckets,
                       shard_size, str(precision)])
     folder, lines = Path(folder or CACHE / recipe).expanduser(), []
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, world):
+    with open(folder / ".lock", "w") as lock:          # Two runs can want the same scenes.
         if world.rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             lines = plan_shards(source, folder, resolution, buckets, shard_size, recipe)
         lines = world.same(lines)
         todo = [line for line in lines if "hash" not in line][world.rank :: world.size]
@@ -247,56 +232,45 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
             lines = [done.get(line["file"], line) for line in lines]
             problems = set(source.problems).union(*[line["skipped"] for line in lines])
             check_problems(sorted(problems), source.found)
-            command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-            index = {"encoders": encoders, "recipe": recipe, "resolution": resolution,
-                     "command": command, "shards": [line for line in lines if line["count"]]}
-            text = json.dumps(index, indent=1)
-            write_atomically(folder / "index.json", lambda partial: partial.write_text(text))
+            index = json.dumps({
+                "encoders": encoders, "recipe": recipe, "resolution": resolution,
+                "command": "python " + shlex.join(sys.argv),
+                "shards": [line for line in lines if line["count"]]}, indent=1)
+            write_atomically(folder / "index.json", lambda file: file.write_text(index))
         world.any(False)                                # The index is there before others go on.
     return EncodedFolder(folder, encoders["fingerprint"])
-
-
-@contextmanager
-def locked(folder: Path, world):
-    """One run at a time writes into a folder; two can want the same scenes. A kill frees it."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        if world.rank == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def encoded(config, world, count: int):
     """(training, held-out) EncodedFolders of a run; what the cache does not have is made.
 
-    Scenes: the first `count` of config.seed, and 64 of HELD_OUT_SEED. Pictures, or a folder of
-    shards: one in fifty is held out, at most 64; a single picture is both. config: data,
-    encoders, tokenizers, resolution, seed, precision.
+    Scenes: `count` of config.seed and 64 of HELD_OUT_SEED. Pictures or shards: one in fifty is
+    held out, at most 64; a single picture is both.
     """
-    settings = {"encoders_file": config.encoders, "resolution": config.resolution, "world": world,
-                "tokenizers": config.tokenizers, "precision": config.precision}
+    settings = config.encoders, config.resolution, world
+    options = {"tokenizers": config.tokenizers, "precision": config.precision}
     if not config.data:
-        training = encode_folder(Scenes(count, config.seed), "", **settings)
-        held_out = encode_folder(Scenes(64, HELD_OUT_SEED), "", **settings)
+        training = encode_folder(Scenes(count, config.seed), "", *settings, **options)
+        held_out = encode_folder(Scenes(64, HELD_OUT_SEED), "", *settings, **options)
         return training.split(count)[1], held_out.split(64)[1]
     data = Path(config.data).expanduser()
     if (data / "index.json").is_file() or any(data.glob("shard-*.safetensors")):
         folder = EncodedFolder(data, fingerprint(find_model_file(config.encoders), FROZEN))
     else:
-        folder = encode_folder(ImageFiles(data), "", **settings)
-    if len(folder) == 1:
-        return folder, folder
-    return folder.split(min(64, max(1, len(folder) // 50)))
+        folder = encode_folder(ImageFiles(data), "", *settings, **options)
+    held_out = min(64, max(1, len(folder) // 50))
+    return folder.split(held_out) if len(folder) > 1 else (folder, folder)
+
+
+# ---- The command line ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
     """What is encoded, how, and where to."""
-    data: str = option("", "folder, .tar, .jsonl or .csv with captioned pictures; empty: drawn scenes")
+    data: str = option("", "folder, .tar, .jsonl or .csv with captioned pictures; empty: scenes")
     out: str = option("", "folder of the shards")
-    captions: str = option("", "JSONL with a synthetic caption for each picture: file_name, caption")
+    captions: str = option("", "JSONL with a synthetic caption a picture: file_name, caption")
     num_scenes: int = option(16384, "drawn scenes, without --data", 1, 10**9)
     resolution: int = option(0, "S in px; 0: 256, and 64 for scenes", 0, 4096)
     buckets: bool = option(False, "keep aspect ratios: sizes of about S x S px (Sec. 5.3.2)")
@@ -308,34 +282,29 @@ class EncodeConfig:
 
     def __post_init__(self):
         check_options(self)
-        if not self.out:
-            raise ValueError("give --out FOLDER for the shards; with --data PATH for your pictures")
+        if not self.out or (self.captions and not self.data):
+            raise ValueError("give --out FOLDER for the shards, and --data PATH for your pictures, "
+                             "to which --captions may add")
         if self.resolution % 16:
-            raise ValueError(f"--resolution {self.resolution} is not a multiple of 16 px (VAE factor "
-                             f"8 x patch 2)")
-        if self.captions and not self.data:
-            raise ValueError("--captions needs --data, the pictures that the captions belong to")
+            raise ValueError(f"--resolution {self.resolution} is not a multiple of 16 px (8 x 2)")
 
 
 def main():
     """From the command line to a folder of shards."""
-    parser = argparse.ArgumentParser(description="Encode captioned pictures once (App. E.1).",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Encode captioned pictures once (App. E.1).")
     add_options(parser, EncodeConfig)
     config = EncodeConfig(**given_options(parser.parse_args(), EncodeConfig))
-    source = ImageFiles(config.data) if config.data else Scenes(config.num_scenes)
+    source, resolution = Scenes(config.num_scenes), config.resolution or 64
+    if config.data:
+        source, resolution = ImageFiles(config.data), config.resolution or 256
     if config.captions:
         source.add_captions(config.captions)
     check_problems(source.problems, source.found)
     world = World(config.device, "ddp")
-    resolution = config.resolution or (256 if config.data else 64)
     folder = encode_folder(source, config.out, config.encoders, resolution, world, config.buckets,
                            config.shard_size, config.tokenizers, config.precision)
     if world.rank == 0:
-        shards = folder.index["shards"]
-        size = sum(line["bytes"] for line in shards)
-        print(f"{len(folder)} pictures of {len(folder.groups)} sizes in {len(shards)} shards, "
-              f"{size / 1e6:.1f} MB: python train.py --data {config.out}")
+        print(f"{len(folder)} pictures of {len(folder.groups)} sizes: train.py --data {config.out}")
     world.close()
 
 

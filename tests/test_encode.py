@@ -377,7 +377,7 @@ def test_an_encoded_folder_is_taken_as_it_is(square, cache):
 
 @pytest.mark.parametrize("options, words", [
     ({"out": "x", "resolution": 40}, "multiple of 16"), ({"data": "x"}, "give --out FOLDER"),
-    ({}, "give --out FOLDER"), ({"out": "x", "captions": "c"}, "--captions needs --data"),
+    ({}, "give --out FOLDER"), ({"out": "x", "captions": "c"}, "--data PATH for your pictures"),
     ({"out": "x", "shard_size": 0}, "--shard-size"), ({"out": "x", "num_scenes": -1}, "--num-scenes"),
     ({"out": "x", "precision": "fp8"}, "--precision")])
 def test_options_that_cannot_work_are_refused_in_one_sentence(options, words):
