@@ -1,16 +1,14 @@
 """data.py: pictures, captions, encoded shards, batches (SD3, arXiv:2403.03206v1, App. E.1).
 
-Read with   App. E.1: every picture is resized, cropped at its centre and encoded once, without
-            random augmentation. Sec. 5.3.2: all pictures of a batch have one size.
+Read with   App. E.1 (resize, crop at the centre, encode once), Sec. 5.3.2 (batches of one size)
 Not here    the networks (vae.py, text_encoders.py), the making of shards (encode.py)
 Shapes      B batch   C latent channels   H W latent height, width   L CLIP tokens   L' T5 tokens
             Pictures are uint8 RGB (height, width, 3); tensors are (3, height, width) in [-1, 1].
-Run         python data.py PATH     counts your pictures and names every file that cannot be used
+Run         python data.py PATH     shows your pictures and names every file that cannot be used
 """
 
 import argparse
 import copy
-import csv
 import hashlib
 import io
 import json
@@ -36,10 +34,9 @@ from vae import normalize, sample_code
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # No other decoder sees a foreign file.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 2**27                                       # 134 million, by the header
-MAX_BYTES = 2**30                                        # the largest picture file
+MAX_PIXELS, MAX_BYTES = 2**27, 2**30                     # of a picture, by the header; of its file
 MAX_TEXT = 2**20                                         # the longest line or caption file
-PROBLEMS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
+PROBLEMS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 # ---- One picture ---------------------------------------------------------------------------------
 
@@ -51,7 +48,7 @@ class UnreadableImage(ValueError):
 @dataclass(frozen=True)
 class Part:
     """A file, or `size` bytes of one from `offset`. That of a picture holds its captions."""
-    name: str                       # for messages: shard.tar/000001.jpg, or the path in the folder
+    name: str                       # shard.tar/000001.jpg, or the path in the folder
     path: Path
     offset: int = 0
     size: int = MAX_BYTES
@@ -67,10 +64,9 @@ class Part:
 
 
 def read_image(source, name="", background="white") -> Image.Image:
-    """A picture file as upright 8-bit RGB at its own size; the first frame of an animation.
+    """A picture (a path or a Part) as upright 8-bit RGB at its own size. Raises UnreadableImage.
 
-    source: a path or a Part. name: what errors call it. background: the colour behind transparent
-    pixels. Raises UnreadableImage.
+    name: what errors call it. background: the colour behind transparent pixels.
     """
     content = b""
     if not isinstance(source, Part):
@@ -128,10 +124,9 @@ def from_tensor(image: torch.Tensor) -> Image.Image:
 
 
 def aspect_buckets(resolution: int, step: int = 0) -> list[tuple[int, int]]:
-    """The sizes (height, width) in pixels for mixed aspect ratios at S = resolution (Sec. 5.3.2).
+    """The sizes (height, width) in px for mixed aspect ratios at S = resolution (Sec. 5.3.2).
 
     H * W is as near to S^2 as multiples of `step` allow, from 1:4 to 4:1, the flattest first.
-    step: by default 64 px from S = 512 up, and 16 px (VAE factor 8 x patch 2) below.
     """
     step = step or (64 if resolution >= 512 else 16)
     sizes = {(resolution, resolution)}
@@ -143,7 +138,7 @@ def aspect_buckets(resolution: int, step: int = 0) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket with the nearest aspect ratio, by logarithm: 2:1 and 1:2 are as far from 1:1."""
+    """The bucket of the nearest aspect ratio, by its logarithm: 2:1 and 1:2 are as far from 1:1."""
     return min(buckets, key=lambda size: abs(math.log(size[0] / size[1] * width / height)))
 
 
@@ -152,9 +147,7 @@ def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> t
 
 def read_lines(path, errors="strict") -> list[str]:
     """The lines of a UTF-8 file, split at newlines only and without a byte order mark.
-
-    errors="surrogateescape" keeps wrong bytes, so that a bad line does not spoil the others.
-    """
+    errors="surrogateescape" keeps wrong bytes, so that a bad line does not spoil the others."""
     lines, path = [], Path(path).expanduser()
     try:
         with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
@@ -168,10 +161,7 @@ def read_lines(path, errors="strict") -> list[str]:
 
 
 def clean_captions(found) -> tuple[str, ...]:
-    """Captions with their white space collapsed, without blank ones.
-
-    found: a text, a list, or a dict with these under "captions", "text" or "caption".
-    """
+    """Captions without blank ones, white space collapsed. found: a text, a list, a JSON object."""
     if isinstance(found, dict):
         found = found.get("captions") or found.get("text") or found.get("caption") or []
     kept = []
@@ -186,49 +176,47 @@ def clean_captions(found) -> tuple[str, ...]:
 
 
 class ImageFiles:
-    """Captioned pictures: a folder of pictures with .txt or .json files of the same names, or with
-    metadata.jsonl or .csv; tar files of such pairs (WebDataset); one .tar, .jsonl or .csv file.
+    """Captioned pictures: a folder of them with .txt or .json files of the same names, or with
+    metadata.jsonl; tar files of such pairs (WebDataset); one .tar or .jsonl file.
 
-    `problems` names what cannot be used; `found` counts samples with these. A text without a
-    picture (README.txt) is left alone. scenes.Scenes has the same methods.
+    `problems` names what cannot be used; `found` counts samples with these. scenes.Scenes has the
+    same methods.
     """
 
     def __init__(self, path):
         self.path, self.problems, self.records, files = Path(path).expanduser(), [], [], {}
-        tables = [self.path, self.path / "metadata.jsonl", self.path / "metadata.csv"]
-        tables = [file for file in tables if file.suffix in (".jsonl", ".csv") and file.is_file()]
+        table = self.path if self.path.suffix == ".jsonl" else self.path / "metadata.jsonl"
         tars = [self.path, *sorted(self.path.glob("*.tar"))]
         tars = [file for file in tars if file.suffix == ".tar" and not file.is_dir()]
         for tar in tars:
             self.list_tar(tar, files)
-        if tables and not tars:
-            self.read_table(tables[0])
+        if table.is_file() and not tars:
+            self.read_table(table)
         elif not tars:
             self.list_folder(files)
         self.pair_up(files)
         self.found = len(self.records) + len(self.problems)
         if not self.records:
-            state = "holds no usable" if self.path.exists() else "does not exist:"
-            raise ValueError("\n  ".join([
-                f"{path} {state} picture with a caption. Expected: a folder with tar shards, "
-                f"metadata.jsonl or .csv, or pictures with .txt captions; or one shard or table.",
-                *self.problems[:10]]))
+            expected = "a folder with tar shards, metadata.jsonl, or pictures with .txt captions"
+            problem = "holds no usable picture" if self.path.exists() else "does not exist"
+            raise ValueError("\n  ".join(
+                [f"{path} {problem}. Expected: {expected}", *self.problems[:10]]))
 
     def list_folder(self, files: dict):
         """Add every file at any depth to `files` {name: Part}; links are followed."""
         seen = set()
         for place, folders, names in os.walk(self.path, followlinks=True):
-            folders.sort()
             if os.path.realpath(place) in seen:                       # Links can form a circle.
                 folders.clear()
                 continue
             seen.add(os.path.realpath(place))
+            folders.sort()
             for file in sorted(Path(place, name) for name in names):
                 name = file.relative_to(self.path).as_posix()
                 if file.is_file():
                     files[name] = Part(name, file, 0, file.stat().st_size)
                 else:
-                    self.problems.append(f"{name}: a pipe, a device or a link that leads nowhere")
+                    self.problems.append(f"{name}: a pipe or a link that leads nowhere")
 
     def list_tar(self, path: Path, files: dict):
         """Add the files of one WebDataset shard, an uncompressed tar."""
@@ -266,38 +254,32 @@ class ImageFiles:
                         if name.endswith(".json"):
                             content = json.loads(content)
                         captions = clean_captions(content)
-                if not captions:
-                    raise ValueError("there is no caption, in a .txt or .json of the same name")
-                self.records.append(replace(picture, captions=captions))
+                self.keep(picture, captions)
             except PROBLEMS as error:
                 self.problems.append(f"{name}: {error}")
 
+    def keep(self, picture: Part, captions):
+        if not captions:
+            raise ValueError("there is no caption")
+        self.records.append(replace(picture, captions=captions))
+
     def read_table(self, table: Path):
         """A picture a line: file_name (or image) in the table's folder, and text (or captions)."""
-        folder, rows = Path(os.path.abspath(table.parent)), read_lines(table, "surrogateescape")
-        if table.suffix == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            rows = ["", *csv.DictReader(line + "\n" for line in rows)]     # Its first line is gone.
-        for number, row in enumerate(rows, 1):
+        folder = Path(os.path.abspath(table.parent))
+        for number, line in enumerate(read_lines(table, "surrogateescape"), 1):
             try:
-                if row:
-                    row = json.loads(row) if isinstance(row, str) else row
+                if line:
+                    row = json.loads(line)
                     file = Path(os.path.abspath(folder / (row.get("file_name") or row["image"])))
-                    captions = clean_captions(row)
-                    if not captions or not file.is_relative_to(folder) or not file.is_file():
-                        raise ValueError(f"{file} is not in this folder, or it has no caption")
-                    name, size = file.relative_to(folder).as_posix(), file.stat().st_size
-                    self.records.append(Part(name, file, 0, size, captions))
+                    name, size = file.relative_to(folder).as_posix(), os.path.getsize(file)
+                    self.keep(Part(name, file, 0, size), clean_captions(row))
             except PROBLEMS as error:
                 self.problems.append(
                     f'{table.name} line {number} needs a "file_name" and a "text" ({error})')
 
     def add_captions(self, path):
-        """Give every picture a synthetic caption beside its first one (Sec. 5.2.2).
-
-        path: JSONL with a line a picture: its name as `file_name`, and `caption`. ValueError names
-        a line that does not fit, or a picture that is left without.
-        """
+        """Add a synthetic caption to every picture's first (Sec. 5.2.2). path: JSONL with
+        `file_name` and `caption`. ValueError names a wrong line, or a picture left without."""
         added = {}
         for number, line in enumerate(read_lines(path), 1):
             try:
@@ -344,18 +326,17 @@ def check_problems(problems: list[str], total: int, limit: float = 0.01):
     """Say on stderr how many of `total` samples are unusable; ValueError if over `limit` are."""
     summary = f"{len(problems)} of {total} samples cannot be used"
     if len(problems) > limit * total:
-        names = "\n  ".join(problems[:10])
-        raise ValueError(f"{summary}, over {100 * limit:g} %. Mend or remove them "
-                         f"(python data.py PATH):\n  {names}")
+        raise ValueError("\n  ".join([f"{summary}, over {100 * limit:g} %. Mend or remove them "
+                                      f"(python data.py PATH):", *problems[:10]]))
     if problems:
         print(f"{summary}, the first: {problems[0]}", file=sys.stderr)
 
 
 def readable(source, wanted, limit: float = 0.01):
-    """Yield (index, uint8 (height, width, 3), captions) in order; threads read the next 64.
+    """Yield (index, uint8 (height, width, 3), captions) for each wanted (index, height, width).
 
-    wanted: (index, height, width) each. The array is None for a picture that cannot be read, which
-    joins `source.problems`. ValueError names these once they are over `limit` of all.
+    Threads read the next 64. For a picture that cannot be read the array is None, and
+    `source.problems` says why; once these are over `limit` of all, it is a ValueError.
     """
     wanted, waiting = iter(wanted), deque()
     with ThreadPoolExecutor(8) as threads:              # Decoders let other threads run.
@@ -365,11 +346,10 @@ def readable(source, wanted, limit: float = 0.01):
             if not waiting:
                 break
             index, picture = waiting.popleft()
-            image = None
             try:
                 image = picture.result()
             except UnreadableImage as error:
-                source.problems.append(str(error))
+                image = source.problems.append(str(error))            # None
             yield index, image, source.captions(index)
     check_problems(source.problems, source.found, limit)
 
@@ -386,15 +366,14 @@ class EncodedFolder:
     """The shards of a folder that encode.py made; a row is read when it is asked for.
 
     encoders: the fingerprint that they must have been made with; "" accepts any. `groups` has the
-    sample numbers of each picture size. ValueError names what is damaged, and says how to mend it.
+    sample numbers of each picture size. ValueError names what is damaged, and the mend.
     """
 
     def __init__(self, folder, encoders: str = ""):
         self.folder, self.starts, self.opened = Path(folder).expanduser(), [], {}
         file, count, groups = self.folder / "index.json", 0, {}
         if not file.is_file():
-            raise ValueError(f"{folder} has no index.json, its encoding has not finished; run the "
-                             f"same python encode.py command again, which goes on")
+            raise ValueError(f"{folder} has no index.json; run the same encode.py command again")
         try:
             self.index = json.loads(file.read_text())
             self.resolution, made_with = self.index["resolution"], self.index["encoders"]
@@ -406,12 +385,10 @@ class EncodedFolder:
             self.longest_side = max(max(size) for size in groups)
             other = encoders not in ("", made_with["fingerprint"])
         except PROBLEMS as problem:
-            raise ValueError(f"{file} is damaged ({problem!r}); delete it and run python encode.py "
-                             f"again") from None
+            raise ValueError(f"{file} is damaged ({problem!r}); delete it and run encode.py again")
         self.groups = [np.concatenate(parts) for parts in groups.values()]
         if other:
-            raise ValueError(f"{folder} was encoded with other encoders than {encoders}; "
-                             f"give --encoders {made_with['path']}, or encode again")
+            raise ValueError(f"{folder} needs --encoders {made_with['path']}, or encode it again")
 
     def __len__(self):
         return sum(len(group) for group in self.groups)
@@ -436,8 +413,8 @@ class EncodedFolder:
                 raise ValueError(f"index.json counts {line['count']} pictures in it")
             return arrays
         except (*PROBLEMS, SafetensorError) as problem:
-            raise ValueError(f"{file} is damaged ({problem}); delete it and run "
-                             f"{self.index.get('command')} again, which makes it anew") from None
+            mend = f"delete it and run {self.index.get('command')} again"
+            raise ValueError(f"{file} is damaged ({problem}); {mend}") from None
 
     def caption_rows(self, index: int) -> list[int]:
         """The rows of a sample's captions in the arrays of its shard."""
@@ -450,10 +427,8 @@ class EncodedFolder:
         return tuple(texts[row] for row in self.caption_rows(index))
 
     def read(self, indices, rows, arrays: dict) -> dict:
-        """Fill `arrays` {name: (B, ...)}, made where they do not fit, with samples of one size.
-
-        rows: the caption row of each. The caller owns `arrays`; new ones cost a third of the speed.
-        """
+        """Fill `arrays` {name: (B, ...)} with samples of one size and these rows of their captions.
+        The caller owns `arrays`. What does not fit is made new, at a third of the speed."""
         places = [self.find(index) for index in indices]
         for name in ("moments", "clip_l", "clip_g", "t5", "pooled_l", "pooled_g"):
             stored = places[0][0][name]
@@ -492,7 +467,7 @@ class Batch:
 
 
 class Batches:
-    """batches(step) is this process's share of a global batch. There is nothing to save or restore.
+    """batches(step) is this process's share of a global batch: there is nothing to save or restore.
 
     Every draw is keyed by (seed, step, index in the global batch), never by rank.
     config: seed, batch_size, encoder_dropout, full_captions. world: rank, size, device.
@@ -506,11 +481,8 @@ class Batches:
         self.per_epoch = len(self.epoch(0))
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The global batches of an epoch, (B,) sample numbers each, in shuffled order.
-
-        A size gives its whole batches; what is left over differs from epoch to epoch. A size with
-        fewer than B pictures gives one batch, in which they repeat.
-        """
+        """The global batches of an epoch, (B,) sample numbers each, in shuffled order. What fills
+        no batch of its size differs from epoch to epoch. Fewer than B pictures repeat in one."""
         if number not in self.epochs:
             rng, batches = np.random.default_rng((self.config.seed, 1, number)), []
             for group in self.folder.groups:
@@ -565,10 +537,8 @@ class Batches:
         return latent, *combine(**tensors)
 
     def validation(self, count: int):
-        """Yield (latent, context, pooled, noise) of `count` samples, a batch for each size.
-
-        They are always the same: mean codes, full captions, noise from the seed (App. B.3).
-        """
+        """Yield (latent, context, pooled, noise) of `count` samples, a batch for each size, always
+        the same: mean codes, full captions, noise from the seed (App. B.3)."""
         for group in self.folder.split(count)[1].groups:
             rows = [self.folder.caption_rows(index)[-1] for index in group]
             latent, context, pooled = self.inputs(self.folder.read(group, rows, {}))
@@ -584,12 +554,11 @@ def pick_caption(captions, draw: float, full_share: float):
 
 
 def main():
-    """Say what a path holds, and what of it cannot be used."""
-    parser = argparse.ArgumentParser(description="Count captioned pictures; nothing is written.")
-    parser.add_argument("path", help="folder, .tar, .jsonl or .csv with captioned pictures")
-    source = ImageFiles(parser.parse_args().path)
-    used, wanted = 0, [(index, 8, 8) for index in range(len(source))]
-    for index, image, captions in readable(source, wanted, limit=1):
+    """Show what a path holds, and name what of it cannot be used."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("path", help="folder, .tar or .jsonl file with captioned pictures")
+    source, used = ImageFiles(parser.parse_args().path), 0
+    for index, image, captions in readable(source, ((i, 8, 8) for i in range(len(source))), 1):
         used += image is not None
         if image is not None and used <= 5:
             print(source.name(index), source.picture_size(index), *captions, sep=" | ")

@@ -300,7 +300,7 @@ def test_other_encoders_are_refused_with_their_name(square, tmp_path, parts):
     file = tmp_path / "model.safetensors"
     save_networks(file, {"vae": other, **parts.text.encoders}, parts.text.config)
     config = SimpleNamespace(**CONFIG | {"data": str(square), "encoders": str(file)})
-    with pytest.raises(ValueError, match="give --encoders pretrained/tiny/model.safetensors"):
+    with pytest.raises(ValueError, match="needs --encoders pretrained/tiny/model.safetensors"):
         encoded(config, WORLD, 10)
 
 
