@@ -22,6 +22,7 @@ import re
 import resource
 import shutil
 import signal
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,6 @@ class TrainConfig:
 
 
 # --- The loss and one step ------------------------------------------------------------------------
-
 def flow_loss(model, batch, density, timestep_shift):
     """The paper's loss of a batch: t from a density, shifted for the resolution. Returns (B,)."""
     t = density.quantile(batch.uniform).to(batch.latent.device)                    # (B,)  Eq. 19
@@ -112,15 +112,9 @@ def flow_loss(model, batch, density, timestep_shift):
     return rectified_flow_loss(model, batch.latent, batch.context, batch.pooled, t, batch.noise)
 
 
-def flow_times(batch, density, timestep_shift):
-    """The t of flow_loss, (B,), by which the log sorts the losses."""
-    return shift_time(density.quantile(batch.uniform), timestep_shift)
-
-
 def train_step(model, optimizers, loss, batch, config):
-    """One update from this process's share of a batch: losses (B,) and the gradient's norm. It does
-    not know how many processes exist: backward() averages gradients over them, and all random
-    numbers came with the batch. If the norm is not finite, the weights stay as they are."""
+    """One update from this process's share of a batch: losses (B,) and the gradient's norm. Nothing
+    here knows how many processes exist. If the norm is not finite, the weights stay as they are."""
     device = next(model.parameters()).device
     parts = batch.split(config.accumulate) if config.accumulate > 1 else [batch]
     losses = []
@@ -138,8 +132,7 @@ def train_step(model, optimizers, loss, batch, config):
 
 
 def make_optimizers(model, config) -> list:
-    """AdamW (App. B.3), with the epsilon of Sec. 5.3.2. With "muon", Muon takes the matrices of
-    attention and MLPs; a loss then needs about half the pictures."""
+    """AdamW (App. B.3), with the epsilon of Sec. 5.3.2; or Muon for the blocks' matrices."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "joint_blocks." in name and "adaLN" not in name
@@ -178,13 +171,9 @@ def validate(model, samples, precision, loss=rectified_flow_loss, levels: int = 
 
 
 # --- The loop -------------------------------------------------------------------------------------
-
 def fit(model, loss, batches, config, run):
-    """Trains the model and returns the average of its weights. One loop trains everything.
-
-    loss(model, batch) -> (B,). batches(step) -> this process's batch, of any kind. `run` keeps what
-    comes out; if it has checkpoints, training goes on. RuntimeError if a number is not finite.
-    """
+    """Trains any model and returns the average of its weights. loss(model, batch) -> (B,).
+    batches(step) -> this process's batch, of any kind. A run that has checkpoints goes on."""
     average = copy.deepcopy(model) if run.average is None else run.average
     average.requires_grad_(False)
     optimizers = make_optimizers(model, config)
@@ -212,8 +201,7 @@ def fit(model, loss, batches, config, run):
 
 @dataclass
 class Run:
-    """A run folder: config.json, log.jsonl, loss.png, checkpoints/STEP. Rank 0 writes all of it but
-    the checkpoints, which come from all ranks together."""
+    """A run folder. All ranks write its checkpoints together, and rank 0 writes the rest."""
     folder: Path
     config: TrainConfig
     world: World = None              # if none, one is made
@@ -262,8 +250,7 @@ class Run:
             write_atomically(self.folder / "config.json", lambda path: path.write_text(about))
 
     def total_steps(self) -> int:
-        """--steps, or as many as fit into nine tenths of --minutes at the pace so far. The rest is
-        for the last pictures, the last checkpoint and the score."""
+        """--steps, or as many as fit into nine tenths of --minutes; the rest is for the score."""
         left = max(0, 54 * self.config.minutes - (time.time() - self.began))
         taken = self.done - self.first - 2                       # The first two are slow.
         if self.config.steps or taken < 1:
@@ -339,8 +326,12 @@ class Run:
         if self.skipped or not (due or self.stopping):
             return
         if self.metadata:
-            weights = devices.get_model_state_dict(average, options=devices.WHOLE)
-            save_mmdit(self.folder / "model.safetensors", average.config, weights, self.metadata)
+            weights = devices.get_model_state_dict(average, options=devices.WHOLE)    # on rank 0
+            with torch.device("meta"):
+                model_file, whole_model = self.folder / "model.safetensors", MMDiT(average.config)
+            if weights:
+                whole_model.load_state_dict(weights, assign=True)
+                save_networks(model_file, {"mmdit": whole_model}, **self.metadata)
         target = self.folder / "checkpoints" / f"{self.done:08}"
         state = run_state(model, average, optimizers, self.done, time.time() - self.began)
         devices.save_state(state, target.with_suffix(".partial"), self.world)
@@ -357,12 +348,10 @@ def read_log(file: Path, last: int) -> list[dict]:
     """The entries of a log.jsonl up to a step. What else a kill or a stranger left is dropped."""
     entries = []
     for line in file.read_text().split("\n") if file.is_file() else ():
-        try:
+        with suppress(ValueError, TypeError, LookupError, RecursionError):
             entry = json.loads(line)
             if 0 <= entry["step"] <= last:
                 entries.append(entry)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            continue
     return entries
 
 
@@ -383,18 +372,8 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{8}", p.name))
 
 
-def save_mmdit(file: Path, sizes: MMDiTConfig, weights: dict, metadata: dict):
-    """model.safetensors. Only rank 0 has weights, whole and on the CPU."""
-    if weights:
-        with torch.device("meta"):
-            model = MMDiT(sizes)
-        model.load_state_dict(weights, assign=True)
-        save_networks(file, {"mmdit": model}, **metadata)
-
-
 def draw_losses(entries: list[dict]) -> Image.Image:
-    """The loss over steps, from .01 to 10 on a log scale: the mean in black, and the tenths of t
-    from blue (near data) to red (near noise)."""
+    """The loss by step, .01 to 10 on a log scale: black, and by tenths of t blue (data) to red."""
     image = Image.new("RGB", (640, 450), "white")
     draw = ImageDraw.Draw(image)
     for entry in entries:
@@ -410,7 +389,6 @@ def draw_losses(entries: list[dict]) -> Image.Image:
 
 
 # --- A run of MM-DiT ------------------------------------------------------------------------------
-
 def model_sizes(config, vae, text, longest_side: int, start=None) -> MMDiTConfig:
     """The MM-DiT for these encoders, with the paper's positions (Sec. 5.3.2) up to longest_side px
     or twice the resolution. start: the model of --init; a released one, whose positions begin at 0,
@@ -428,8 +406,7 @@ def model_sizes(config, vae, text, longest_side: int, start=None) -> MMDiTConfig
 
 
 def make_model(sizes: MMDiTConfig, config, world: World, trained: bool) -> MMDiT:
-    """An MM-DiT without numbers yet: this process's shards, or all of it. Depth 38 is never whole
-    on a GPU. The average is not trained; the sampler's sizes vary, so it is not compiled."""
+    """An MM-DiT without numbers yet, whole or as shards. Depth 38 is never whole on a GPU."""
     with torch.device("meta"):
         model = MMDiT(sizes)
     for block in model.joint_blocks if trained else ():
@@ -470,29 +447,26 @@ def score(run, pipeline):
         pictures = generate(pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))
         return [np.asarray(picture) for picture in pictures]
 
-    config = run.config
-    count = config.num_prompts
-    if not config.steps:
-        count = min(count, math.ceil(5 * config.minutes))
-    scores = geneval(draw, count, height=config.resolution, width=config.resolution)
+    count, size = run.config.num_prompts, run.config.resolution
+    if not run.config.steps:
+        count = min(count, math.ceil(5 * run.config.minutes))
+    scores = geneval(draw, count, height=size, width=size)
     run.log(geneval=scores, num_prompts=count)
     run.say(f"{format_scores(scores)}, {count} prompts for each task")
 
 
 def departures(config) -> str:
-    """Where a run leaves the paper's numbers, in one line. (Sec. 5.3.3 has batches of 4096.)"""
+    """Where a run leaves the paper's numbers. (Sec. 5.3.3 has batches of 4096.)"""
     paper = {**PRESETS["paper"], "encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
-    differs = [name for name in paper if getattr(config, name) != paper[name]]
-    words = [f"{name} {getattr(config, name)} ({paper[name]})" for name in differs]
-    return f"not as in the paper (App. B.3): {', '.join(words) or 'nothing'}"
+    ours = asdict(config)
+    found = [f"{name} {ours[name]} ({paper[name]})" for name in paper if ours[name] != paper[name]]
+    return f"not as in the paper (App. B.3): {', '.join(found) or 'nothing'}"
 
 
 def read_config(arguments=None):
-    """The command line, over a preset or over the run that --out names: a TrainConfig, and the
-    config.json of a run that goes on, or {}."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Trains MM-DiT with rectified flow.",
-        epilog="Going on with a run unpickles a file of its checkpoints: only do it with your own.")
+    """A TrainConfig, and the config.json of the run that --out goes on with, or {}."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, epilog=(
+        "Going on with a run unpickles a file of its checkpoints: only do it with your own."))
     add_options(parser, TrainConfig)
     parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
     parser.add_argument("--resume", dest="out", help="the same as --out")
@@ -524,21 +498,15 @@ def read_config(arguments=None):
         raise ValueError(f"{file} is of another version of train.py: {problem}") from None
 
 
-def join(config) -> World:
-    """The processes of a run. ValueError for what cannot be spread over them."""
+def main(arguments=None):
+    """A whole run, from pictures to the score."""
+    config, stored = read_config(arguments)
     world = World(config.device, config.parallel, count_parameters(MMDiTConfig(config.depth)))
     if world.parallel != "ddp" and config.optimizer == "muon":
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     if config.batch_size % (world.size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of {world.size} "
                          f"processes x --accumulate {config.accumulate}")
-    return world
-
-
-def main(arguments=None):
-    """A whole run, from pictures to the score."""
-    config, stored = read_config(arguments)
-    world = join(config)
     precision = pick_precision(config.precision, world.device)
     free = (Path(f"runs/d{config.depth}-{number}") for number in range(1, 10**6))
     folder = Path(config.out) if config.out else next(path for path in free if not path.exists())
@@ -571,10 +539,10 @@ def main(arguments=None):
                 "height": config.resolution, "width": config.resolution}
     pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
     prompts = [held_out.captions(index)[0] for index in held_out.groups[0][:8]]
-    density_of_t = density(config.density)
+    t_density = density(config.density)
     run = Run(
         folder, config, world, average=average,
-        times=partial(flow_times, density=density_of_t, timestep_shift=config.timestep_shift),
+        times=lambda batch: shift_time(t_density.quantile(batch.uniform), config.timestep_shift),
         report=partial(report, pipeline=pipeline, held_out=unseen, prompts=prompts),
         metadata={"sampling": sampling, "words": () if config.data else sorted(vocabulary())},
         about={"model": asdict(sizes), "encoders": {
@@ -583,7 +551,7 @@ def main(arguments=None):
     run.say(f"MM-DiT of depth {config.depth}: {count_parameters(sizes) / 1e6:.1f} M parameters; "
             f"{len(training)} pictures of {config.resolution} px; {world.size} x {world.device}, "
             f"{precision}, {world.parallel}\n{departures(config)}")
-    loss = partial(flow_loss, density=density_of_t, timestep_shift=config.timestep_shift)
+    loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
     fit(model, loss, batches, config, run)
     conclude(run, pipeline, prompts[0])
 
