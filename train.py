@@ -55,7 +55,6 @@ PRESETS = {
     "tiny":  dict(optimizer="muon",  lr=6e-4, warmup_steps=0,    cooldown=0.8, ema=0.0,
                   ema_every=1,   batch_size=64,   resolution=64),
 }
-RATES = (1, 16)                          # of AdamW and of Muon, in units of --lr
 FIXED = ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size")      # within a run
 
 
@@ -183,7 +182,7 @@ def fit(model, loss, batches, config, run):
     with run.lock, bar:
         while run.done < run.steps and not run.stopping:
             rate = learning_rate(run.done, run.steps, config)
-            for optimizer, factor in zip(optimizers, RATES, strict=False):
+            for optimizer, factor in zip(optimizers, (1, 16), strict=False):     # 16 is Muon's.
                 optimizer.param_groups[0]["lr"] = factor * rate
             started = time.time()
             batch = batches(run.done)
@@ -228,10 +227,11 @@ class Run:
         except OSError:
             raise ValueError(f"{self.folder} is in use; choose another --out, or wait") from None
         signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
+        self.done, self.began = 0, STARTED
         state = {"step": 0, "seconds": 0.0}
         found = self.world.same(checkpoints_of(self.folder))
         while found and not state["step"]:
-            state = run_state(model, average, optimizers)
+            state = self.state(model, average, optimizers)
             try:
                 devices.load_state(state, found.pop(), self.world)
                 devices.set_optimizer_state_dict(model, optimizers, state["optimizer"])
@@ -248,6 +248,12 @@ class Run:
         if self.world.rank == 0:
             write_atomically(self.folder / "log.jsonl", lambda path: path.write_text(log))
             write_atomically(self.folder / "config.json", lambda path: path.write_text(about))
+
+    def state(self, model, average, optimizers) -> dict:
+        """What a run goes on from. Random numbers need no state: they are keyed by the step."""
+        return {"model": model.state_dict(), "average": average.state_dict(), "step": self.done,
+                "optimizer": devices.get_optimizer_state_dict(model, optimizers),
+                "seconds": time.time() - self.began}
 
     def total_steps(self) -> int:
         """--steps, or as many as fit into nine tenths of --minutes; the rest is for the score."""
@@ -293,9 +299,8 @@ class Run:
         rows, norms, waits, seconds = zip(*self.recent, strict=True)
         self.recent = []
         losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        if self.world.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 1e9
+        main_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        memory = torch.cuda.max_memory_allocated() / 1e9 or main_memory        # 0 without a GPU
         self.log(loss=mean(losses), grad_norm=mean(torch.tensor(norms)),
                  loss_by_t=[mean(losses[(10 * t).floor() == tenth]) for tenth in range(10)],
                  skipped=len(norms) - sum(map(math.isfinite, norms)), memory_gb=memory,
@@ -326,14 +331,14 @@ class Run:
         if self.skipped or not (due or self.stopping):
             return
         if self.metadata:
-            weights = devices.get_model_state_dict(average, options=devices.WHOLE)    # on rank 0
+            weights = devices.get_model_state_dict(average, options=devices.WHOLE)
             with torch.device("meta"):
-                model_file, whole_model = self.folder / "model.safetensors", MMDiT(average.config)
-            if weights:
-                whole_model.load_state_dict(weights, assign=True)
-                save_networks(model_file, {"mmdit": whole_model}, **self.metadata)
+                mmdit = MMDiT(average.config)
+            if weights:                                          # Only rank 0 has them.
+                mmdit.load_state_dict(weights, assign=True)
+                save_networks(self.folder / "model.safetensors", {"mmdit": mmdit}, **self.metadata)
         target = self.folder / "checkpoints" / f"{self.done:08}"
-        state = run_state(model, average, optimizers, self.done, time.time() - self.began)
+        state = self.state(model, average, optimizers)
         devices.save_state(state, target.with_suffix(".partial"), self.world)
         if self.world.rank == 0:
             shutil.rmtree(target, ignore_errors=True)            # A damaged one may be there.
@@ -359,12 +364,6 @@ def mean(values):
     """The mean over what is finite; None where nothing is."""
     values = values[values.isfinite()]
     return round(values.mean().item(), 6) if values.numel() else None
-
-
-def run_state(model, average, optimizers, step: int = 0, seconds: float = 0.0) -> dict:
-    """What a run goes on from. Random numbers need no state: they are keyed by the step."""
-    return {"model": model.state_dict(), "average": average.state_dict(), "step": step,
-            "optimizer": devices.get_optimizer_state_dict(model, optimizers), "seconds": seconds}
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -422,14 +421,15 @@ def make_model(sizes: MMDiTConfig, config, world: World, trained: bool) -> MMDiT
 @torch.no_grad()
 def load_weights(model: MMDiT, weights: MMDiT):
     """Starts from the weights of --init. The scales of a new QK-norm stay 1 (Sec. 5.3.2)."""
-    ours, theirs = dict(model.named_parameters()), dict(weights.named_parameters())
-    for name in sorted(ours.keys() | theirs.keys()):
-        here, there = (getattr(parts.get(name), "shape", None) for parts in (ours, theirs))
-        if here == there:
-            devices.assign(ours[name], theirs[name])
-        elif there or ".ln_" not in name:
-            raise ValueError(f"--init is of another size: {name} is {there} there and {here} here; "
-                             f"give its --depth, its --encoders and --qk-norm true")
+    theirs = dict(weights.named_parameters())
+    for name, parameter in model.named_parameters():
+        value = theirs.pop(name, parameter if ".ln_" in name else None)
+        if value is None or value.shape != parameter.shape:
+            raise ValueError(f"--init has another {name}; give its --depth and its --encoders")
+        if value is not parameter:
+            devices.assign(parameter, value)
+    if theirs:
+        raise ValueError(f"--init has {min(theirs)}; give its --depth and --qk-norm true")
     if weights.config.position_start == 0:
         model.pos_embed.copy_(weights.pos_embed)
 
@@ -478,24 +478,24 @@ def read_config(arguments=None):
     index = Path(given.get("data", "")) / "index.json"
     if given.get("data") and index.is_file():
         given.setdefault("resolution", read_json(index, {"resolution": int})["resolution"])
-    default = "paper" if given.get("depth", 0) >= 15 else "tiny"
     folder = Path(given.get("out") or "runs/none")
-    file = folder / "config.json"
     if not checkpoints_of(folder):
-        if folder.exists() and any(folder.iterdir()) and not file.is_file():
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
             raise ValueError(f"--out {folder} is no run folder; choose another")
+        default = "paper" if given.get("depth", 0) >= 15 else "tiny"
         return TrainConfig(**PRESETS[options.preset or default] | given), {}
-    stored = read_json(file, {"train": dict, "model": dict, "encoders": dict})
+    stored = read_json(folder / "config.json", {"train": dict, "model": dict, "encoders": dict})
     given = PRESETS.get(options.preset, {}) | given
     for name in FIXED:
-        if name in given and given[name] != stored["train"].get(name):
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {folder} was started with "
-                             f"{stored['train'].get(name)}, which cannot change within a run")
+        old = stored["train"].get(name)
+        if given.get(name, old) != old:
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {folder} has {old}, and "
+                             f"that cannot change within a run")
     try:
         kept = {"num_scenes": stored["train"]["num_scenes"]}     # The same pictures come again.
         return TrainConfig(**stored["train"] | given | kept), stored
     except (TypeError, KeyError) as problem:
-        raise ValueError(f"{file} is of another version of train.py: {problem}") from None
+        raise ValueError(f"{folder}/config.json is of another version: {problem}") from None
 
 
 def main(arguments=None):
@@ -557,16 +557,17 @@ def main(arguments=None):
 
 
 def conclude(run, pipeline, prompt):
-    """What to say at the end; a run on scenes that has no score yet gets one."""
+    """The score, if a run on scenes has none yet, and what to do next."""
+    folder = run.folder
     if run.stopping:
-        run.say(f"stopped by SIGTERM and saved; go on with --out {run.folder}")
+        run.say(f"stopped by SIGTERM and saved; go on with --out {folder}")
     elif run.done == run.first:
-        run.say(f"{run.folder} has done its {run.done} steps; more --steps or --minutes go on")
-    scored = any("geneval" in entry for entry in run.entries)
-    if run.config.num_prompts and not (run.config.data or run.stopping or scored):
+        run.say(f"{folder} has done its {run.done} steps; more --steps or --minutes go on")
+    scored = run.stopping or any("geneval" in entry for entry in run.entries)
+    if run.config.num_prompts and not run.config.data and not scored:
         score(run, pipeline)
-    run.say(f"the model, log.jsonl, loss.png and pictures are in {run.folder}. Next:\n"
-            f'python sample.py --checkpoint {run.folder} --prompt "{prompt}"')
+    run.say(f"the model, log.jsonl, loss.png and pictures are in {folder}. Next:\n"
+            f'python sample.py --checkpoint {folder} --prompt "{prompt}"')
     run.world.close()
 
 

@@ -578,7 +578,7 @@ def test_a_run_can_start_from_another_model_and_gain_qk_norm(theirs):
 
 @pytest.mark.parametrize("ours", [{"context_dim": 128}, {"latent_channels": 8}, {"qk_norm": False}])
 def test_a_model_of_other_sizes_is_no_start(ours):
-    with pytest.raises(ValueError, match="--init is of another size: .* give its --depth"):
+    with pytest.raises(ValueError, match="--init has .*; give its --depth"):
         train.load_weights(MMDiT(start_sizes(**ours)), MMDiT(start_sizes()))
 
 
