@@ -67,7 +67,7 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 # Where one tensor lies, and a checkpoint on the disk. networks: {"mmdit": {our name: Entry}, ...};
-# config: what tensors cannot tell; finish: {network: what turns another layout's tensors into ours}.
+# config: what tensors cannot tell; finish: {network: what makes tensors of another layout ours}.
 Entry = namedtuple("Entry", "file changed dtype shape start size")
 Model = namedtuple("Model", "path networks config finish")
 
@@ -265,13 +265,13 @@ def open_model(path, text_encoders=(), vae=None):
     return model
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def checksum(entry):
     crc = 0
     with open(entry.file, "rb") as raw:
         raw.seek(entry.start)
-        for left in range(entry.size, 0, -(2**22)):
-            crc = zlib.crc32(raw.read(min(left, 2**22)), crc)
+        for left in range(entry.size, 0, -(2**20)):
+            crc = zlib.crc32(raw.read(min(left, 2**20)), crc)
     return crc
 
 
@@ -307,12 +307,13 @@ def run_encoders(folder):
 def load_text(model, dtype, given, shapes_only):
     """(TextEncoders, {encoder: tokenizer file}) of a model. T5 leaves the range of fp16, so bf16
     takes its place. given: a folder with tokenizers in place of tokenizers/ beside the file."""
-    folder = find_path(given) if given else model.path.parent / "tokenizers"
-    clip = folder / "clip" / "merges.txt"
-    files = {"clip_l": clip, "clip_g": clip, "t5": folder / "t5" / "spiece.model"}
+    beside = model.path.parent
+    places = [find_path(given)] if given else [beside / "tokenizers", model.path, beside]
+    clip = places[0] / "clip" / "merges.txt"
+    files = {"clip_l": clip, "clip_g": clip, "t5": places[0] / "t5" / "spiece.model"}
     files = {name: files[name] for name in ENCODERS if name in model.networks}
     if not files or not all(file.is_file() for file in files.values()):
-        files = importlib.import_module("convert").find_tokenizers(model, folder)
+        files = importlib.import_module("convert").find_tokenizers(model, places)
     encoders, tokenizers, stored = {}, {}, dict(model.config.get("text", {}))
     for name, file in files.items():
         kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
@@ -384,9 +385,9 @@ def write_atomically(file, write):
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise OSError("it is a link or no regular file")
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL, 0o666))           # never through a link
+        mode = (file if file.exists() else partial).stat().st_mode
         write(partial)
-        if file.exists():
-            os.chmod(partial, file.stat().st_mode)
+        os.chmod(partial, mode)                        # save_file leaves 600 behind.
         os.replace(partial, file)
     except (OSError, SafetensorError) as problem:
         with contextlib.suppress(OSError):

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from checkpoints import (
     ENCODERS, NAMES, PREFIXES, CheckpointError, check_value, count_layers, fingerprint, find_path,
     load_components, networks_in, open_model, open_weights, read_json, read_network,
-    released_tensors, rename, save_networks, stored_config)
+    released_tensors, rename, save_networks, stored_config, write_atomically)
 
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
@@ -154,22 +154,18 @@ def from_hub(name):
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for folder in FOLDERS.values():
         wanted += [f"{folder}/*.json", f"{folder}/*.safetensors"]
-    reasons = []
-    try:
-        huggingface_hub.model_info(name, timeout=10)   # one try; a download goes on trying for 26 s
+    reason = "no model_index.json there"
+    try:                                               # the small file first
+        found = huggingface_hub.snapshot_download(name, allow_patterns="model_index.json")
+        if (Path(found) / "model_index.json").is_file():
+            return Path(huggingface_hub.snapshot_download(
+                name, allow_patterns=wanted, ignore_patterns="*.fp16*"))
     except Exception as problem:                       # whatever the HTTP library of the day raises
-        reasons.append(type(problem).__name__)
-    try:
-        folder = Path(huggingface_hub.snapshot_download(
-            name, allow_patterns=wanted, ignore_patterns="*.fp16*", local_files_only=bool(reasons)))
-        if (folder / "model_index.json").is_file():
-            return folder
-    except Exception as problem:
-        reasons.append(type(problem).__name__)
+        reason = type(problem).__name__
     raise CheckpointError(
         f"{name}: no such file or folder here, and no diffusers folder on the hub or in its cache "
-        f"({', '.join(reasons) or 'no model_index.json'}). Without a network, give the path of a "
-        f"download. For a gated one, accept its licence on its page and run `hf auth login`")
+        f"({reason}). Without a network, give the path of a download. For a gated one, accept its "
+        f"licence on its page and run `hf auth login`")
 
 
 def complete(model, text_encoders=(), vae=None):
@@ -199,9 +195,11 @@ def complete(model, text_encoders=(), vae=None):
 def take(model, place, pattern, names, given=False):
     """Take networks from a file or the files of a folder: what is missing, or what was `given`."""
     wanted = set(names) if given else set(names) - model.networks.keys()
-    files = sorted(place.glob(pattern), key=lambda file: ("fp8" in file.name, file.name))
     missing = set(wanted)
-    for file in [place] if given and not place.is_dir() else files if wanted else ():
+    files = sorted(place.glob(pattern)) if wanted else []        # fp16 comes before fp8
+    if given and not place.is_dir():
+        files = [place]
+    for file in files:
         networks, config = networks_alone(file)
         for name in missing & networks.keys():
             add(model, name, networks[name])
@@ -279,21 +277,21 @@ def fit_widths(model):
     model.config["text"] = model.config.get("text", {}) | found
 
 
-def find_tokenizers(model, folder):
-    """{encoder: tokenizer file} in `folder`, beside the model or in a diffusers folder."""
-    homes = {"clip_l": ("clip", "clip_l", "tokenizer"), "clip_g": ("clip", "clip_g", "tokenizer_2"),
+def find_tokenizers(model, places):
+    """{encoder: tokenizer file} in the first of `places` that has it, by its name or diffusers'."""
+    homes = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
              "t5": ("t5", "tokenizer_3")}
     found = {}
     for name in ENCODERS:
-        for place in (folder, model.path, model.path.parent):
+        for place in places if name in model.networks else ():
             for home in homes[name]:
-                for kind in ("spiece.model" if name == "t5" else "merges.txt", "tokenizer.json"):
-                    if name in model.networks and (place / home / kind).is_file():
+                for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
+                    if (place / home / kind).is_file():
                         found.setdefault(name, place / home / kind)
         if name in model.networks and name not in found:
-            raise CheckpointError(f"{folder}: no tokenizers there for {name}. They are vocab.json "
-                                  f"and merges.txt in clip/, spiece.model in t5/, or a "
-                                  f"tokenizer.json; give their folder with --tokenizers")
+            raise CheckpointError(
+                f"{places[0]}: no tokenizers there for {name}. They are vocab.json and merges.txt in "
+                f"clip/, spiece.model in t5/, or tokenizer.json; name a folder with --tokenizers")
     if not found:
         raise CheckpointError(f"{model.path} holds no text encoder and none lies beside it; give "
                               f"clip_l, clip_g and t5xxl files with --text-encoders")
@@ -482,7 +480,8 @@ def save_diffusers(out, parts, networks, dtype=None):
         else:
             index[folder] = ["diffusers", config["_class_name"]]
         file = "model.safetensors" if name in TOKENIZERS else "diffusion_pytorch_model.safetensors"
-        save_file(tensors, out / folder / file, {"format": "pt", "config": stored})
+        save = functools.partial(save_file, tensors, metadata={"format": "pt", "config": stored})
+        write_atomically(out / folder / file, save)
     shift = parts.sampling.get("timestep_shift", 3.0)
     write_json(out / "scheduler/scheduler_config.json", EXPECTED["scheduler"] | {"shift": shift})
     write_json(out / "model_index.json", index)

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+import convert
 from checkpoints import (
-    CLIP_NAMES, FROZEN, NAMES, PREFIXES, SHIPPED, T5_NAMES, CheckpointError, add_options,
+    CLIP_NAMES, FROZEN, PREFIXES, SHIPPED, T5_NAMES, CheckpointError, add_options,
     check_options, find_model_file, fingerprint, given_options, load_components, open_model,
     open_weights, option, portable, read_json, read_network, released_tensors, rename,
     save_networks, write_atomically)
@@ -383,9 +384,10 @@ def test_a_run_folder_takes_its_encoders_from_the_file_it_was_trained_with(
 
 
 def test_a_run_folder_refuses_other_encoders_and_never_asks_the_hub(
-        model_folder, networks, tmp_path):
+        model_folder, networks, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="fingerprint is not 0123456789abcdef"):
         load_components(run_folder(model_folder, tmp_path / "a", networks, "0123456789abcdef"))
+    monkeypatch.setattr(convert, "from_hub", lambda name: pytest.fail(name))
     with pytest.raises(CheckpointError, match="someone/repo: no such file or folder"):
         load_components(run_folder(model_folder, tmp_path / "b", networks, path="someone/repo"))
 
@@ -399,6 +401,8 @@ def test_what_is_missing_in_a_folder_is_said_with_the_way_out(model_folder, netw
     save_networks(tmp_path / "vae.safetensors", {"vae": networks["vae"]})
     with pytest.raises(CheckpointError, match="holds no mmdit, only vae.*--vae"):
         load_components(tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match="empty: no tokenizers there"):
+        load_components(model_folder, ("text",), tokenizers=tmp_path / "empty")
     shutil.rmtree(model_folder / "tokenizers")
     with pytest.raises(CheckpointError, match="no tokenizers there.*--tokenizers"):
         load_components(model_folder, ("text",))
@@ -408,8 +412,8 @@ def test_a_tokenizer_of_another_model_is_refused(model_folder):
     """Ids beyond the table of embeddings, or shifted ids, would give wrong pictures in silence."""
     file = model_folder / "tokenizers" / "clip" / "vocab.json"
     vocabulary = json.loads(file.read_text())
-    for name, changed in (("short", {word: i - 1 for word, i in vocabulary.items() if i}),
-                          ("shifted", {word: i + 1 for word, i in vocabulary.items()})):
+    for step in (-1, 1):
+        changed = {word: i + step for word, i in vocabulary.items() if i + step >= 0}
         file.write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match="tokenizer"):
             load_components(model_folder, ("text",))
@@ -455,7 +459,7 @@ def test_a_writer_writes_beside_the_file_until_it_is_whole_and_keeps_its_mode(tm
     write_atomically(file, write)
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    write_atomically(tmp_path / "fresh", write=lambda partial: partial.write_text("new"))
+    write_atomically(tmp_path / "fresh", lambda partial: save_file({"x": torch.ones(1)}, partial))
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "fresh").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -485,7 +489,7 @@ def test_the_fingerprint_covers_every_tensor_to_its_last_byte(saved, tmp_path):
     names = [name for name in load_file(saved) if name != TABLE]
     for i, name in enumerate(names[::40] + [PREFIXES["t5"] + "shared.weight"]):
         file = tmp_path / f"{i}.safetensors"
-        changed = resave(saved, file, lambda x: x[name].view(-1)[-1].add_(1))
+        changed = resave(saved, file, lambda x, name=name: x[name].view(-1)[-1].add_(1))
         seen.add(fingerprint(changed))
     assert len(seen) == len(names[::40]) + 2
     file = tmp_path / "scale.safetensors"

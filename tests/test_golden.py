@@ -7,7 +7,6 @@ which they are computed, so that a failure names the first one that differs.
 """
 
 import json
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -120,7 +119,7 @@ def test_mmdit_equals_the_reference_from_tokens_to_velocity(case):
         context, pooled = case.io[f"{run}.context"], case.io[f"{run}.y"]
         out = model(x, t, context, pooled)
         ours = {"t_emb": model.t_embedder(timestep_embedding(t)), "tokens_in": model.embed_image(x),
-                "cond": model.embed_cond(t, pooled), "context_in": model.embed_text(context),
+                "cond": model.embed_cond(t, pooled), "context_in": model.context_embedder(context),
                 "block0.context": seen["block0"][0], "block0.x": seen["block0"][1],
                 "tokens_out": seen["tokens_out"], "out": out}
         for part, value in ours.items():
