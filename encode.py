@@ -44,8 +44,8 @@ CACHE = Path("runs/cache")          # what train.py encodes by itself
 def layout(vae, text, height: int, width: int) -> dict:
     """{name: (shape, type)} of what is stored for a picture of height x width px and a caption.
 
-    vae, text: VAEConfig, TextConfig. The zeros that pad CLIP to T5's width are not stored. A shard
-    has N rows of moments and U rows of the others. The captions of picture i are their rows
+    The zeros that pad CLIP to T5's width are not stored. A shard has N rows of moments and U rows
+    of the others. The captions of picture i are their rows
     caption_row[caption_start[i] : caption_start[i + 1]].
     """
     H, W = height // vae.downsampling, width // vae.downsampling
@@ -61,10 +61,7 @@ def layout(vae, text, height: int, width: int) -> dict:
 @torch.no_grad()
 def encode_shard(samples, height: int, width: int, vae, text, device, precision):
     """Encode what `readable` yields, of one size: (tensors as in `layout`, the U captions).
-
-    64 pictures or captions go together, and fewer pictures of more than 256 x 256 px. So the
-    numbers depend on the samples alone.
-    """
+    64 go together, fewer of more than 256 x 256 px: the numbers depend on the samples alone."""
     wanted = layout(vae.config, text.config, height, width)
     parts = {name: [torch.zeros(0, *shape, dtype=kind)] for name, (shape, kind) in wanted.items()}
 
@@ -127,15 +124,13 @@ def sort_by_size(source, resolution: int, buckets: bool) -> dict:
 
 def plan_shards(source, folder: Path, resolution, buckets, shard_size, recipe) -> list[dict]:
     """The lines of index.json, one a shard. A shard that has to be made has no "hash" yet.
-
-    ValueError if the folder was made by another recipe.
-    """
+    ValueError if the folder was made by another recipe."""
     lines, made = [], {}
     if (folder / "index.json").is_file():
         index = EncodedFolder(folder).index
         if index.get("recipe") != recipe:
-            raise ValueError(f"{folder} was made from another source, with other encoders or "
-                             f"settings; choose another --out, or delete that folder")
+            raise ValueError(f"{folder} was made from another source, by other encoders or "
+                             f"settings; choose another --out")
         made = {line["file"]: line for line in index["shards"]}
     grows = isinstance(source, Scenes)                  # Another run may be reading its shards.
     if grows:
@@ -156,9 +151,7 @@ def plan_shards(source, folder: Path, resolution, buckets, shard_size, recipe) -
 
 def describe(folder: Path, line: dict, old: dict) -> dict:
     """What index.json says of a shard; `line` itself if it is missing, damaged or out of date.
-
-    old: the line that index.json has, or {}. It saves a look into the file.
-    """
+    old: the line that index.json has, or {}. It saves a look into the file."""
     file = folder / line["file"]
     try:
         if old.get("key") == line["key"] and old["bytes"] == file.stat().st_size:
@@ -172,9 +165,6 @@ def describe(folder: Path, line: dict, old: dict) -> dict:
     about |= {"captions": len(about["captions"]), "bytes": file.stat().st_size}
     about["hash"] = file_hash(file)
     return {name: line[name] for name in ("file", "height", "width")} | about
-
-
-# ---- A folder of shards --------------------------------------------------------------------------
 
 
 def make_shards(lines, folder: Path, source, file, tokenizers, world, precision) -> list[dict]:
@@ -205,16 +195,15 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
                   shard_size=512, tokenizers="", precision="auto") -> EncodedFolder:
     """Everything that a source holds, as shards; those that are there and up to date are kept.
 
-    folder: "" stands for one in CACHE, named after the recipe. A set of Scenes grows there and
-    never shrinks. The processes of `world` share the work. ValueError if the folder was made by
-    another recipe, or if over one per cent of the pictures cannot be read.
+    folder: "" stands for one in CACHE. A set of Scenes grows and never shrinks. The processes of
+    `world` share the work. ValueError if another recipe made the folder, or if over one per cent
+    of the pictures cannot be read.
     """
     file, precision = find_model_file(encoders_file), pick_precision(precision, world.device)
     encoders = {"path": portable(file), "fingerprint": fingerprint(file, FROZEN),
                 "tokenizers": tokenizers and portable(tokenizers)}
-    if isinstance(source, Scenes):
-        origin = [source.seed, Path(scenes.__file__).read_text()]
-    else:
+    origin = [getattr(source, "seed", ""), Path(scenes.__file__).read_text()]
+    if isinstance(source, ImageFiles):
         origin = str(source.path.resolve())
     recipe = hash_of([origin, encoders["fingerprint"], encoders["tokenizers"], resolution, buckets,
                       shard_size, str(precision)])
@@ -242,27 +231,20 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
 
 
 def encoded(config, world, count: int):
-    """(training, held-out) EncodedFolders of a run; what the cache does not have is made.
-
-    Scenes: `count` of config.seed and 64 of HELD_OUT_SEED. Pictures or shards: one in fifty is
-    held out, at most 64; a single picture is both.
-    """
+    """(training, held-out) EncodedFolders of a run; what the cache does not have is made. Held out
+    are 64 scenes of HELD_OUT_SEED, or one picture in fifty, at most 64; a single one is both."""
     settings = config.encoders, config.resolution, world
     options = {"tokenizers": config.tokenizers, "precision": config.precision}
     if not config.data:
         training = encode_folder(Scenes(count, config.seed), "", *settings, **options)
         held_out = encode_folder(Scenes(64, HELD_OUT_SEED), "", *settings, **options)
         return training.split(count)[1], held_out.split(64)[1]
-    data = Path(config.data).expanduser()
-    if (data / "index.json").is_file() or any(data.glob("shard-*.safetensors")):
-        folder = EncodedFolder(data, fingerprint(find_model_file(config.encoders), FROZEN))
+    if any(Path(config.data).expanduser().glob("shard-*.safetensors")):
+        folder = EncodedFolder(config.data, fingerprint(find_model_file(config.encoders), FROZEN))
     else:
-        folder = encode_folder(ImageFiles(data), "", *settings, **options)
+        folder = encode_folder(ImageFiles(config.data), "", *settings, **options)
     held_out = min(64, max(1, len(folder) // 50))
     return folder.split(held_out) if len(folder) > 1 else (folder, folder)
-
-
-# ---- The command line ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -299,13 +281,12 @@ def main():
         source, resolution = ImageFiles(config.data), config.resolution or 256
     if config.captions:
         source.add_captions(config.captions)
-    check_problems(source.problems, source.found)
     world = World(config.device, "ddp")
     folder = encode_folder(source, config.out, config.encoders, resolution, world, config.buckets,
                            config.shard_size, config.tokenizers, config.precision)
+    world.close()
     if world.rank == 0:
         print(f"{len(folder)} pictures of {len(folder.groups)} sizes: train.py --data {config.out}")
-    world.close()
 
 
 if __name__ == "__main__":

@@ -712,7 +712,10 @@ def test_with_one_size_an_epoch_is_a_permutation_without_what_fills_no_batch(tmp
 
 def test_a_set_of_one_picture_can_be_trained_on(tmp_path):
     folder = EncodedFolder(write_shards(tmp_path / "one", [(1, 4, 4)]))
-    assert make_batches(folder).indices(5) == [0, 0, 0, 0]
+    batches = make_batches(folder)
+    assert batches.indices(5) == [0, 0, 0, 0]
+    noise = [sample.flatten()[0].item() for step in (5, 6) for sample in batches(step).noise]
+    assert len(set(noise)) == 8                                       # Every sample has its own.
 
 
 def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(mixed):
@@ -764,6 +767,7 @@ def test_a_batch_holds_what_is_stored(mixed):
         mean, logvar = torch.from_numpy(arrays["moments"][i]).float().chunk(2)
         noise = (batch.latent[k] / VAE.vae_scale + VAE.vae_shift - mean) / torch.exp(logvar / 2)
         assert noise.abs().max() < 6 and not torch.allclose(noise, batch.noise[k], atol=0.1)
+        assert 0.5 < noise.std() < 1.5                                # The code is drawn.
         context = torch.zeros(9, 6)
         context[:4, :3] = torch.from_numpy(arrays["clip_l"][row])
         context[:4, 3:5] = torch.from_numpy(arrays["clip_g"][row])
