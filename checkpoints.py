@@ -455,20 +455,16 @@ def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
         raise ValueError(f"{name} {value!r:.80} must be {rule}")
 
 
-def flag(item):
-    return "--" + item.name.replace("_", "-")
-
-
 def check_options(config):
     """Check every option of a frozen dataclass, in its __post_init__. Lists become tuples."""
     for item in fields(config):
         value, kind = getattr(config, item.name), item.type
-        values = [value]
+        name, values = "--" + item.name.replace("_", "-"), [value]
         if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, list | tuple):
             object.__setattr__(config, item.name, tuple(value))
             kind, values = kind.__args__[0], value
         for one in values if "rule" in item.metadata else ():
-            check_value(flag(item), one, kind, *item.metadata["rule"])
+            check_value(name, one, kind, *item.metadata["rule"])
 
 
 def add_options(parser, kind):
@@ -485,7 +481,8 @@ def add_options(parser, kind):
         if item.metadata["rule"][2]:
             text += " Choices: " + ", ".join(item.metadata["rule"][2])
         flags = ["--shift"] if item.name == "timestep_shift" else []
-        parser.add_argument(*flags, flag(item), dest=item.name, help=text, **settings)
+        flags.append("--" + item.name.replace("_", "-"))
+        parser.add_argument(*flags, dest=item.name, help=text, **settings)
 
 
 def given_options(options, kind):

@@ -290,7 +290,7 @@ def find_tokenizers(model, places):
                         found.setdefault(name, place / home / kind)
         if name in model.networks and name not in found:
             raise CheckpointError(
-                f"{places[0]}: no tokenizers there for {name}. They are vocab.json and merges.txt in "
+                f"{places[0]}: no tokenizers there for {name}. They are vocab.json, merges.txt in "
                 f"clip/, spiece.model in t5/, or tokenizer.json; name a folder with --tokenizers")
     if not found:
         raise CheckpointError(f"{model.path} holds no text encoder and none lies beside it; give "
