@@ -174,8 +174,7 @@ def read_network(name, model, dtype=torch.float32, shapes_only=False):
             tensors = model.finish[name](tensors)
         if name == "clip_l":             # SD3 does not project it; some files carry an identity.
             tensors.pop("projection.weight", None)
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        kind, config = infer_config(name, shapes, model.config.get(name, {}))
+        kind, config = infer_config(name, tensors, model.config.get(name, {}))
         with torch.device("meta"):
             network = kind(config)
         network.load_state_dict(tensors, strict=True, assign=True)
@@ -189,12 +188,13 @@ def read_network(name, model, dtype=torch.float32, shapes_only=False):
 
 def count_layers(names, before, after="."):
     """How many different numbers stand between `before` and `after` in the names."""
-    pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    return len({match[1] for match in map(pattern.match, names) if match})
+    pattern = r"(?:^|\n)" + re.escape(before) + r"(\d+)" + re.escape(after)
+    return len(set(re.findall(pattern, "\n".join(names))))
 
 
-def infer_config(name, shapes, stored):
+def infer_config(name, tensors, stored):
     """(class, config) of a network: sizes from shapes, and from `stored` what they cannot tell."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if name == "mmdit":
         width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
         depth = count_layers(shapes, "joint_blocks.")
@@ -370,7 +370,7 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
             setattr(parts, name, read_network(name, source, dtype, shapes_only))
     if "text" in wanted:
         parts.text, parts.tokenizers = load_text(frozen, dtype, tokenizers, shapes_only)
-        parts.missing = tuple(name for name in ENCODERS if name not in parts.tokenizers)
+        parts.missing = tuple(sorted(set(ENCODERS) - parts.tokenizers.keys()))
     return parts
 
 
@@ -487,8 +487,11 @@ def add_options(parser, kind):
 
 def given_options(options, kind):
     """{field: value} of the options of `kind` that were given on the command line."""
-    names = [item.name for item in fields(kind) if getattr(options, item.name, None) is not None]
-    return {name: getattr(options, name) for name in names}
+    given = {}
+    for name, value in vars(options).items():
+        if value is not None and name in kind.__dataclass_fields__:
+            given[name] = value
+    return given
 
 
 def read_json(file, kinds=None):
