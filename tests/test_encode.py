@@ -248,14 +248,16 @@ def test_twenty_kills_at_any_instant_leave_equal_bytes(square, tmp_path):
 
 
 def test_a_second_start_writes_nothing_and_a_replaced_picture_is_encoded_again(pictures, tmp_path):
-    out = tmp_path / "out"
+    out, picture = tmp_path / "out", pictures / "5.png"
+    size = Image.open(picture).size[::-1]
+    picture.write_bytes(picture.read_bytes().ljust(4000, b"\0"))
     folder = make(out, ImageFiles(pictures), shard_size=4)
     before = [folder.read([i], [0], {})["moments"] for i in (4, 5)]
     first, old = stamps(out), contents(out)
     make(out, ImageFiles(pictures), shard_size=4)
     assert stamps(out) == first
-    picture = pictures / "5.png"
-    Image.fromarray(Scenes(12, seed=9).image(5, *Image.open(picture).size[::-1])).save(picture)
+    Image.fromarray(Scenes(12, seed=9).image(5, *size)).save(picture)
+    picture.write_bytes(picture.read_bytes().ljust(4000, b"\0"))      # a file of the same size
     after = make(out, ImageFiles(pictures), shard_size=4)
     assert {name for name in old if contents(out)[name] != old[name]} == {"shard-00001.safetensors"}
     after = [after.read([i], [0], {})["moments"] for i in (4, 5)]
