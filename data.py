@@ -254,14 +254,11 @@ class ImageFiles:
                         if name.endswith(".json"):
                             content = json.loads(content)
                         captions = clean_captions(content)
-                self.keep(picture, captions)
+                if not captions:
+                    raise ValueError("there is no caption")
+                self.records.append(replace(picture, captions=captions))
             except PROBLEMS as error:
                 self.problems.append(f"{name}: {error}")
-
-    def keep(self, picture: Part, captions):
-        if not captions:
-            raise ValueError("there is no caption")
-        self.records.append(replace(picture, captions=captions))
 
     def read_table(self, table: Path):
         """A picture a line: file_name (or image) in the table's folder, and text (or captions)."""
@@ -271,8 +268,10 @@ class ImageFiles:
                 if line:
                     row = json.loads(line)
                     file = Path(os.path.abspath(folder / (row.get("file_name") or row["image"])))
-                    name, size = file.relative_to(folder).as_posix(), os.path.getsize(file)
-                    self.keep(Part(name, file, 0, size), clean_captions(row))
+                    name, captions = file.relative_to(folder).as_posix(), clean_captions(row)
+                    if not captions:
+                        raise ValueError("there is no caption")
+                    self.records.append(Part(name, file, 0, file.stat().st_size, captions))
             except PROBLEMS as error:
                 self.problems.append(
                     f'{table.name} line {number} needs a "file_name" and a "text" ({error})')
@@ -385,7 +384,7 @@ class EncodedFolder:
             self.longest_side = max(max(size) for size in groups)
             other = encoders not in ("", made_with["fingerprint"])
         except PROBLEMS as problem:
-            raise ValueError(f"{file} is damaged ({problem!r}); delete it and run encode.py again")
+            raise ValueError(f"{file} is damaged ({problem!r}); delete it, encode again") from None
         self.groups = [np.concatenate(parts) for parts in groups.values()]
         if other:
             raise ValueError(f"{folder} needs --encoders {made_with['path']}, or encode it again")

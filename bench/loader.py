@@ -39,7 +39,9 @@ def write_shards(folder: Path, shards: int, count: int, resolution: int) -> int:
     """Random shards of SD3's sizes, one caption for each picture. Returns the bytes of a sample."""
     lines, wanted = [], layout(VAEConfig(), TextConfig(), resolution, resolution)
     for number in range(shards):
-        tensors = {name: torch.randn(count, *shape).to(kind) for name, (shape, kind) in wanted.items()}
+        tensors = {}
+        for part, (shape, kind) in wanted.items():
+            tensors[part] = torch.randn(count, *shape).to(kind)
         tensors |= {"caption_start": torch.arange(count + 1), "caption_row": torch.arange(count)}
         file = folder / f"shard-{number:05}.safetensors"
         captions = [str(i) for i in range(count)]
@@ -63,7 +65,7 @@ def sequential(folder: Path, block: int) -> float:
     return total / (time.perf_counter() - start)
 
 
-def gathered(folder: EncodedFolder, arrays: dict, batch_size: int, epoch: int, sample: int) -> float:
+def gathered(folder: EncodedFolder, arrays: dict, batch_size, epoch, sample) -> float:
     """Bytes per second of one epoch in shuffled order."""
     order = np.random.default_rng(epoch).permutation(len(folder))
     start = time.perf_counter()

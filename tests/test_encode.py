@@ -55,11 +55,11 @@ def make(out, source=None, resolution=32, **options):
     return encode_folder(source or Scenes(130), out, SHIPPED, resolution, WORLD, **options)
 
 
-def run(*arguments, launcher=(), **options):
+def run(*arguments, launcher=()):
     """encode.py as a command."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, *launcher, "encode.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **options)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def contents(folder):
@@ -122,7 +122,8 @@ def test_a_shard_takes_what_the_layout_says_and_equal_captions_once(square, part
         tensors = load_file(square / line["file"])
         for name, (shape, kind) in wanted.items():
             assert tensors[name].dtype == kind and tensors[name].shape[1:] == shape
-        assert line["captions"] == len(tensors["t5"]) == len(set(captions_of(square / line["file"])))
+        captions = captions_of(square / line["file"])
+        assert line["captions"] == len(tensors["t5"]) == len(set(captions))
         assert len(tensors["caption_row"]) == 2 * line["count"]       # two captions for each
 
 
@@ -203,13 +204,14 @@ def test_two_processes_write_the_shards_of_one_and_the_bar_counts_pictures(squar
     result = run(*SCENES, "--out", tmp_path / "two", launcher=launcher)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "two") == contents(square)
-    ours, expected = (json.loads((f / "index.json").read_text()) for f in (tmp_path / "two", square))
+    folders = (tmp_path / "two", square)
+    ours, expected = (json.loads((f / "index.json").read_text()) for f in folders)
     assert ours["shards"] == expected["shards"]
     assert "/66 [" in result.stderr and "130 pictures" in result.stdout     # rank 0's: 64 + 2
 
 
 def test_after_a_kill_only_the_missing_shards_are_made(square, tmp_path):
-    """SIGKILL once the first shard is there; the second start keeps it and ends with equal bytes."""
+    """SIGKILL once the first shard is there; the second start keeps it; the bytes are equal."""
     folder = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "encode.py", *SCENES, "--out", str(folder)], cwd=ROOT,
@@ -316,7 +318,7 @@ def test_an_unreadable_picture_is_left_out_and_over_one_per_cent_stop_it(picture
     source.found = 100                                                # as if there were so many
     folder = make(tmp_path / "out", source, shard_size=4)
     assert len(folder) == 11 and folder.captions(5) == Scenes(12).captions(6)
-    source = ImageFiles(pictures)                                     # The second start still knows.
+    source = ImageFiles(pictures)                                     # A second start knows.
     with pytest.raises(ValueError, match=r"1 of 12(.|\n)*5\.png"):
         make(tmp_path / "out", source, shard_size=4)
 
@@ -343,7 +345,8 @@ def test_scenes_are_encoded_as_needed_kept_and_extended(cache, monkeypatch):
     first = training.read([69], training.caption_rows(69)[:1], {})
     before = {file: file.stat().st_mtime_ns for file in cache.rglob("shard-*")}
     more, _ = encoded(config, WORLD, 90)
-    assert len(more) == 90 and scenes_made(cache) == 154 and more.captions(89) == Scenes(90).captions(89)
+    assert len(more) == 90 and scenes_made(cache) == 154
+    assert more.captions(89) == Scenes(90).captions(89)
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in before.items())
     monkeypatch.setattr(encode, "load_components", None)              # Nothing is encoded any more.
     fewer, _ = encoded(config, WORLD, 65)
@@ -380,7 +383,7 @@ def test_an_encoded_folder_is_taken_as_it_is(square, cache):
 @pytest.mark.parametrize("options, words", [
     ({"out": "x", "resolution": 40}, "multiple of 16"), ({"data": "x"}, "give --out FOLDER"),
     ({}, "give --out FOLDER"), ({"out": "x", "captions": "c"}, "--data PATH for your pictures"),
-    ({"out": "x", "shard_size": 0}, "--shard-size"), ({"out": "x", "num_scenes": -1}, "--num-scenes"),
+    ({"out": "x", "shard_size": 0}, "--shard-size"), ({"num_scenes": -1}, "--num-scenes"),
     ({"out": "x", "precision": "fp8"}, "--precision")])
 def test_options_that_cannot_work_are_refused_in_one_sentence(options, words):
     with pytest.raises(ValueError, match=words) as error:
