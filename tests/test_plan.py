@@ -1,5 +1,6 @@
-"""plan.py: the paper's parameter counts, FLOPs and saved activations as torch counts them, sums worked by hand, refusals."""
+"""plan.py: parameters by hand, FLOPs and saved activations as torch counts them, refusals."""
 
+import functools
 import sys
 import weakref
 from dataclasses import replace
@@ -16,17 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmdit
-from mmdit import MMDiT, count_parameters
+from devices import World
+from mmdit import MMDiT
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import plan as planner
 from plan import Plan, forward_flops, memory, parameter_counts
 
-from train import World
-
-# no product of these is a width: saved tensors cannot be taken for weights
-SMALL = Plan(depth=2, resolution=240, text_tokens=60, batch_size=2, world=1, strategy="ddp", device="cpu")
+# No product of these is a width, so that saved tensors cannot be taken for weights.
+SMALL = Plan(depth=2, resolution=240, text_tokens=60, batch_size=2, world=1, strategy="ddp",
+             device="cpu")
 
 
 def small_model(plan):
@@ -37,9 +37,10 @@ def small_model(plan):
         for parameter in model.parameters():
             parameter.normal_(0, 0.02, generator=rng)
     B, side, sizes = plan.local_batch, plan.resolution // 8, plan.sizes
-    inputs = [torch.randn(shape, generator=rng) for shape in
-              ((B, sizes.latent_channels, side, side), (B, plan.text_tokens, sizes.context_dim), (B, sizes.pooled_dim))]
-    return model, (inputs[0], torch.rand(B, generator=rng), *inputs[1:])
+    latent = torch.randn(B, sizes.latent_channels, side, side, generator=rng)
+    context = torch.randn(B, plan.text_tokens, sizes.context_dim, generator=rng)
+    pooled = torch.randn(B, sizes.pooled_dim, generator=rng)
+    return model, (latent, torch.rand(B, generator=rng), context, pooled)
 
 
 def compute(plan):
@@ -48,18 +49,20 @@ def compute(plan):
 
 
 def saved_bytes(plan):
-    """Bytes that autograd keeps after the forward pass, each storage once; weights and their bf16 copies are not activations."""
+    """Bytes that autograd keeps after the forward pass, each storage once. Weights and their bf16
+    copies are not activations."""
     model, inputs = small_model(plan)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape)[::-1] for p in model.parameters()}
-    storages, alive = {}, []
+    weights, shapes, storages, alive = set(), set(), {}, []
+    for parameter in model.parameters():
+        weights.add(parameter.untyped_storage().data_ptr())
+        shapes |= {tuple(parameter.shape), tuple(parameter.shape)[::-1]}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         copied_weight = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
         if storage.data_ptr() not in weights and not copied_weight:
             storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)                                                  # so that no address is used twice
+            alive.append(tensor)                                  # so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), compute(plan):
@@ -67,19 +70,29 @@ def saved_bytes(plan):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("depth, billions", [(15, 0.496), (18, 0.856), (24, 2.028), (30, 3.962), (38, 8.057)])
+@pytest.mark.parametrize("depth, billions", [(24, 2), (38, 8)])
 def test_parameters_are_those_of_the_papers_models(depth, billions):
-    plan = Plan(depth=depth, qk_norm=depth == 38)
-    assert round(parameter_counts(plan.sizes)["total"] / 1e9, 3) == billions
-    assert parameter_counts(plan.sizes)["total"] == count_parameters(plan.sizes)
+    assert round(parameter_counts(Plan(depth=depth).sizes)["total"] / 1e9) == billions
 
 
-@pytest.mark.parametrize("variant", [{}, {"dual_attention_layers": 1}, {"clip_tokens": 4}])
+def test_parameters_by_hand():
+    """A column of a block has 18 D^2 weights, 15 D biases and 2 x 64 of QK-norm. Text features are
+    4096 and 2048 wide, a patch has 2 x 2 x 16 numbers and the embedding of time has 256."""
+    D, depth = 64 * 3, 3
+    column, unused = 18 * D**2 + 15 * D + 2 * 64, 13 * D**2 + 10 * D
+    embedders = (256 * D + D) + (2048 * D + D) + 2 * (D**2 + D)
+    outside = embedders + (64 * D + D) + (4096 * D + D) + (2 * D**2 + 2 * D) + (64 * D + 64)
+    assert parameter_counts(Plan(depth=depth).sizes) == {
+        "block": 2 * column, "outside": outside, "embedders": embedders,
+        "total": 2 * depth * column - unused + outside}
+
+
+@pytest.mark.parametrize("dual_attention_layers", [0, 1])
 @pytest.mark.parametrize("depth, side, text_tokens", [(1, 8, 5), (3, 16, 90)])
-def test_forward_flops_are_those_that_torch_counts(depth, side, text_tokens, variant):
+def test_forward_flops_are_those_that_torch_counts(depth, side, text_tokens, dual_attention_layers):
     """Exactly."""
     plan = replace(SMALL, depth=depth, resolution=8 * side, text_tokens=text_tokens, batch_size=1)
-    sizes = replace(plan.sizes, **variant)
+    sizes = replace(plan.sizes, dual_attention_layers=dual_attention_layers)
     _, inputs = small_model(plan)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         MMDiT(sizes)(*inputs)
@@ -88,9 +101,9 @@ def test_forward_flops_are_those_that_torch_counts(depth, side, text_tokens, var
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("depth", [2, 4])
 def test_activation_formula_is_what_autograd_keeps(depth, precision, qk_norm):
-    """Within 0.7 %, and each further block exactly."""
+    """Within 0.7 %. With a single head, merging the heads would not copy."""
     plan = replace(SMALL, depth=depth, precision=precision, qk_norm=qk_norm)
     assert planner.activation_bytes(plan) == pytest.approx(saved_bytes(plan), rel=0.007)
 
@@ -104,7 +117,7 @@ def test_fused_attention_keeps_no_scores(precision, monkeypatch):
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the tensors that are alive, from their storages; `highest` is what the plan calls peak."""
+    """Bytes of the tensors that are alive, by storage; `highest` is what the plan calls peak."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -136,8 +149,10 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_peak_of_a_step_is_the_plans(accumulate, recompute, precision):
-    """Second step of AdamW with EMA, on one process, within 10 %. Kernels' own scratch space does not show here."""
-    plan = replace(SMALL, depth=3, batch_size=4 * accumulate, accumulate=accumulate, recompute=recompute, precision=precision)
+    """The second step of AdamW with EMA on one process, within 10 %. The scratch space of kernels
+    does not show here."""
+    plan = replace(SMALL, depth=3, batch_size=4 * accumulate, accumulate=accumulate,
+                   recompute=recompute, precision=precision)
     model, inputs = small_model(plan)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -147,7 +162,7 @@ def test_peak_of_a_step_is_the_plans(accumulate, recompute, precision):
     optimizer.zero_grad(set_to_none=True)
     if recompute:
         for block in model.joint_blocks:
-            block.forward = lambda *a, forward=block.forward: checkpoint(forward, *a, use_reentrant=False)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     moments = [t for state in optimizer.state.values() for t in state.values()]
     with Peak([*model.state_dict().values(), *average.values(), *moments]) as peak:
         for _ in range(accumulate):
@@ -160,18 +175,20 @@ def test_peak_of_a_step_is_the_plans(accumulate, recompute, precision):
 
 
 def test_depth_38_under_fsdp_is_sharded_as_planned():
-    """64 pretended processes and no memory: the same names, every block a unit of its own, every weight in shards, and as much
-    on a GPU as the plan says."""
+    """64 pretended processes and no memory: the same names, every block a unit of its own, every
+    weight in shards, and as much on a GPU as the plan says."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     plan, world = Plan(depth=38, world=64, strategy="fsdp"), object.__new__(World)
-    world.rank, world.size, world.local_size, world.device, world.parallel = 0, 64, 8, torch.device("cpu"), "fsdp"
+    world.rank, world.size, world.device, world.parallel = 0, 64, torch.device("cpu"), "fsdp"
     with torch.device("meta"):
         model = MMDiT(plan.sizes)
     names = list(model.state_dict())
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
     try:
+        world.mesh = init_device_mesh("cpu", (1, 64), mesh_dim_names=("copies", "shards"))
         world.shard(model, torch.bfloat16)
         assert list(model.state_dict()) == names
         assert all(isinstance(module, FSDPModule) for module in [model, *model.joint_blocks])
@@ -180,4 +197,4 @@ def test_depth_38_under_fsdp_is_sharded_as_planned():
     finally:
         torch.distributed.destroy_process_group()
     table = 4 * plan.sizes.pos_embed_max_size**2 * plan.sizes.hidden_size
-    assert local == pytest.approx(memory(plan)["weights"] - table, rel=0.002)     # each weight is split by rows: rounded up
+    assert local == pytest.approx(memory(plan)["weights"] - table, rel=0.002)     # rows rounded up
