@@ -65,9 +65,7 @@ class Part:
 
 def read_image(source, name="", background="white") -> Image.Image:
     """A picture (a path or a Part) as upright 8-bit RGB at its own size. Raises UnreadableImage.
-
-    name: what errors call it. background: the colour behind transparent pixels.
-    """
+    name: what errors call it. background: the colour behind transparent pixels."""
     content = b""
     if not isinstance(source, Part):
         source = Part(name or str(source), Path(source).expanduser())
@@ -125,9 +123,7 @@ def from_tensor(image: torch.Tensor) -> Image.Image:
 
 def aspect_buckets(resolution: int, step: int = 0) -> list[tuple[int, int]]:
     """The sizes (height, width) in px for mixed aspect ratios at S = resolution (Sec. 5.3.2).
-
-    H * W is as near to S^2 as multiples of `step` allow, from 1:4 to 4:1, the flattest first.
-    """
+    H * W is as near to S^2 as multiples of `step` allow, from 1:4 to 4:1, the flattest first."""
     step = step or (64 if resolution >= 512 else 16)
     sizes = {(resolution, resolution)}
     for short in range(step, resolution, step):
@@ -177,11 +173,8 @@ def clean_captions(found) -> tuple[str, ...]:
 
 class ImageFiles:
     """Captioned pictures: a folder of them with .txt or .json files of the same names, or with
-    metadata.jsonl; tar files of such pairs (WebDataset); one .tar or .jsonl file.
-
-    `problems` names what cannot be used; `found` counts samples with these. scenes.Scenes has the
-    same methods.
-    """
+    metadata.jsonl; tar files of such pairs (WebDataset); one .tar or .jsonl file. `problems` names
+    what cannot be used; `found` counts samples with these. scenes.Scenes has the same methods."""
 
     def __init__(self, path):
         self.path, self.problems, self.records, files = Path(path).expanduser(), [], [], {}
@@ -333,10 +326,8 @@ def check_problems(problems: list[str], total: int, limit: float = 0.01):
 
 def readable(source, wanted, limit: float = 0.01):
     """Yield (index, uint8 (height, width, 3), captions) for each wanted (index, height, width).
-
     Threads read the next 64. For a picture that cannot be read the array is None, and
-    `source.problems` says why; once these are over `limit` of all, it is a ValueError.
-    """
+    `source.problems` says why; once these are over `limit` of all, it is a ValueError."""
     wanted, waiting = iter(wanted), deque()
     with ThreadPoolExecutor(8) as threads:              # Decoders let other threads run.
         while len(source.problems) <= limit * source.found:
@@ -362,11 +353,9 @@ def file_hash(file: Path) -> str:
 
 
 class EncodedFolder:
-    """The shards of a folder that encode.py made; a row is read when it is asked for.
-
-    encoders: the fingerprint that they must have been made with; "" accepts any. `groups` has the
-    sample numbers of each picture size. ValueError names what is damaged, and the mend.
-    """
+    """The shards of a folder that encode.py made; a row is read when it is asked for. `encoders`
+    is the fingerprint that they must have ("" accepts any). `groups` has the sample numbers of
+    each picture size. ValueError names what is damaged, and the mend."""
 
     def __init__(self, folder, encoders: str = ""):
         self.folder, self.starts, self.opened = Path(folder).expanduser(), [], {}
@@ -466,11 +455,9 @@ class Batch:
 
 
 class Batches:
-    """batches(step) is this process's share of a global batch: there is nothing to save or restore.
-
-    Every draw is keyed by (seed, step, index in the global batch), never by rank.
-    config: seed, batch_size, encoder_dropout, full_captions. world: rank, size, device.
-    """
+    """batches(step) is this process's share of a global batch. Every draw is keyed by (seed, step,
+    index in the global batch), never by rank: there is nothing to save or restore.
+    config: seed, batch_size, encoder_dropout, full_captions. world: rank, size, device."""
 
     def __init__(self, folder: EncodedFolder, vae_config, text_config, config, world):
         self.folder, self.config, self.world = folder, config, world
