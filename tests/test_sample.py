@@ -119,29 +119,32 @@ def test_guidance_one_needs_no_unconditional_pass(pipeline, noise):
         assert [call[2] for call in calls] == [rows, rows]
 
 
-def test_skip_layer_guidance_is_on_in_its_part_of_the_steps(pipeline, noise):
-    """SD3.5-medium's numbers: of 20 steps those with 0.2 < i < 4, and conditional rows only."""
-    settings = replace(PLAIN, num_steps=20, guidance_scale=4, skip_layers=(1, 2))
+@pytest.mark.parametrize("num_steps, first, last", [(20, 1, 3), (100, 2, 19)])
+def test_skip_layer_guidance_is_on_in_some_steps(pipeline, noise, num_steps, first, last):
+    """SD3.5-medium's numbers: the steps .01 N < i < .2 N, and conditional rows only."""
+    settings = replace(PLAIN, num_steps=num_steps, guidance_scale=4, skip_layers=(1, 2))
     calls = calls_of(pipeline, noise, settings)
     skipped = [(t, rows) for _, t, rows, blocks in calls if blocks == (1, 2)]
-    assert skipped == [(0.95, 1), (0.9, 1), (0.85, 1)]
-    assert len(calls) == 23
+    assert skipped == [(round(1 - i / num_steps, 4), 1) for i in range(first, last + 1)]
+    assert len(calls) == num_steps + len(skipped)
 
 
 def test_skip_layer_guidance_is_its_formula(pipeline, noise, monkeypatch):
-    """v + 2.5 (v - v without block 1), in the second of two steps."""
+    """v_uncond + 4 (v - v_uncond) + 2.5 (v - v without block 1), in the second of two steps."""
     monkeypatch.setattr(sample, "SKIP_END", 1.0)
-    settings = replace(PLAIN, num_steps=2, skip_layers=(1,))
-    context, pooled = pipeline.text([PROMPT])
+    settings = replace(PLAIN, num_steps=2, guidance_scale=4, skip_layers=(1,))
+    cond = pipeline.text([PROMPT])
+    zeros = [torch.zeros_like(x) for x in cond]
+    z = noise
     with torch.no_grad():
-        z = noise - 0.5 * pipeline.mmdit(noise, torch.ones(1), context, pooled)
-        half = torch.tensor([0.5])
-        v = pipeline.mmdit(z, half, context, pooled)
-        without = pipeline.mmdit(z, half, context, pooled, skip_layers=(1,))
-        assert (v - without).abs().mean() > 1e-3
-        expected = z - 0.5 * (v + 2.5 * (v - without))
-    ours, _ = latents(pipeline, noise, settings)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        for t in (torch.tensor([1.0]), torch.tensor([0.5])):
+            v = pipeline.mmdit(z, t, *cond)
+            v_uncond = pipeline.mmdit(z, t, *zeros)
+            without = pipeline.mmdit(z, t, *cond, skip_layers=(1,))
+            away = 2.5 * (v - without) if t < 1 else 0
+            z = z - 0.5 * (v_uncond + 4 * (v - v_uncond) + away)
+    assert (v - without).abs().mean() > 1e-3
+    torch.testing.assert_close(latents(pipeline, noise, settings)[0], z, rtol=1e-3, atol=1e-4)
 
 
 def test_the_model_cards_of_sd35_give_the_defaults():
