@@ -13,10 +13,11 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import random
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,9 +28,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import sample
 from checkpoints import (SHIPPED, add_options, check_options, given_options, option,
                          write_atomically)
-from devices import command
+from data import from_tensor, to_tensor
+from devices import autocast, command
 from scenes import (HELD_OUT_SEED, PLAIN, REWORDED, WORDS, Scene, View, caption, draw_scene,
                     is_held_out, local_max, make_scene, word_mask)
 from text_encoders import CLIPLayer
@@ -107,14 +110,9 @@ class CLIPImageEncoder(nn.Module):
 
 
 def load_image_tower(folder=SHIPPED, name="clip_l") -> CLIPImageEncoder:
-    """The image tower beside a model: clip_image.safetensors in its folder, or such a file.
-
-    name: the text encoder whose space it shares. Sizes are those of the tensors; 64 channels make
-    a head. It comes ready to measure, without gradients.
-    """
-    file = Path(folder)
-    if file.is_dir():
-        file = file / "clip_image.safetensors"
+    """The image tower in a model's folder, ready to measure. name: the text encoder that it was
+    trained with. Sizes are those of the tensors."""
+    file = Path(folder) / "clip_image.safetensors"
     tensors = {}
     for key, tensor in load_file(file).items():
         if key.startswith(f"{name}."):
@@ -315,8 +313,8 @@ def score(case, image) -> tuple[bool, bool]:
     return strict, lax
 
 
-@lru_cache(maxsize=8)
-def spellings(word: str, relation: str, height: int, width: int) -> np.ndarray:
+@lru_cache(maxsize=16)
+def spellings(word, height, width):
     """Masks (n, height * width), of mean 0 and norm 1: the word, the other words of this world, and
     all misspellings with one letter replaced, left out, or behind the next."""
     others = set(WORDS)
@@ -327,31 +325,29 @@ def spellings(word: str, relation: str, height: int, width: int) -> np.ndarray:
             others.add(before + other + after)
     masks = []
     for text in [word, *sorted(others - {word, ""})]:
-        mask = word_mask(text, relation, height, width).ravel()
+        mask = word_mask(text, "", height, width).ravel()
         masks.append((mask - mask.mean()) / mask.std() / mask.size**0.5)
     return np.stack(masks)
 
 
 def find_word(view, rest, word):
-    """Where the word is, a mask (H, W), if the foreground `rest` shows it and no other spelling
-    better; None if not. It may be some pixels away from where `draw_scene` has it."""
-    if rest.sum() < MAX_REST * rest.size:
+    """Where the word is, a mask (H, W), if the foreground `rest` shows it, better than any other
+    spelling; None if not. Its box is moved to the middle, and a pixel further either way."""
+    if not rest.any():
         return None
     H, W = rest.shape
+    rows, columns = np.nonzero(rest)
+    down = (H - rows.min() - rows.max()) // 2
+    right = (W - columns.min() - columns.max()) // 2
     ink, _ = view.ink(rest)
-    middle = (ink.sum(axis=1) @ np.arange(H)) / ink.sum() / H
-    relation = "below" if middle < 0.375 else "above" if middle > 0.625 else ""
-    masks = spellings(word, relation, H, W)                                   # (n, H * W)
-    reach = range(-(view.side // 16), view.side // 16 + 1)
-    shifts = list(itertools.product(reach, reach))
-    shifted = np.stack([np.roll(ink, shift, axis=(0, 1)).ravel() for shift in shifts])
-    shifted -= shifted.mean(axis=1, keepdims=True)
-    fit = masks @ shifted.T / np.linalg.norm(shifted[0])                      # (n, shifts)
-    best = fit.max(axis=1).argmax()
-    if best != 0 or fit[0].max() < MIN_WORD_FIT:
+    moved = []
+    for shift in itertools.product(range(down - 1, down + 2), range(right - 1, right + 2)):
+        moved.append(np.roll(ink, shift, axis=(0, 1)).ravel())
+    moved = np.stack(moved) - ink.mean()                                     # (9, H * W)
+    fit = (spellings(word, H, W) @ moved.T).max(axis=1) / np.linalg.norm(moved[0])
+    if fit.argmax() != 0 or fit[0] < MIN_WORD_FIT:
         return None
-    down, right = shifts[fit[0].argmax()]
-    mask = np.roll(word_mask(word, relation, H, W), (-down, -right), axis=(0, 1))
+    mask = np.roll(word_mask(word, "", H, W), (-down, -right), axis=(0, 1))
     return local_max(mask, view.radius) > 0.5
 
 
@@ -388,3 +384,115 @@ def format_scores(scores) -> str:
     tasks = [f"{task} {share:.2f}" for task, share in scores["strict"].items()]
     return (f"GenEval {scores['overall']:.3f}, lax {scores['overall_lax']:.3f} "
             f"({', '.join(tasks)})")
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line takes beside the checkpoint. Where nothing is given, it decides."""
+    num_prompts: int = option(60, "prompts for each task", low=1, high=10**5)
+    guidance_scale: float = option(0.0, "of the model; 0: its own", low=0, high=100)
+    num_steps: int = option(0, "of the solver; 0: the model's own", low=0, high=1000)
+    height: int = option(0, "of the pictures in px; 0: the model's own, or 64", low=0, high=4096)
+    width: int = option(0, "of the pictures in px; 0: the model's own, or 64", low=0, high=4096)
+    seed: int = option(HELD_OUT_SEED, "of the prompts and the noise", low=0, high=2**31)
+    out: str = option("out/evaluation.json", "a file for all the scores")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def wilson(share, n):
+    """95 % interval (low, high) of a share that was seen in n cases (Wilson 1927)."""
+    z = 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def controls(cases, pipeline=None):
+    """Yields (name, pictures, cases): what must score 1, and what must score about 0."""
+    truth = [draw_scene(case.scene) for case in cases]
+    yield "ground truth", truth, cases
+    order = np.random.default_rng(0).permutation(len(cases))
+    yield "shuffled captions", [truth[i] for i in order], [cases[i] for i in np.roll(order, 1)]
+    if pipeline is None:
+        return
+    vae, latents = pipeline.vae, []
+
+    def decode(latents):
+        return [np.asarray(from_tensor(vae.decode(z[None])[0].float().cpu())) for z in latents]
+
+    with torch.no_grad(), autocast(pipeline.device, pipeline.precision):
+        for image in truth:
+            latents.append(vae.encode(to_tensor(image)[None].to(pipeline.device))[0].float())
+        yield "ground truth through the VAE", decode(latents), cases
+        rng = torch.Generator().manual_seed(0)
+        for scale in (0.5, 1, 2):
+            noise = [scale * torch.randn(z.shape, generator=rng).to(z) for z in latents]
+            yield f"decoded noise, {scale:g}", decode(noise), cases
+
+
+def rows(pipeline, options, size):
+    """Yields (name, success rates) of all controls, and of the model on all splits."""
+    for name, images, cases in controls(geneval_cases(options.num_prompts, options.seed, *size),
+                                        pipeline):
+        yield name, success_rates(cases, images)
+    if pipeline is None:
+        return
+    settings = {"height": size[0], "width": size[1]}
+    for name in ("guidance_scale", "num_steps"):
+        if getattr(options, name):
+            settings[name] = getattr(options, name)
+    untrained = copy.copy(pipeline)
+    untrained.mmdit = copy.deepcopy(pipeline.mmdit)
+    untrained.mmdit.initialize(torch.Generator().manual_seed(0))
+    for name, one, splits in (("untrained model", untrained, SPLITS[:1]), ("model", pipeline, SPLITS)):
+        for split in splits:
+            def draw(prompts, first, one=one):
+                pictures = sample.generate(one, prompts, options.seed + first, len(prompts),
+                                           **settings)
+                return [np.asarray(picture) for picture in pictures]
+
+            yield f"{name}, {split}", geneval(draw, options.num_prompts, options.seed, *size, split)
+
+
+def main():
+    """Score ground truth, the controls and the model; print a table, and write all as JSON."""
+    parser = argparse.ArgumentParser(description="GenEval's tasks on drawn scenes", allow_abbrev=False)
+    parser.add_argument("checkpoint", nargs="?", help="a model as for sample.py; none: no model")
+    add_options(parser, Options)
+    arguments = parser.parse_args()
+    options = Options(**given_options(arguments, Options))
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written; give the name of a file")
+    pipeline = sample.load(arguments.checkpoint) if arguments.checkpoint else None
+    size = [options.height or 64, options.width or 64]
+    if pipeline:
+        size = [options.height or pipeline.defaults["height"],
+                options.width or pipeline.defaults["width"]]
+        settings = sample.Settings(**pipeline.defaults | {"height": size[0], "width": size[1]})
+        sample.latent_shape(pipeline, settings)              # ValueError before the work
+    record = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint,
+              **asdict(options), "height": size[0], "width": size[1], "rows": {}}
+    print(f"{'':40} strict    lax  " + "  ".join(TASKS))
+    for name, rates in rows(pipeline, options, size):
+        shares = "  ".join(f"{rates['strict'][task]:{len(task)}.3f}" for task in TASKS)
+        print(f"{name:40}  {rates['overall']:.3f}  {rates['overall_lax']:.3f}  {shares}", flush=True)
+        rates["intervals"] = {task: wilson(share, rates["n"])
+                              for task, share in rates["strict"].items()}
+        record["rows"][name] = rates
+        write_atomically(out, partial(write_json, record))
+    print(f"written to {out}, with lax shares and 95 % intervals for each task")
+
+
+def write_json(record, file):
+    """The record as JSON."""
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    command(main)
