@@ -140,8 +140,7 @@ def save_state(state: dict, folder: Path, world: World):
         dcp.save(state, checkpoint_id=folder, no_dist=world.size == 1)
     except (Exception, dcp.CheckpointException) as problem:  # The second is a BaseException.
         shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"could not save {folder}: {problem}. Free some space; what was saved before "
-                      f"is untouched") from None
+        raise OSError(f"could not save {folder}; older ones are untouched ({problem})") from None
 
 
 def load_state(state: dict, folder: Path, world: World):
@@ -160,5 +159,5 @@ def command(main):
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:
         sys.exit(f"{name}: {' '.join(str(problem).split()) or type(problem).__name__}")
     except KeyboardInterrupt as stop:                        # Its text may say how to go on.
-        print(f"{name}: stopped;", *stop.args, file=sys.stderr)
+        print("; ".join([f"{name}: stopped", *stop.args]), file=sys.stderr)
         sys.exit(130)
