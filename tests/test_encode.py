@@ -26,6 +26,7 @@ from text_encoders import TextConfig
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
+THREADS = str(torch.get_num_threads())          # The last bit depends on it, and on nothing else.
 SCENES = ("--num-scenes", "130", "--resolution", "32", "--shard-size", "64", "--device", "cpu",
           "--precision", "fp32")
 CONFIG = {"data": "", "encoders": str(SHIPPED), "tokenizers": "", "resolution": 32, "seed": 0,
@@ -57,7 +58,7 @@ def make(out, source=None, resolution=32, **options):
 
 def run(*arguments, launcher=()):
     """encode.py as a command."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
     command = [sys.executable, *launcher, "encode.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -215,7 +216,7 @@ def test_after_a_kill_only_the_missing_shards_are_made(square, tmp_path):
     folder = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "encode.py", *SCENES, "--out", str(folder)], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={**os.environ, "OMP_NUM_THREADS": THREADS},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (folder / "shard-00000.safetensors").exists():
         time.sleep(0.002)
@@ -234,7 +235,7 @@ def test_twenty_kills_at_any_instant_leave_equal_bytes(square, tmp_path):
     for number in range(20):
         folder = tmp_path / str(number)
         process = subprocess.Popen([sys.executable, "encode.py", *SCENES, "--out", str(folder)],
-                                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"},
+                                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": THREADS},
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(2, 12))
         process.send_signal(signal.SIGKILL)
