@@ -1,0 +1,251 @@
+"""fig4_backbones.py: what the five backbones share, what tells them apart, and their costs."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdit import MMDiT, MMDiTConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import fig4_backbones as fig4
+from fig4_backbones import NAMES, DiT, ThreeSetMMDiT, UViT, make_backbone, measure
+
+SMALL = MMDiTConfig(depth=2, latent_channels=4, context_dim=24, pooled_dim=12,
+                    pos_embed_max_size=8, position_step=0.5)
+CLIP_TOKENS, L = 3, 5
+each_backbone = pytest.mark.parametrize("name", NAMES)
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randomize(model, seed=0):
+    """Gives every parameter a random value, those too that start at zero."""
+    generator = rng(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            spread = 0.3 if "bias" in name else 1 / math.sqrt(parameter[0].numel())
+            mean = 1.0 if ".ln_" in name else 0.0
+            parameter.normal_(mean, spread, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def random_backbone(name):
+    return randomize(make_backbone(name, SMALL, CLIP_TOKENS))
+
+
+def random_input(B=2, H=6, W=10, seed=1):
+    """latent, t, context, pooled"""
+    generator = rng(seed)
+    latent = torch.randn(B, 4, H, W, generator=generator)
+    t = torch.rand(B, generator=generator)
+    context = torch.randn(B, L, 24, generator=generator)
+    return latent, t, context, torch.randn(B, 12, generator=generator)
+
+
+def close(a, b, tolerance=2e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def far(a, b):
+    return (a - b).abs().max() > 1e-3
+
+
+# ---- What all share ------------------------------------------------------------------------------
+
+@each_backbone
+def test_a_fresh_backbone_predicts_zero_for_a_picture_that_is_not_square(name):
+    inputs = random_input()
+    velocity = make_backbone(name, SMALL, CLIP_TOKENS)(*inputs)
+    assert velocity.shape == inputs[0].shape and (velocity == 0).all()
+
+
+@each_backbone
+@pytest.mark.parametrize("changed", range(4), ids=["latent", "t", "context", "pooled"])
+def test_the_velocity_depends_on_every_input(name, changed):
+    model, inputs, other = random_backbone(name), list(random_input()), random_input(seed=9)
+    before = model(*inputs)
+    inputs[changed] = other[changed]
+    assert far(model(*inputs), before)
+
+
+@each_backbone
+def test_every_text_token_and_every_pixel_matter_everywhere(name):
+    """No token is cut off: each changes the velocity in every corner of the picture."""
+    model, (latent, t, context, pooled) = random_backbone(name), random_input(B=1)
+    before = model(latent, t, context, pooled)
+    changes = []
+    for token in range(L):
+        other = context.clone()
+        other[:, token] = -other[:, token]
+        changes.append(model(latent, t, other, pooled) - before)
+    other = latent.clone()
+    other[..., 5, 9] += 3
+    changes.append(model(other, t, context, pooled) - before)
+    for change in changes:
+        assert (change.abs().amax(dim=(0, 1)) > 1e-5).all()
+
+
+@each_backbone
+def test_a_gradient_reaches_every_parameter_that_can_matter(name):
+    """The last text queries of MM-DiT are not asked (see test_mmdit.py); all else is."""
+    model = random_backbone(name).requires_grad_(True)
+    model(*random_input()).square().sum().backward()
+    without = []
+    for key, parameter in model.named_parameters():
+        if parameter.grad is None or parameter.grad.abs().max() < 1e-7:
+            without.append(key)
+    last = "joint_blocks.1.context_block.attn.ln_q.weight"
+    expected = {"MM-DiT": {last}, "MM-DiT, 3 sets": {last, last.replace("context", "t5")}}
+    assert set(without) == expected.get(name, set())
+
+
+@each_backbone
+def test_a_backbone_without_memory_is_initialised_as_one_with(name):
+    """So a large one can be made in shards: assign gets a value for every parameter and buffer."""
+    with torch.device("meta"):
+        model = make_backbone(name, SMALL, CLIP_TOKENS)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.initialize(rng(3))
+    whole = make_backbone(name, SMALL, CLIP_TOKENS)
+    whole.initialize(rng(3))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+# ---- What tells them apart -----------------------------------------------------------------------
+
+def test_dit_is_mmdit_with_one_shared_set_of_weights():
+    """Sec. 5.2.3: "a special case of MM-DiT with one shared set of weights for all modalities"."""
+    one, two = random_backbone("DiT"), randomize(MMDiT(SMALL), seed=5)
+    weights = {}
+    for key in two.state_dict():
+        shared = key.replace("context_block", "column").replace("x_block", "column")
+        weights[key] = one.state_dict()[shared]
+        if weights[key].shape != two.state_dict()[key].shape:     # the last text: shift and scale
+            weights[key] = weights[key][: 2 * 128]
+    two.load_state_dict(weights, strict=True)
+    inputs = random_input()
+    close(two(*inputs), one(*inputs))
+
+
+def test_crossdit_leaves_the_text_as_it_is_and_starts_without_it():
+    """The output of cross-attention starts at 0 and nothing else reads the text."""
+    model = make_backbone("CrossDiT", SMALL)
+    context, x = torch.randn(1, L, 128, generator=rng(0)), torch.randn(1, 6, 128, generator=rng(1))
+    new_context, new_x = model.joint_blocks[0](context, x, torch.ones(1, 128))
+    assert torch.equal(new_context, context) and torch.equal(new_x, x)
+    block = randomize(model).joint_blocks[0]
+    assert far(block(-context, x, torch.ones(1, 128))[1], block(context, x, torch.ones(1, 128))[1])
+
+
+def test_cross_attention_by_hand():
+    """One head, without QK-norm: softmax(q k^T / 8) v over the text tokens."""
+    cross = randomize(fig4.CrossAttention(MMDiTConfig(depth=1, qk_norm=False)))
+    context, x = torch.randn(1, L, 64, generator=rng(0)), torch.randn(1, 6, 64, generator=rng(1))
+    k, v = cross.kv(context)[0].split(64, dim=-1)
+    weights = torch.softmax(cross.q(x)[0] @ k.T / 8, dim=-1)      # (6, L)
+    close(cross(context, x)[0], cross.proj(weights @ v))
+
+
+def test_uvit_has_convolutions_at_full_size_and_as_many_tokens_as_mmdit():
+    """A pixel reaches its neighbours without any transformer block; the skip goes around them."""
+    model, sizes = random_backbone("UViT"), []
+    hook = model.joint_blocks[0].register_forward_hook
+    handle = hook(lambda block, inputs, output: sizes.append(inputs[1].shape))
+    latent, t, context, pooled = random_input(B=1, H=12, W=16)
+    model(latent, t, context, pooled)
+    handle.remove()
+    assert sizes == [(1, 6 * 8, 128)]
+    model.up.weight.zero_()                                       # nothing comes from the tokens
+    before = model(latent, t, context, pooled)
+    latent[..., 0, 0] += 1
+    change = (model(latent, t, context, pooled) - before)[0].abs().amax(0)
+    assert change[0, 0] > 1e-3 and change[1, 2] > 1e-5
+    assert isinstance(model, UViT) and len(model.down_blocks) == len(model.up_blocks) == 2
+
+
+def test_three_sets_with_equal_text_weights_are_the_two_set_model():
+    two, three = randomize(MMDiT(SMALL)), ThreeSetMMDiT(SMALL, CLIP_TOKENS)
+    weights = {}
+    for key in three.state_dict():
+        source = key.replace("t5_block", "context_block")
+        source = source.replace("embedder.clip.", "embedder.").replace("embedder.t5.", "embedder.")
+        weights[key] = two.state_dict()[source]
+    three.load_state_dict(weights, strict=True)
+    inputs = random_input()
+    close(three(*inputs), two(*inputs))
+
+
+@pytest.mark.parametrize("part", ["embedder", "block"])
+def test_the_third_set_begins_with_the_first_token_after_clip(part):
+    """Without T5's weights the last CLIP token still matters, and the first T5 token no longer.
+
+    In the block, this is seen in the text that comes out: T5's column adds nothing to its tokens.
+    """
+    model = randomize(ThreeSetMMDiT(SMALL, CLIP_TOKENS))
+    if part == "embedder":
+        model.context_embedder.t5.weight.zero_()
+        context = random_input()[2]
+        read = model.context_embedder
+    else:
+        column = model.joint_blocks[0].t5_block
+        column.adaLN_modulation[1].weight.zero_()
+        column.adaLN_modulation[1].bias.zero_()                   # its gates are 0
+        context = torch.randn(1, L, 128, generator=rng(0))
+        x, cond = torch.randn(1, 6, 128, generator=rng(1)), torch.ones(1, 128)
+
+        def read(context):
+            return model.joint_blocks[0](context, x, cond)[0] - context
+
+    base, changed = read(context), []
+    for token in range(L):
+        other = context.clone()
+        other[:, token] += torch.randn(context.shape[-1], generator=rng(token))
+        changed.append(bool((read(other) - base)[:, token].abs().max() > 1e-4))
+    assert changed == [True] * CLIP_TOKENS + [False] * (L - CLIP_TOKENS)
+
+
+# ---- Costs ---------------------------------------------------------------------------------------
+
+def test_parameters_of_a_block_by_hand():
+    """In units of D^2, without biases: adaLN 6, attention 4, MLP 8 a column; cross-attention 4."""
+    D = SMALL.hidden_size
+    units = {"DiT": 18, "CrossDiT": 22, "UViT": 22, "MM-DiT": 36, "MM-DiT, 3 sets": 54}
+    for name, expected in units.items():
+        block = make_backbone(name, SMALL).joint_blocks[0]
+        weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+        assert weights == expected * D**2, name
+
+
+@each_backbone
+def test_measure_counts_the_backbone_that_is_made(name):
+    model = make_backbone(name, SMALL, CLIP_TOKENS)
+    parameters, flops = measure(name, SMALL, 8, L, CLIP_TOKENS)
+    assert parameters == sum(p.numel() for p in model.parameters())
+    twice = measure(name, replace(SMALL, pos_embed_max_size=16), 16, L, CLIP_TOKENS)[1]
+    assert 0 < flops < twice
+
+
+def test_flops_of_dit_by_hand():
+    """12 D^2 weights a token and 4 D a pair of tokens in a block; 2 FLOPs a multiply and add."""
+    D, N, depth = 128, 16, 2
+    tokens, modulation = L + N, 6 * depth * D + 2 * D
+    blocks = 2 * depth * (12 * D**2 * tokens + 2 * D * tokens**2)
+    ends = 2 * (L * 24 * D + 2 * N * 16 * D + D * modulation + D * (256 + 12 + 2 * D))
+    assert measure("DiT", SMALL, 8, L)[1] == blocks + ends
+
+
+def test_main_prints_a_row_for_each_backbone(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fig4_backbones.py", "--depth", "2", "--resolution", "64"])
+    fig4.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[2:]] == list(NAMES)
+    assert isinstance(make_backbone("DiT", SMALL), DiT)
