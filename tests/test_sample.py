@@ -532,22 +532,26 @@ def test_one_bar_counts_the_steps_of_all_pictures(tmp_path, monkeypatch, capsys)
 def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monkeypatch, capsys):
     """Unknown words, a size that it was never trained on, a missing T5."""
     load_it = sample.load
+    known = {"words": ("a", "red", "circle"), "missing": ("t5",)}
 
     def load_with_words(*options):
         pipeline = load_it(*options)
-        pipeline.parts.words = ("a", "red", "circle")
-        pipeline.parts.missing = ("t5",)
+        vars(pipeline.parts).update(known)
         return pipeline
+
+    def said(*options):
+        files = run_main(monkeypatch, *options, "--num-steps", 1, "--out", tmp_path)
+        lines = capsys.readouterr().err.splitlines()
+        return len(files), [line for line in lines if line.startswith("note:")]
     monkeypatch.setattr(sample, "load", load_with_words)
-    options = ("--num-steps", 1, "--out", tmp_path)
-    files = run_main(monkeypatch, "--prompt", "A red cat!", "a cat", *options, "--width", 96)
-    assert len(files) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
-    assert said[0].startswith("note: the model's T5 is missing")
-    assert "words cat; it knows only a, circle, red" in said[1]
-    assert "pictures of 64x64 px" in said[2] and len(said) == 3
-    run_main(monkeypatch, "--prompt", "A red circle!", *options)
-    assert capsys.readouterr().err.count("note:") == 1                # T5 alone
+    drawn, lines = said("--prompt", "A red cat!", "a cat", "--width", 96)
+    assert drawn == 2 and len(lines) == 3
+    assert "T5 is missing" in lines[0]
+    assert "words cat; it knows only a, circle, red" in lines[1]
+    assert "pictures of 64x64 px" in lines[2]
+    assert len(said("--prompt", "A red circle!")[1]) == 1             # T5 alone
+    known.update(words=(), missing=())                                # as the released files
+    assert said("--prompt", "a photo of a cat", "--width", 96) == (1, [])
 
 
 @pytest.mark.parametrize("options, words", [
