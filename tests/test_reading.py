@@ -36,7 +36,7 @@ def commands():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_named_file_exists(page):
-    for name in set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md|txt))[`:]", (ROOT / page).read_text())):
+    for name in set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md))[`:]", (ROOT / page).read_text())):
         beside = ROOT / "exercises" / name
         assert (ROOT / name).is_file() or beside.is_file(), f"{page} names {name}"
     for link in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
