@@ -115,8 +115,8 @@ def load_image_tower(folder=SHIPPED, name="clip_l") -> CLIPImageEncoder:
     file = Path(folder) / "clip_image.safetensors"
     tensors = {}
     for key, tensor in load_file(file).items():
-        if key.startswith(f"{name}."):
-            tensors[key.removeprefix(f"{name}.")] = tensor.float()
+        if key.startswith(f"{name}_image."):
+            tensors[key.removeprefix(f"{name}_image.")] = tensor.float()
     if not tensors:
         raise ValueError(f"{file} holds no image tower for {name}; give the file of make_tiny.py")
     D, _, patch_size, _ = tensors["patch_embedding.weight"].shape
@@ -332,7 +332,7 @@ def spellings(word, height, width):
 
 def find_word(view, rest, word):
     """Where the word is, a mask (H, W), if the foreground `rest` shows it, better than any other
-    spelling; None if not. Its box is moved to the middle, and a pixel further either way."""
+    spelling; None if not. Its box is moved to the middle, and up to 2 px further."""
     if not rest.any():
         return None
     H, W = rest.shape
@@ -341,9 +341,9 @@ def find_word(view, rest, word):
     right = (W - columns.min() - columns.max()) // 2
     ink, _ = view.ink(rest)
     moved = []
-    for shift in itertools.product(range(down - 1, down + 2), range(right - 1, right + 2)):
+    for shift in itertools.product(range(down - 2, down + 3), range(right - 2, right + 3)):
         moved.append(np.roll(ink, shift, axis=(0, 1)).ravel())
-    moved = np.stack(moved) - ink.mean()                                     # (9, H * W)
+    moved = np.stack(moved) - ink.mean()                                     # (25, H * W)
     fit = (spellings(word, H, W) @ moved.T).max(axis=1) / np.linalg.norm(moved[0])
     if fit.argmax() != 0 or fit[0] < MIN_WORD_FIT:
         return None
