@@ -70,10 +70,11 @@ class World:
         self.parallel = parallel
         if self.size == 1:
             return
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if restarts and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-            warnings.warn("processes may not meet again after a restart; start "
-                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...", stacklevel=2)
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            warnings.warn("processes may not meet again after a restart; use "
+                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone ... on one "
+                          "node, and --rdzv-backend c10d on several", stacklevel=2)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
         shards = int(os.environ["LOCAL_WORLD_SIZE"]) if parallel == "hsdp" else self.size

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def torchrun(script: str, *options, **environment):
     """The script on two processes. Returns what they printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "0", "--standalone", *options]
+    command += ["--standalone", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([*command, script], env=env, capture_output=True, text=True, timeout=300)
 

@@ -691,8 +691,8 @@ def command_of(*options, processes=1, restarts=0):
     """train.py as a user starts it."""
     torchrun = ()
     if processes > 1 or restarts:
-        torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port",
-                    free_port(), "--max-restarts", restarts)
+        torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone",
+                    "--max-restarts", restarts)
     return [str(word) for word in (sys.executable, *torchrun, ROOT / "train.py", *SMALL, *options)]
 
 
