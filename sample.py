@@ -228,13 +228,14 @@ def draw(pipeline, prompts, seed, batch_size, progress, image, mask, settings):
         noise = torch.stack(noise).to(device)                         # (B, C, H, W)
         with autocast(device, precision):
             latents, _ = sample_latents(mmdit, *texts, noise, settings, latent, repaint, bar)
-        for z in latents:
+        for z in latents.split(max(1, 2**19 // (settings.height * settings.width))):
             with autocast(device, precision):
-                picture = vae.decode(z[None])[0].float().cpu()        # (3, height, width)
-            if not picture.isfinite().all():
+                pictures = vae.decode(z).float().cpu()                # (b, 3, height, width)
+            if not pictures.isfinite().all():
                 raise ValueError("the model gives numbers that are not finite, so there is no "
                                  "picture; try --precision fp32, or fetch the model again")
-            yield from_tensor(torch.where(changes, picture, original) if image else picture)
+            for picture in pictures:
+                yield from_tensor(torch.where(changes, picture, original) if image else picture)
 
 
 def generate(pipeline, prompts, seed=0, batch_size=8, progress=False, image=None, mask=None,
