@@ -245,9 +245,13 @@ def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split
         scene = make_scene(seed, index, height, width, held_out=split == SPLITS[2])
         for task in sorted(TASKS, key=lambda name: len(cases[name])):
             kind, said = TASKS[task]
-            if split == SPLITS[2]:
-                said = (*said, "color")
-            if scene.kind == kind and suits(scene, said, split):
+            said = (*said, "color") if split == SPLITS[2] else said
+            shapes = [thing.shape for thing in scene.things]
+            colors = [thing.color for thing in scene.things]
+            alike = scene.kind == "pair" and min(len(set(shapes)), len(set(colors))) < 2
+            relation = scene.relation if "relation" in said else ""
+            unsaid = split == SPLITS[2] and not is_held_out(shapes, colors, relation)
+            if scene.kind == kind and not alike and not unsaid:
                 forms = REWORDED if split == SPLITS[1] else PLAIN
                 prompt = caption(scene, said, forms, random.Random(scene.wording))
                 cases[task].append(Case(task, prompt, scene, said))
@@ -257,25 +261,12 @@ def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split
     return [case for chosen in cases.values() for case in chosen[:count_per_task]]
 
 
-def suits(scene, said, split) -> bool:
-    """Two things must differ in all that is said of them; a held-out combination must be said."""
-    shapes = [thing.shape for thing in scene.things]
-    colors = [thing.color for thing in scene.things]
-    if scene.kind == "pair" and (shapes[0] == shapes[1] or colors[0] == colors[1]):
-        return False
-    relation = scene.relation if "relation" in said else ""
-    return split != SPLITS[2] or is_held_out(shapes, colors, relation)
-
-
 def fits(case, things) -> bool:
     """Are the things that were found, in this order, those of the case in all that it says?
-
-    Differs from GenEval: there the offset must also be along the axis of the relation mostly. Here
-    "left of" may be far below as well, as it may in the scenes.
-    """
+    Differs from GenEval: what is "left of" may be even farther below, as it may in the scenes."""
     for thing, wanted in zip(things, case.scene.things):
-        for part in ("shape", *case.said):
-            if part in ("shape", "color", "size") and getattr(thing, part) != getattr(wanted, part):
+        for part in {"shape", "color", "size"} & {"shape", *case.said}:
+            if getattr(thing, part) != getattr(wanted, part):
                 return False
     if "relation" not in case.said:
         return True
@@ -288,11 +279,8 @@ def fits(case, things) -> bool:
 
 
 def score(case, image) -> tuple[bool, bool]:
-    """(strict, lax): does the picture, uint8 (H, W, 3), show what the case asks for?
-
-    Strict: that and nothing else in front of an even background. Lax, as in GenEval: other things
-    may be there too, but a count is exact.
-    """
+    """(strict, lax): does the picture, uint8 (H, W, 3), show what the case asks for? Strict: and
+    nothing else before an even background. Lax, as GenEval: other things too, but exact counts."""
     view = View(image)
     wanted = case.scene.things
     named = [thing for thing in view.things if thing.shape in {thing.shape for thing in wanted}][:8]
@@ -357,21 +345,16 @@ def success_rates(cases, images) -> dict:
     passed = {task: [] for task in TASKS}
     for case, image in zip(cases, images, strict=True):
         passed[case.task].append(score(case, image))
-    rates = {"overall": 0.0, "overall_lax": 0.0, "n": len(cases) // len(TASKS)}
-    for column, name in enumerate(("strict", "lax")):
-        shares = {task: float(np.mean(passed[task], axis=0)[column]) for task in TASKS}
-        rates[name] = shares
-        rates[("overall", "overall_lax")[column]] = float(
-            np.mean([shares[task] for task in GENEVAL_TASKS]))
-    return rates
+    shares = {task: np.mean(passed[task], axis=0).tolist() for task in TASKS}
+    overall, overall_lax = np.mean([shares[task] for task in GENEVAL_TASKS], axis=0).tolist()
+    return {"overall": overall, "overall_lax": overall_lax, "n": len(cases) // len(TASKS),
+            "strict": {task: share[0] for task, share in shares.items()},
+            "lax": {task: share[1] for task, share in shares.items()}}
 
 
 def geneval(draw, count_per_task=60, seed=HELD_OUT_SEED, height=64, width=64, split=SPLITS[0]):
-    """Success rates of draw(prompts, first) -> list of uint8 (height, width, 3).
-
-    It gets batches of prompts. `first` is the number of the first one: noise should follow the
-    number, so that no two batches start from the same.
-    """
+    """Success rates of draw(prompts, first) -> list of uint8 (height, width, 3), which gets batches
+    of prompts and the number of the first one: noise should follow that number."""
     cases = geneval_cases(count_per_task, seed, height, width, split)
     images = []
     for first in tqdm(range(0, len(cases), BATCH_SIZE), "GenEval", leave=False):
@@ -436,31 +419,31 @@ def controls(cases, pipeline=None):
 
 def rows(pipeline, options, size):
     """Yields (name, success rates) of all controls, and of the model on all splits."""
-    for name, images, cases in controls(geneval_cases(options.num_prompts, options.seed, *size),
-                                        pipeline):
-        yield name, success_rates(cases, images)
+    cases = geneval_cases(options.num_prompts, options.seed, *size)
+    for name, images, asked in controls(cases, pipeline):
+        yield name, success_rates(asked, images)
     if pipeline is None:
         return
-    settings = {"height": size[0], "width": size[1]}
-    for name in ("guidance_scale", "num_steps"):
-        if getattr(options, name):
-            settings[name] = getattr(options, name)
     untrained = copy.copy(pipeline)
     untrained.mmdit = copy.deepcopy(pipeline.mmdit)
     untrained.mmdit.initialize(torch.Generator().manual_seed(0))
-    for name, one, splits in (("untrained model", untrained, SPLITS[:1]), ("model", pipeline, SPLITS)):
-        for split in splits:
-            def draw(prompts, first, one=one):
-                pictures = sample.generate(one, prompts, options.seed + first, len(prompts),
-                                           **settings)
-                return [np.asarray(picture) for picture in pictures]
+    wanted = {"guidance_scale": options.guidance_scale, "num_steps": options.num_steps}
+    wanted = {name: value for name, value in wanted.items() if value}
 
-            yield f"{name}, {split}", geneval(draw, options.num_prompts, options.seed, *size, split)
+    def draw(prompts, first, model):
+        pictures = sample.generate(model, prompts, options.seed + first, len(prompts),
+                                   height=size[0], width=size[1], **wanted)
+        return [np.asarray(picture) for picture in pictures]
+
+    for name, model, split in (("untrained", untrained, SPLITS[0]), ("model", pipeline, SPLITS[0]),
+                               ("model", pipeline, SPLITS[1]), ("model", pipeline, SPLITS[2])):
+        rates = geneval(partial(draw, model=model), options.num_prompts, options.seed, *size, split)
+        yield f"{name}, {split}", rates
 
 
 def main():
     """Score ground truth, the controls and the model; print a table, and write all as JSON."""
-    parser = argparse.ArgumentParser(description="GenEval's tasks on drawn scenes", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="GenEval's tasks on scenes", allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="?", help="a model as for sample.py; none: no model")
     add_options(parser, Options)
     arguments = parser.parse_args()
@@ -470,28 +453,21 @@ def main():
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ValueError(f"--out {out} cannot be written; give the name of a file")
     pipeline = sample.load(arguments.checkpoint) if arguments.checkpoint else None
-    size = [options.height or 64, options.width or 64]
-    if pipeline:
-        size = [options.height or pipeline.defaults["height"],
-                options.width or pipeline.defaults["width"]]
-        settings = sample.Settings(**pipeline.defaults | {"height": size[0], "width": size[1]})
-        sample.latent_shape(pipeline, settings)              # ValueError before the work
+    defaults = pipeline.defaults if pipeline else {"height": 64, "width": 64}
+    size = [options.height or defaults["height"], options.width or defaults["width"]]
+    if pipeline:                                             # ValueError before the work
+        sample.latent_shape(pipeline, sample.Settings(height=size[0], width=size[1]))
     record = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint,
               **asdict(options), "height": size[0], "width": size[1], "rows": {}}
     print(f"{'':40} strict    lax  " + "  ".join(TASKS))
     for name, rates in rows(pipeline, options, size):
-        shares = "  ".join(f"{rates['strict'][task]:{len(task)}.3f}" for task in TASKS)
-        print(f"{name:40}  {rates['overall']:.3f}  {rates['overall_lax']:.3f}  {shares}", flush=True)
-        rates["intervals"] = {task: wilson(share, rates["n"])
-                              for task, share in rates["strict"].items()}
+        shares = "  ".join(f"{share:{len(task)}.3f}" for task, share in rates["strict"].items())
+        print(f"{name:40}  {rates['overall']:.3f}  {rates['overall_lax']:.3f}  {shares}")
+        rates["intervals"] = {task: wilson(x, rates["n"]) for task, x in rates["strict"].items()}
         record["rows"][name] = rates
-        write_atomically(out, partial(write_json, record))
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(out, partial(Path.write_text, data=text))
     print(f"written to {out}, with lax shares and 95 % intervals for each task")
-
-
-def write_json(record, file):
-    """The record as JSON."""
-    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def test_wilson_interval_of_known_cases():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_ground_truth_passes_and_shuffled_captions_do_not(split):
-    cases = geneval_cases(40, seed=1, split=split)
+    cases = geneval_cases(25, seed=1, split=split)
     rates = {}
     for name, images, asked in evaluate.controls(cases):
         rates[name] = success_rates(asked, images)
@@ -352,9 +352,9 @@ def test_ground_truth_passes_and_shuffled_captions_do_not(split):
     assert rates["shuffled captions"]["overall"] <= 0.03
 
 
-@pytest.mark.parametrize("height, width", [(48, 96), (128, 128), (512, 384)])
+@pytest.mark.parametrize("height, width", [(48, 96), (128, 128), (320, 256)])
 def test_ground_truth_passes_at_other_sizes(height, width):
-    cases = geneval_cases(5, 2, height, width)
+    cases = geneval_cases(3, 2, height, width)
     rates = success_rates(cases, [draw_scene(case.scene) for case in cases])
     assert min(rates["strict"].values()) == 1, rates
 
@@ -364,9 +364,9 @@ def test_decoded_noise_and_what_the_vae_loses():
     import sample
 
     rates = {}
-    for name, images, cases in evaluate.controls(geneval_cases(12), sample.load(SHIPPED)):
+    for name, images, cases in evaluate.controls(geneval_cases(6), sample.load(SHIPPED)):
         rates[name] = success_rates(cases, images)["overall"]
-    assert rates.pop("ground truth through the VAE") >= 0.97
+    assert rates.pop("ground truth through the VAE") >= 0.94
     assert max(rate for name, rate in rates.items() if "noise" in name) <= 0.01
     assert len(rates) == 5
 
