@@ -62,9 +62,16 @@ T5_NAMES = {
     ".layer.1.DenseReluDense.wi_1.": ".feed_forward.up.",
     ".layer.1.DenseReluDense.wo.": ".feed_forward.down.",
 }
+# Folders of tokenizers: ours, then that of diffusers.
+HOMES = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
+         "t5": ("t5", "tokenizer_3")}
 NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+# The fields of a config that tensors cannot tell.
+STORED = {"mmdit": ("position_start", "position_step"),
+          "vae": ("norm_groups", "vae_scale", "vae_shift")}
 
 # Where one tensor lies, and a checkpoint on the disk. networks: {"mmdit": {our name: Entry}, ...};
 # config: what tensors cannot tell; finish: {network: what makes tensors of another layout ours}.
@@ -96,8 +103,7 @@ def open_weights(file):
     about = file.stat()
     try:
         return parse_header(file, about.st_size, about.st_mtime_ns)
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError,
-            RecursionError) as problem:
+    except Exception as problem:           # A stranger's header can be wrong in every way.
         reason = importlib.import_module("convert").describe_unreadable(file, problem)
         raise CheckpointError(reason) from None
 
@@ -111,7 +117,8 @@ def parse_header(file, size, changed):
         safe_open(file, framework="pt")                # It checks every offset, shape and type.
         header = json.loads(raw.read(length))
     config = json.loads(header.pop("__metadata__", {}).get("config", "{}"))
-    check_fields("its metadata", config, {"sampling": dict | None, "words": list | None})
+    check_value("its sampling", config.get("sampling", {}), dict)
+    check_value("its words", config.get("words", []), list)
     for part in ("mmdit", "vae", "text"):
         for name, value in config.get(part, {}).items():
             kind = int if part == "text" or name == "norm_groups" else float
@@ -178,10 +185,10 @@ def read_network(name, model, dtype=torch.float32, shapes_only=False):
         with torch.device("meta"):
             network = kind(config)
         network.load_state_dict(tensors, strict=True, assign=True)
-    except KeyError as problem:
-        raise CheckpointError(f"{file}: its {name} lacks {problem}") from None
-    except (IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as problem:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as problem:
         reason = " ".join(str(problem).split())
+        if isinstance(problem, KeyError):
+            reason = f"it lacks {problem}"
         raise CheckpointError(f"{file}: its {name} does not fit: {reason:.400}") from None
     return network.eval().requires_grad_(False)
 
@@ -250,19 +257,15 @@ def find_model_file(path, hub=True):
 def open_model(path, text_encoders=(), vae=None):
     """The Model at `path`. text_encoders, vae: other files or folders to take these from."""
     file = find_model_file(path)
-    model = Model(file, {}, {}, {})
-    if file.is_file():
+    if file.is_file() and not text_encoders and not vae:
         entries, config = open_weights(file)
-        model.networks.update(networks_in(entries))
-        model.config.update(config)
-        run = (file.parent / "config.json").is_file()  # It names its encoders itself.
-        odd = {key.rpartition(".")[2] for key in entries        # "scale": of float8
-               if "scale" in key or not key.startswith(tuple(PREFIXES.values()))}
-        whole = run or len(model.networks) == len(PREFIXES)
-        if whole and odd <= {"logit_scale"} and not text_encoders and not vae:
-            return model
-    importlib.import_module("convert").complete(model, text_encoders, vae)
-    return model
+        networks = networks_in(entries)
+        run = (file.parent / "config.json").is_file()        # It names its encoders itself.
+        prefixes = tuple(PREFIXES.values())
+        strange = any("scale" in key or not key.startswith(prefixes) for key in entries)
+        if not strange and (run or len(networks) == len(PREFIXES)):
+            return Model(file, networks, config, {})
+    return importlib.import_module("convert").open_foreign(file, text_encoders, vae)
 
 
 @functools.cache
@@ -304,45 +307,61 @@ def run_encoders(folder):
     return file, str(named.get("tokenizers", ""))
 
 
+def find_tokenizer(name, places):
+    """A file of this encoder's tokenizer in the first of `places` that has one."""
+    for place in places:
+        for home in HOMES[name]:
+            for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
+                if (place / home / kind).is_file():
+                    return place / home / kind
+    raise CheckpointError(
+        f"{places[0]}: no tokenizers there for {name}. They are vocab.json, merges.txt in clip/, "
+        f"spiece.model in t5/, or tokenizer.json; name a folder with --tokenizers")
+
+
+def load_tokenizer(name, file, vocab_size):
+    """The tokenizer of one encoder, whose table has `vocab_size` rows; T5's table is padded."""
+    try:
+        if name == "t5":
+            tokenizer = T5Tokenizer(file)
+        else:
+            tokenizer = CLIPTokenizer(file.parent, 0 if name == "clip_g" else None)
+        missing = vocab_size - tokenizer.vocab_size
+        if missing < 0 or (missing and name != "t5"):
+            raise ValueError(f"{name} has {vocab_size} tokens")
+    except Exception as problem:                       # `tokenizers` raises nothing more exact.
+        raise CheckpointError(f"{file} is no tokenizer for this model ({problem}); give the right "
+                              f"folder with --tokenizers") from None
+    return tokenizer
+
+
 def load_text(model, dtype, given, shapes_only):
     """(TextEncoders, {encoder: tokenizer file}) of a model. T5 leaves the range of fp16, so bf16
     takes its place. given: a folder with tokenizers in place of tokenizers/ beside the file."""
     beside = model.path.parent
     places = [find_path(given)] if given else [beside / "tokenizers", model.path, beside]
-    clip = places[0] / "clip" / "merges.txt"
-    files = {"clip_l": clip, "clip_g": clip, "t5": places[0] / "t5" / "spiece.model"}
-    files = {name: files[name] for name in ENCODERS if name in model.networks}
-    if not files or not all(file.is_file() for file in files.values()):
-        files = importlib.import_module("convert").find_tokenizers(model, places)
-    encoders, tokenizers, stored = {}, {}, dict(model.config.get("text", {}))
-    for name, file in files.items():
-        kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
-        encoders[name] = read_network(name, model, kind, shapes_only)
-        config = encoders[name].config
-        stored[f"{name}_width"] = config.hidden_size
-        try:
-            if name == "t5":
-                tokenizers[name] = T5Tokenizer(file)
-            else:
-                tokenizers[name] = CLIPTokenizer(file.parent, 0 if name == "clip_g" else None)
-            missing = config.vocab_size - tokenizers[name].vocab_size
-            if missing < 0 or (missing and name != "t5"):        # T5's table is padded.
-                raise ValueError(f"its {name} has {config.vocab_size} tokens")
-        except Exception as problem:                   # `tokenizers` raises nothing more exact.
-            raise CheckpointError(f"{file} is no tokenizer for {model.path} ({problem}); give the "
-                                  f"right folder with --tokenizers") from None
+    encoders, tokenizers, files = {}, {}, {}
+    stored = dict(model.config.get("text", {}))
+    for name in ENCODERS:
+        if name in model.networks:
+            files[name] = find_tokenizer(name, places)
+            kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
+            encoders[name] = read_network(name, model, kind, shapes_only)
+            config = encoders[name].config
+            stored[f"{name}_width"] = config.hidden_size
+            tokenizers[name] = load_tokenizer(name, files[name], config.vocab_size)
     return TextEncoders(encoders, tokenizers, TextConfig(**stored)).eval(), files
 
 
 @dataclass
 class Components:
     """What a prompt needs on its way to a picture; None where it was not asked for."""
+    file: Path | None = None                           # where the MM-DiT came from
+    sampling: dict = field(default_factory=dict)       # how the model wants to be sampled
+    words: tuple[str, ...] = ()                        # what it was trained on; () = unknown
     mmdit: MMDiT | None = None
     vae: VAE | None = None
     text: TextEncoders | None = None
-    sampling: dict = field(default_factory=dict)       # how the model wants to be sampled
-    words: tuple[str, ...] = ()                        # what it was trained on; () = unknown
-    file: Path | None = None                           # where the MM-DiT came from
     tokenizers: dict = field(default_factory=dict)     # {encoder: a file of its tokenizer}
     missing: tuple[str, ...] = ()                      # the text encoders that are absent
 
@@ -359,18 +378,19 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     if {"vae", "text"} & set(wanted) and (named := run_encoders(model.path.parent)):
         frozen = open_model(named[0], text_encoders, vae)
         tokenizers = tokenizers or named[1]
-    parts = Components(file=model.path, sampling=model.config.get("sampling", {}),
-                       words=tuple(model.config.get("words", ())))
-    for name, source in (("mmdit", model), ("vae", frozen)):
-        if name in wanted:
-            if name not in source.networks:
-                raise CheckpointError(
-                    f"{source.path} holds no {name}, only {', '.join(source.networks)}. Give the "
-                    f"MM-DiT's file, and the others with --text-encoders and --vae")
+    words = tuple(model.config.get("words", ()))
+    parts = Components(model.path, model.config.get("sampling", {}), words)
+    for name in wanted:
+        source = model if name == "mmdit" else frozen
+        if not source.networks.keys() & set(ENCODERS if name == "text" else (name,)):
+            raise CheckpointError(
+                f"{source.path} holds no {name}, only {', '.join(source.networks)}. Give the "
+                f"MM-DiT's file, and the others with --text-encoders and --vae")
+        if name == "text":
+            parts.text, parts.tokenizers = load_text(source, dtype, tokenizers, shapes_only)
+            parts.missing = tuple(sorted(set(ENCODERS) - parts.tokenizers.keys()))
+        else:
             setattr(parts, name, read_network(name, source, dtype, shapes_only))
-    if "text" in wanted:
-        parts.text, parts.tokenizers = load_text(frozen, dtype, tokenizers, shapes_only)
-        parts.missing = tuple(sorted(set(ENCODERS) - parts.tokenizers.keys()))
     return parts
 
 
@@ -384,11 +404,11 @@ def write_atomically(file, write):
     try:
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise OSError("it is a link or no regular file")
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL, 0o666))           # never through a link
+        partial.touch(exist_ok=False)                  # never through a link
         mode = (file if file.exists() else partial).stat().st_mode
         write(partial)
-        os.chmod(partial, mode)                        # save_file leaves 600 behind.
-        os.replace(partial, file)
+        partial.chmod(mode)                            # save_file leaves 600 behind.
+        partial.replace(file)
     except (OSError, SafetensorError) as problem:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -399,8 +419,7 @@ def write_atomically(file, write):
 def stored_config(networks, text=None, sampling=None, words=()):
     """What tensors cannot tell, as JSON for the metadata of a file."""
     config = {"sampling": sampling or {}, "words": sorted(words)}
-    for part, names in (("mmdit", ("position_start", "position_step")),
-                        ("vae", ("norm_groups", "vae_scale", "vae_shift"))):
+    for part, names in STORED.items():
         if part in networks:
             config[part] = {name: getattr(networks[part].config, name) for name in names}
     if text is not None:
@@ -436,6 +455,10 @@ def save_networks(file, networks, text=None, sampling=None, dtype=None, words=()
 
 # ---- The options of all commands, JSON files -----------------------------------------------------
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+         dict: "an object"}
+
+
 def option(default, help, low=-1e12, high=1e12, choices=()):
     """A dataclass field with its help text and its range (both ends included) or its choices."""
     return field(default=default, metadata={"help": help, "rule": (low, high, choices)})
@@ -444,13 +467,13 @@ def option(default, help, low=-1e12, high=1e12, choices=()):
 def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
     """ValueError unless `value` is of the type `kind`, finite, in range and among the choices."""
     right = type(value) is kind or (kind is float and type(value) is int)
-    rule = "true or false" if kind is bool else "a text" if kind is str else "a list"
+    rule = KINDS.get(kind, "a list")
+    if kind in (int, float):
+        right = right and low <= value <= high         # false for nan
+        rule += f" from {low:g} to {high:g}"
     if choices:
         right = right and value in choices
-        rule = "one of " + ", ".join(map(str, choices))
-    elif kind in (int, float):
-        right = right and low <= value <= high         # false for nan
-        rule = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
+        rule = "one of " + ", ".join(choices)
     if not right:
         raise ValueError(f"{name} {value!r:.80} must be {rule}")
 
@@ -458,20 +481,20 @@ def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
 def check_options(config):
     """Check every option of a frozen dataclass, in its __post_init__. Lists become tuples."""
     for item in fields(config):
-        value, kind = getattr(config, item.name), item.type
-        name, values = "--" + item.name.replace("_", "-"), [value]
-        if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, list | tuple):
+        value = getattr(config, item.name)
+        kind = item.type
+        values = [value]
+        if hasattr(kind, "__args__") and isinstance(value, list | tuple):
             object.__setattr__(config, item.name, tuple(value))
-            kind, values = kind.__args__[0], value
-        for one in values if "rule" in item.metadata else ():
-            check_value(name, one, kind, *item.metadata["rule"])
+            kind = kind.__args__[0]
+            values = value
+        for one in values:
+            check_value("--" + item.name.replace("_", "-"), one, kind, *item.metadata["rule"])
 
 
 def add_options(parser, kind):
     """Add a flag for every option of the dataclass `kind`. What is not given is None."""
     for item in fields(kind):
-        if "rule" not in item.metadata:
-            continue
         settings = {"type": os.path.expanduser if item.type is str else item.type}
         if item.type is bool:
             settings = {"type": json.loads, "nargs": "?", "const": True, "metavar": "true|false"}
@@ -480,17 +503,18 @@ def add_options(parser, kind):
         text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
         if item.metadata["rule"][2]:
             text += " Choices: " + ", ".join(item.metadata["rule"][2])
-        flags = ["--shift"] if item.name == "timestep_shift" else []
-        flags.append("--" + item.name.replace("_", "-"))
+        flags = ["--" + item.name.replace("_", "-")]
+        if item.name == "timestep_shift":
+            flags.append("--shift")
         parser.add_argument(*flags, dest=item.name, help=text, **settings)
 
 
 def given_options(options, kind):
     """{field: value} of the options of `kind` that were given on the command line."""
     given = {}
-    for name, value in vars(options).items():
-        if value is not None and name in kind.__dataclass_fields__:
-            given[name] = value
+    for item in fields(kind):
+        if getattr(options, item.name) is not None:
+            given[item.name] = getattr(options, item.name)
     return given
 
 
@@ -500,13 +524,9 @@ def read_json(file, kinds=None):
         value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
         raise CheckpointError(f"{file} cannot be read as JSON ({problem}); fetch it anew") from None
-    check_fields(file, value, kinds or {})
-    return value
-
-
-def check_fields(file, value, kinds):
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object; fetch it anew")
-    for name, kind in kinds.items():
+    for name, kind in (kinds or {}).items():
         if not isinstance(value.get(name), kind):
             raise CheckpointError(f"{file}: {name} is {value.get(name)!r:.80}, but no {kind}")
+    return value

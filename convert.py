@@ -23,15 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoints import (
-    ENCODERS, NAMES, PREFIXES, CheckpointError, check_value, count_layers, fingerprint, find_path,
-    load_components, networks_in, open_model, open_weights, read_json, read_network,
+    ENCODERS, HOMES, NAMES, PREFIXES, CheckpointError, Model, check_value, count_layers, find_path,
+    fingerprint, load_components, networks_in, open_model, open_weights, read_json, read_network,
     released_tensors, rename, save_networks, stored_config, write_atomically)
 
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
-TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
-SEPARATE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
-            "t5": "t5xxl*.safetensors"}
+BESIDE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
+          "t5": "t5xxl*.safetensors", "vae": "*.safetensors"}
 
 # The names of diffusers -> those of the single file, where q, k and v are one: `from_diffusers`.
 MMDIT_NAMES = {
@@ -168,54 +167,56 @@ def from_hub(name):
         f"licence on its page and run `hf auth login`")
 
 
-def complete(model, text_encoders=(), vae=None):
-    """Find the networks of a model that are not in one file of the released layout."""
-    here = model.path
-    if here.is_dir():
+def open_foreign(path, text_encoders=(), vae=None):
+    """The Model of a diffusers folder, of a single file with other files beside it, or of lone
+    files. text_encoders, vae: files or folders that come before all others."""
+    model = Model(path, {}, {}, {})
+    for place in text_encoders:
+        take_given(model, place, ENCODERS)
+    if vae:
+        take_given(model, vae, ("vae",))
+    if path.is_dir():
         open_diffusers(model)
     else:
-        networks, _ = networks_alone(model.path)
-        refuse_others(model.path, networks)
-        for name, entries in networks.items():
-            add(model, name, entries)
-        here = here.parent
-    for path in text_encoders:
-        take(model, find_path(path), "*.safetensors", ENCODERS, given=True)
-    if vae:
-        take(model, find_path(vae), "*.safetensors", ("vae",), given=True)
-    folders = [here, here / "text_encoders", here.parent / "text_encoders", here.parent / "clip"]
-    for folder in folders:
-        for name, pattern in SEPARATE.items():
-            take(model, folder, pattern, (name,))
-    for folder in (here / "vae", here.parent / "vae"):
-        take(model, folder, "*.safetensors", ("vae",))
+        refuse_others(path)
+        take(model, path, PREFIXES)
+        model.config.update(open_weights(path)[1] | model.config)
+    here = path if path.is_dir() else path.parent
+    for folder in ("", "text_encoders", "../text_encoders", "../clip", "vae", "../vae"):
+        for name, pattern in BESIDE.items():
+            if folder.endswith("vae") == (name == "vae"):
+                for file in sorted((here / folder).glob(pattern)):   # fp16 comes before fp8.
+                    take(model, file, (name,))
     fit_widths(model)
+    return model
 
 
-def take(model, place, pattern, names, given=False):
-    """Take networks from a file or the files of a folder: what is missing, or what was `given`."""
-    wanted = set(names) if given else set(names) - model.networks.keys()
-    missing = set(wanted)
-    files = sorted(place.glob(pattern)) if wanted else []        # fp16 comes before fp8
-    if given and not place.is_dir():
-        files = [place]
-    for file in files:
+def take_given(model, place, names):
+    """Take networks from the file or the folder that the user gave for them."""
+    place = find_path(place)
+    before = len(model.networks)
+    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+        take(model, file, names)
+    if len(model.networks) == before:
+        raise CheckpointError(f"{place} holds no {' or '.join(names)}; give a .safetensors file "
+                              f"that does")
+
+
+def take(model, file, names):
+    """Take those of the networks `names` from a file that the model does not have yet."""
+    missing = set(names) - model.networks.keys()
+    if missing:
         networks, config = networks_alone(file)
         for name in missing & networks.keys():
             add(model, name, networks[name])
             if name in config:
                 model.config[name] = config[name]
-        missing -= networks.keys()
-    if given and missing == wanted:
-        raise CheckpointError(f"{place} holds no {' or '.join(names)}; give a .safetensors file "
-                              f"that does")
 
 
 def add(model, name, entries):
     """Give a network to a model, without what float8 and T5 files hold beside the weights."""
     extra = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant", "spiece_model")
     model.networks[name] = {key: entries[key] for key in entries if not key.endswith(extra)}
-    model.finish.pop(name, None)
     if any(key.endswith(SCALES) for key in entries):
         model.finish[name] = unscale
 
@@ -242,9 +243,10 @@ def networks_alone(file):
     return found, config
 
 
-def refuse_others(file, networks):
+def refuse_others(file):
     """CheckpointError for a file of another family, or with tensors of no known network."""
     entries, _ = open_weights(file)
+    networks, _ = networks_alone(file)
     for sign, family in FAMILIES.items():
         for key in entries:
             if sign in key:
@@ -277,27 +279,6 @@ def fit_widths(model):
     model.config["text"] = model.config.get("text", {}) | found
 
 
-def find_tokenizers(model, places):
-    """{encoder: tokenizer file} in the first of `places` that has it, by its name or diffusers'."""
-    homes = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
-             "t5": ("t5", "tokenizer_3")}
-    found = {}
-    for name in ENCODERS:
-        for place in places if name in model.networks else ():
-            for home in homes[name]:
-                for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
-                    if (place / home / kind).is_file():
-                        found.setdefault(name, place / home / kind)
-        if name in model.networks and name not in found:
-            raise CheckpointError(
-                f"{places[0]}: no tokenizers there for {name}. They are vocab.json, merges.txt in "
-                f"clip/, spiece.model in t5/, or tokenizer.json; name a folder with --tokenizers")
-    if not found:
-        raise CheckpointError(f"{model.path} holds no text encoder and none lies beside it; give "
-                              f"clip_l, clip_g and t5xxl files with --text-encoders")
-    return found
-
-
 # ---- Diffusers folders ---------------------------------------------------------------------------
 
 def open_diffusers(model):
@@ -310,6 +291,8 @@ def open_diffusers(model):
     if not index.get("_class_name", "StableDiffusion3").startswith("StableDiffusion3"):
         raise CheckpointError(f"{folder} is a {index['_class_name']}; give a Stable Diffusion 3")
     for name, part in FOLDERS.items():
+        if name in model.networks:
+            continue
         if (folder / part).is_dir():
             entries = {}
             for file in weight_files(folder / part):
@@ -318,7 +301,7 @@ def open_diffusers(model):
             add(model, name, networks_in(entries, {name: ""}, TABLES)[name])
             model.config.update(config if name == "mmdit" else {})
             if TABLES[name] is not NAMES[name]:
-                model.finish[name] = functools.partial(from_diffusers, name)
+                model.finish[name] = from_diffusers
         elif name != "t5" and (index.get(part) or [None])[0]:
             raise CheckpointError(f"{folder} lacks {part}/, which its model_index.json names")
     read_configs(model)
@@ -355,59 +338,51 @@ def read_configs(model):
                 model.config[ours] = {name: told[key]} | model.config.get(ours, {})
 
 
-def flip_levels(tensors):
-    """Count the levels of the VAE's decoder from the other end. It is its own inverse."""
-    last = count_layers(tensors, "decoder.up.") - 1
-    flipped = {}
-    for key, tensor in tensors.items():
-        if level := re.match(r"decoder\.up\.(\d+)", key):
-            key = f"decoder.up.{last - int(level[1])}{key[level.end():]}"
-        flipped[key] = tensor
-    return flipped
-
-
-def swap_halves(tensors):
-    """(shift, scale) <-> (scale, shift), in place: in the final layer and the last text block."""
+def reorder(tensors):
+    """Exchange the two orders, in either direction: the levels of the VAE's decoder are counted
+    from the other end, and (shift, scale) is (scale, shift) in two layers of the MM-DiT."""
+    levels = count_layers(tensors, "decoder.up.")
     last = count_layers(tensors, "joint_blocks.") - 1
     swapped = ("final_layer.adaLN_mod", f"joint_blocks.{last}.context_block.adaLN_mod")
-    for key in tensors:
+    reordered = {}
+    for key, tensor in tensors.items():
+        level = re.match(r"decoder\.up\.(\d+)", key)
+        if level:
+            key = f"decoder.up.{levels - 1 - int(level[1])}{key[level.end():]}"
         if key.startswith(swapped):
-            first, second = tensors[key].chunk(2)
-            tensors[key] = torch.cat([second, first])
+            shift, scale = tensor.chunk(2)
+            tensor = torch.cat([scale, shift])
+        reordered[key] = tensor
+    return reordered
 
 
-def from_diffusers(name, tensors):
+def from_diffusers(tensors):
     """Renamed tensors of a diffusers folder in the form of the single file: the VAE's attention
     becomes 1x1 kernels, the MM-DiT's q, k and v become one matrix."""
-    if name == "vae":
-        for key, tensor in tensors.items():
-            if ".mid.attn_1." in key and tensor.dim() == 2:
-                tensors[key] = tensor[:, :, None, None]
-        return flip_levels(tensors)
-    for key in [key for key in tensors if ".q." in key]:
-        parts = [tensors.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
-        tensors[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-    swap_halves(tensors)
-    return tensors
+    for key in list(tensors):
+        if ".mid.attn_1." in key and tensors[key].dim() == 2:
+            tensors[key] = tensors[key][:, :, None, None]
+        elif "joint_blocks." in key and ".q." in key:
+            parts = [tensors.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
+            tensors[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return reorder(tensors)
 
 
 def to_diffusers(name, tensors):
     """The inverse, with the names of diffusers, for tensors by their released names."""
-    tensors = dict(tensors)
-    table = {}
-    if name == "vae":
-        for key, tensor in tensors.items():
-            if ".mid.attn_1." in key and tensor.dim() == 4:
-                tensors[key] = tensor[:, :, 0, 0]
-        tensors = flip_levels(tensors)
-    if name == "mmdit":
-        swap_halves(tensors)
-        for key in [key for key in tensors if ".qkv." in key]:
-            for letter, part in zip("qkv", tensors.pop(key).chunk(3)):
-                tensors[key.replace(".qkv.", f".{letter}.")] = part
-    if TABLES[name] is not NAMES[name]:
-        table = {ours: theirs for theirs, ours in TABLES[name].items()}
-    return {rename(key, table): tensor.contiguous() for key, tensor in tensors.items()}
+    if TABLES[name] is NAMES[name]:
+        return dict(tensors)
+    table = {ours: theirs for theirs, ours in TABLES[name].items()}
+    renamed = {}
+    for key, tensor in reorder(tensors).items():
+        if ".mid.attn_1." in key and tensor.dim() == 4:
+            tensor = tensor[:, :, 0, 0]
+        if ".qkv." in key:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                renamed[rename(key.replace(".qkv.", f".{letter}."), table)] = part.contiguous()
+        else:
+            renamed[rename(key, table)] = tensor.contiguous()
+    return renamed
 
 
 def diffusers_config(name, config):
@@ -462,8 +437,9 @@ def save_diffusers(out, parts, networks, dtype=None):
              "scheduler": ["diffusers", EXPECTED["scheduler"]["_class_name"]]}
     for name, folder in FOLDERS.items():
         index[folder] = [None, None]
-        if name in TOKENIZERS:
-            index[TOKENIZERS[name]] = [None, None]
+        if name in HOMES:
+            tokens = HOMES[name][1]
+            index[tokens] = [None, None]
         if name not in networks:
             continue
         config = diffusers_config(name, networks[name].config)
@@ -471,15 +447,16 @@ def save_diffusers(out, parts, networks, dtype=None):
         tensors = to_diffusers(name, released_tensors(name, networks[name], dtype))
         if name == "clip_l":                           # Its pooled vector passes unchanged.
             tensors["text_projection.weight"] = torch.eye(config["hidden_size"])
-        if name in TOKENIZERS:
+        if name in HOMES:
+            file = "model.safetensors"
             index[folder] = ["transformers", config["architectures"][0]]
             tokenizer = tokenizer_config(name, parts.text)
-            index[TOKENIZERS[name]] = ["transformers", tokenizer["tokenizer_class"]]
-            copy_tokenizer(parts.tokenizers[name], out / TOKENIZERS[name])
-            write_json(out / TOKENIZERS[name] / "tokenizer_config.json", tokenizer)
+            index[tokens] = ["transformers", tokenizer["tokenizer_class"]]
+            copy_tokenizer(parts.tokenizers[name], out / tokens)
+            write_json(out / tokens / "tokenizer_config.json", tokenizer)
         else:
+            file = "diffusion_pytorch_model.safetensors"
             index[folder] = ["diffusers", config["_class_name"]]
-        file = "model.safetensors" if name in TOKENIZERS else "diffusion_pytorch_model.safetensors"
         save = functools.partial(save_file, tensors, metadata={"format": "pt", "config": stored})
         write_atomically(out / folder / file, save)
     shift = parts.sampling.get("timestep_shift", 3.0)
@@ -494,27 +471,27 @@ def export(path, out, layout, dtype=None, tokenizers=None):
     (out is a folder). dtype None keeps what is stored.
     """
     out = Path(out)
-    if out.exists() or (layout == "single-file" and out.suffix != ".safetensors"):
-        raise CheckpointError(f"{out} exists already, or does not end in .safetensors as a single "
-                              f"file must; give another name")
+    single = layout == "single-file"
+    made = [out.with_name("tokenizers"), out] if single else [out]
+    if single and out.suffix != ".safetensors":
+        raise CheckpointError(f"{out} does not end in .safetensors, as a single file must")
+    for place in made:
+        if place.exists():
+            raise CheckpointError(f"{place} exists already; write {out.name} elsewhere")
     parts = load_components(path, dtype=None, tokenizers=tokenizers)
     networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
     partial = out.with_name(f"{out.name[:40]}.{os.urandom(6).hex()}.partial")
     try:
         partial.mkdir(parents=True)
-        if layout == "diffusers":
-            save_diffusers(partial, parts, networks, dtype)
-            os.replace(partial, out)
-            return
-        beside = out.parent / "tokenizers"
-        if beside.exists():
-            raise CheckpointError(f"{beside} is there already; write {out.name} elsewhere")
-        for name, file in parts.tokenizers.items():
-            copy_tokenizer(file, partial / "tokenizers" / ("t5" if name == "t5" else "clip"))
-        save_networks(partial / out.name, networks, parts.text.config, parts.sampling, dtype,
-                      parts.words)
-        os.replace(partial / "tokenizers", beside)
-        os.replace(partial / out.name, out)
+        if single:
+            save_networks(partial / out.name, networks, parts.text.config, parts.sampling, dtype,
+                          parts.words)
+            for name, file in parts.tokenizers.items():
+                copy_tokenizer(file, partial / "tokenizers" / HOMES[name][0])
+        else:
+            save_diffusers(partial / out.name, parts, networks, dtype)
+        for place in made:
+            os.replace(partial / place.name, place)
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"could not write {out} ({problem}); free some space or choose "
                               f"another place") from None

@@ -330,7 +330,7 @@ def test_a_single_file_comes_with_its_tokenizers_and_t5s_table_under_both_names(
     assert torch.equal(tensors[TABLE], tensors[PREFIXES["t5"] + "shared.weight"])
     assert load_components(out).text.config == TEXT and load_components(out).words == ("red",)
     assert sorted(path.name for path in out.parent.iterdir()) == ["m.safetensors", "tokenizers"]
-    with pytest.raises(CheckpointError, match="tokenizers is there already"):
+    with pytest.raises(CheckpointError, match="tokenizers exists already"):
         convert.export(saved, out.with_name("second.safetensors"), "single-file")
     assert not out.with_name("second.safetensors").exists()
 
