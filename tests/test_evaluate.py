@@ -23,7 +23,7 @@ from text_encoders import quick_gelu
 from vae import perceptual_loss
 
 ROOT = Path(__file__).parents[1]
-TINY = CLIPImageConfig(image_size=32, patch_size=8, hidden_size=128, num_layers=2, projection_dim=48)
+TINY = CLIPImageConfig(32, 8, hidden_size=128, num_layers=2, projection_dim=48)
 
 
 def random(*shape, seed=0):
@@ -44,7 +44,7 @@ def test_default_tower_has_the_parameters_of_clip_l():
 
 
 def reference_tower(encoder, image):
-    """The tower written out: patches by unfold, attention by softmax, the feature of the first token."""
+    """The tower written out: patches by unfold, attention by softmax, the first token."""
     weights, heads = dict(encoder.named_parameters()), TINY.num_heads
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -63,7 +63,8 @@ def reference_tower(encoder, image):
     for i in range(TINY.num_layers):
         layer = f"layers.{i}."
         h = norm(x, layer + "norm1")
-        q, k, v = (linear(h, layer + name).unflatten(-1, (heads, 64)).transpose(1, 2) for name in "qkv")
+        q, k, v = (linear(h, layer + name).unflatten(-1, (heads, 64)).transpose(1, 2)
+                   for name in "qkv")
         h = torch.softmax(q @ k.transpose(-1, -2) / 8, dim=-1) @ v
         x = x + linear(h.transpose(1, 2).flatten(2), layer + "out")
         h = norm(x, layer + "norm2")
@@ -72,11 +73,12 @@ def reference_tower(encoder, image):
 
 
 def test_tower_is_its_definition():
-    """Checks patch order, normalisation, the class token's place, unmasked attention, and where the norms stand."""
+    """Checks patch order, normalisation, the class token's place, attention without a mask."""
     encoder, image = tiny_encoder(), random(2, 3, 32, 32).float().clamp(-1, 1)
     for parameter in encoder.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)    # no norm is the identity
-    torch.testing.assert_close(encoder(image), reference_tower(encoder, image), rtol=1e-4, atol=1e-5)
+    expected = reference_tower(encoder, image)
+    torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-5)
     assert encoder(image).shape == (2, 48)
 
 
@@ -115,7 +117,7 @@ def test_frechet_distance_of_equal_sets_is_zero():
     a = random(50, 20)
     assert frechet_distance(a, a).item() == pytest.approx(0, abs=1e-9)
     assert frechet_distance(a, a.flip(0)).item() == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(a[:10], a[:10]).item() == pytest.approx(0, abs=1e-5)         # singular covariance
+    assert frechet_distance(a[:10], a[:10]).item() == pytest.approx(0, abs=1e-5)   # singular
 
 
 def test_frechet_distance_of_a_shifted_set_is_the_shift_squared():
@@ -124,7 +126,7 @@ def test_frechet_distance_of_a_shifted_set_is_the_shift_squared():
 
 
 def test_frechet_distance_of_commuting_gaussians():
-    """Covariances diag(s^2) and diag(r^2) in one rotated basis: |mean difference|^2 + sum (s - r)^2."""
+    """Covariances diag(s^2), diag(r^2) in a rotated basis: |mean shift|^2 + sum (s - r)^2."""
     s, r = torch.tensor([1.0, 2.0, 0.5, 3.0]).double(), torch.tensor([2.0, 0.1, 0.5, 1.0]).double()
     rotation = torch.linalg.qr(random(4, 4, seed=2))[0]
     a, b = white(60, 4, 3) * s @ rotation, white(80, 4, 4) * r @ rotation + 0.3
@@ -134,7 +136,7 @@ def test_frechet_distance_of_commuting_gaussians():
 
 
 def test_frechet_distance_of_gaussians_that_do_not_commute():
-    """In two dimensions tr (A B)^(1/2) = sqrt(tr(A B) + 2 sqrt(det(A B))), by Cayley and Hamilton."""
+    """In 2-D tr (A B)^(1/2) = sqrt(tr(A B) + 2 sqrt(det(A B))), by Cayley and Hamilton."""
     m, n = random(2, 2, seed=5), random(2, 2, seed=6)
     a, b = white(30, 2, 7) @ m.T, white(40, 2, 8) @ n.T
     cov_a, cov_b = m @ m.T, n @ n.T
@@ -271,7 +273,8 @@ def test_prompts_are_those_of_the_split():
             if held_out:
                 assert all(color in case.prompt for color in colors)
     prompts = {case.task: case.prompt for case in geneval_cases(1, seed=3)}
-    assert prompts["color attribution"].count(" and ") == 1 and "background" in prompts["background"]
+    assert prompts["color attribution"].count(" and ") == 1
+    assert "background" in prompts["background"]
     plain, reworded = (geneval_cases(20, seed=3, split=split) for split in SPLITS[:2])
     assert [case.scene for case in plain] == [case.scene for case in reworded]
     assert not {case.prompt for case in plain} & {case.prompt.lower() for case in reworded}
@@ -330,7 +333,8 @@ def test_a_relation_needs_a_clear_offset():
     case = Case("position", "", Scene("pair", 64, 64, "white", (first, BLUE_RING), "left of"),
                 ("relation",))
     for apart, holds in ((5, True), (4, False), (-5, False)):
-        assert evaluate.fits(case, (first, replace(BLUE_RING, left=10 + apart, diameter=20))) == holds
+        second = replace(BLUE_RING, left=10 + apart, diameter=20)
+        assert evaluate.fits(case, (first, second)) == holds
 
 
 def test_wilson_interval_of_known_cases():
@@ -396,7 +400,8 @@ def run(*options, cwd):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (["--height", "63"], "both must be multiples of 16 px"), (["--seed", "-1"], "--seed -1 must be"),
+    (["--height", "63"], "both must be multiples of 16 px"),
+    (["--seed", "-1"], "--seed -1 must be"),
     (["--num-prompts", "0"], "--num-prompts 0 must be"), (["--out", "/proc/no/x"], "/proc/no"),
     (["--out", "."], "give the name of a file"), (["--guidance-scale", "nan"], "nan must be")])
 def test_wrong_options_are_one_sentence_before_the_work(tmp_path, options, sentence):
@@ -412,7 +417,8 @@ def test_the_command_stores_every_row_with_its_intervals(tmp_path):
     assert record["command"].endswith("evaluate.py --num-prompts 2 --out new/scores.json")
     assert list(record["rows"]) == ["ground truth", "shuffled captions"]
     truth = record["rows"]["ground truth"]
-    assert truth["overall"] == 1 and truth["intervals"]["word"] == [pytest.approx(0.3424, abs=1e-3), 1]
+    assert truth["overall"] == 1
+    assert truth["intervals"]["word"] == [pytest.approx(0.3424, abs=1e-3), 1]      # of 2 in 2
 
 
 def test_what_was_scored_is_kept_when_it_stops(tmp_path, monkeypatch):
