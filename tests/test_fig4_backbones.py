@@ -172,6 +172,19 @@ def test_uvit_has_convolutions_at_full_size_and_as_many_tokens_as_mmdit():
     assert isinstance(model, UViT) and len(model.down_blocks) == len(model.up_blocks) == 2
 
 
+def test_uvit_skips_join_blocks_of_the_same_depth_and_start_as_the_identity():
+    """As in any U-Net, the last block on the way down is joined to the first on the way up."""
+    fresh, image = make_backbone("UViT", SMALL), torch.randn(1, 32, 4, 4, generator=rng(0))
+    assert torch.equal(fresh.down_blocks[0](image, torch.ones(1, 128)), image)
+    model, made, joined = random_backbone("UViT"), [], []
+    for block in model.down_blocks:
+        block.register_forward_hook(lambda block, inputs, output: made.append(output))
+    for block in model.up_blocks:
+        block.register_forward_hook(lambda block, inputs, output: joined.append(inputs[0][:, 32:]))
+    model(*random_input())
+    assert torch.equal(joined[0], made[1]) and torch.equal(joined[1], made[0])
+
+
 def test_three_sets_with_equal_text_weights_are_the_two_set_model():
     two, three = randomize(MMDiT(SMALL)), ThreeSetMMDiT(SMALL, CLIP_TOKENS)
     weights = {}
