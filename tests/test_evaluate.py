@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import evaluate
 from checkpoints import SHIPPED
 from evaluate import (GENEVAL_TASKS, SPLITS, TASKS, Case, CLIPImageConfig, CLIPImageEncoder,
                       clip_score, frechet_distance, geneval, geneval_cases, kernel_distance,
                       load_image_tower, psnr, score, ssim, success_rates, wilson)
-from scenes import Scene, Thing, draw_scene, is_held_out, scene_captions
+from scenes import Scene, Thing, draw_scene, is_held_out
 from text_encoders import quick_gelu
 from vae import perceptual_loss
 
