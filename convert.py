@@ -30,7 +30,7 @@ from checkpoints import (
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
 BESIDE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
-          "t5": "t5xxl*.safetensors", "vae": "*.safetensors"}
+          "t5": "t5xxl*.safetensors", "vae": "vae/*.safetensors"}
 
 # The names of diffusers -> those of the single file, where q, k and v are one: `from_diffusers`.
 MMDIT_NAMES = {
@@ -153,18 +153,18 @@ def from_hub(name):
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for folder in FOLDERS.values():
         wanted += [f"{folder}/*.json", f"{folder}/*.safetensors"]
-    reason = "no model_index.json there"
-    try:                                               # the small file first
-        found = huggingface_hub.snapshot_download(name, allow_patterns="model_index.json")
-        if (Path(found) / "model_index.json").is_file():
-            return Path(huggingface_hub.snapshot_download(
-                name, allow_patterns=wanted, ignore_patterns="*.fp16*"))
+    try:
+        for patterns in ("model_index.json", wanted):        # the small file first
+            found = huggingface_hub.snapshot_download(
+                name, allow_patterns=patterns, ignore_patterns="*.fp16*")
+            if not (Path(found) / "model_index.json").is_file():
+                raise FileNotFoundError
     except Exception as problem:                       # whatever the HTTP library of the day raises
-        reason = type(problem).__name__
-    raise CheckpointError(
-        f"{name}: no such file or folder here, and no diffusers folder on the hub or in its cache "
-        f"({reason}). Without a network, give the path of a download. For a gated one, accept its "
-        f"licence on its page and run `hf auth login`")
+        raise CheckpointError(
+            f"{name}: no such file or folder here, and no diffusers folder on the hub or in its "
+            f"cache ({type(problem).__name__}). Without a network, give the path of a download. "
+            f"For a gated one, accept its licence on its page and run `hf auth login`") from None
+    return Path(found)
 
 
 def open_foreign(path, text_encoders=(), vae=None):
@@ -182,11 +182,11 @@ def open_foreign(path, text_encoders=(), vae=None):
         take(model, path, PREFIXES)
         model.config.update(open_weights(path)[1] | model.config)
     here = path if path.is_dir() else path.parent
-    for folder in ("", "text_encoders", "../text_encoders", "../clip", "vae", "../vae"):
+    for folder in (here, here.parent, here / "text_encoders", here.parent / "text_encoders",
+                   here.parent / "clip"):
         for name, pattern in BESIDE.items():
-            if folder.endswith("vae") == (name == "vae"):
-                for file in sorted((here / folder).glob(pattern)):   # fp16 comes before fp8.
-                    take(model, file, (name,))
+            for file in sorted(folder.glob(pattern)):        # fp16 comes before fp8.
+                take(model, file, (name,))
     fit_widths(model)
     return model
 
@@ -269,13 +269,13 @@ def fit_widths(model):
             widths[name] = model.networks[name]["token_embedding.weight"].shape[1]
     except (KeyError, IndexError):                     # `read_network` says what is missing.
         return
-    t5 = widths.get("t5", context_dim)
-    clip_g = widths.get("clip_g", pooled_dim - widths.get("clip_l", 0))
-    clip_l = widths.get("clip_l", pooled_dim - clip_g)
-    if (t5, clip_l + clip_g) != (context_dim, pooled_dim):
-        raise CheckpointError(f"{model.path}: the text encoders are {clip_l}, {clip_g} and {t5} "
-                              f"wide, but its MM-DiT needs {pooled_dim} together and {context_dim}")
-    found = {"clip_l_width": clip_l, "clip_g_width": clip_g, "t5_width": t5}
+    widths.setdefault("t5", context_dim)
+    widths.setdefault("clip_g", pooled_dim - widths.get("clip_l", 0))
+    widths.setdefault("clip_l", pooled_dim - widths["clip_g"])
+    if (widths["t5"], widths["clip_l"] + widths["clip_g"]) != (context_dim, pooled_dim):
+        raise CheckpointError(f"{model.path}: the text encoders are {widths} wide, but its MM-DiT "
+                              f"needs {pooled_dim} of both CLIP together and {context_dim} of T5")
+    found = {f"{name}_width": width for name, width in widths.items()}
     model.config["text"] = model.config.get("text", {}) | found
 
 
