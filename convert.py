@@ -27,6 +27,7 @@ from checkpoints import (
     fingerprint, load_components, networks_in, open_model, open_weights, read_json, read_network,
     released_tensors, rename, save_networks, stored_config, write_atomically)
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
 BESIDE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
@@ -96,8 +97,7 @@ FIELDS = {
            "relative_attention_num_buckets": "num_buckets"},
 }
 CLIP_MORE = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model",
-             "dtype": "float32", "bos_token_id": 0, "pad_token_id": 1,
-             "eos_token_id": 2}                        # It stands for "pool at the largest id".
+             "dtype": "float32", "eos_token_id": 2}    # 2 stands for "pool at the largest id".
 T5_MORE = {"architectures": ["T5EncoderModel"], "model_type": "t5", "dtype": "float32",
            "is_encoder_decoder": True, "tie_word_embeddings": False}
 
@@ -178,9 +178,9 @@ def open_foreign(path, text_encoders=(), vae=None):
     if path.is_dir():
         open_diffusers(model)
     else:
-        refuse_others(path)
+        _, config = networks_alone(path)
         take(model, path, PREFIXES)
-        model.config.update(open_weights(path)[1] | model.config)
+        model.config.update(config | model.config)
     here = path if path.is_dir() else path.parent
     for folder in (here, here.parent, here / "text_encoders", here.parent / "text_encoders",
                    here.parent / "clip"):
@@ -231,31 +231,26 @@ def unscale(tensors):
 
 
 def networks_alone(file):
-    """({network: entries}, config) of a file: by the released prefixes, or one network alone."""
+    """({network: entries}, config) of a file: by the released prefixes, or one network alone.
+    CheckpointError for a file of another family, or with tensors of no known network."""
     entries, config = open_weights(file)
+    for sign, family in FAMILIES.items():
+        for key in entries:
+            if sign in key:
+                raise CheckpointError(f"{file} is {family}, not SD3 or SD3.5: it has a {key}")
     found = networks_in(entries)
     projected = "text_projection.weight" in entries and "clip_l" not in file.name
     signs = {"joint_blocks.0.": "mmdit", "decoder.conv_in.": "vae", "encoder.block.": "t5",
              "text_model.": "clip_g" if projected else "clip_l"}
     for sign, name in signs.items():
         if not found and any(key.startswith(sign) for key in entries):
-            found |= networks_in(entries, {name: ""})
-    return found, config
-
-
-def refuse_others(file):
-    """CheckpointError for a file of another family, or with tensors of no known network."""
-    entries, _ = open_weights(file)
-    networks, _ = networks_alone(file)
-    for sign, family in FAMILIES.items():
-        for key in entries:
-            if sign in key:
-                raise CheckpointError(f"{file} is {family}, not SD3 or SD3.5: it has a {key}")
+            return networks_in(entries, {name: ""}), config
     prefixes = tuple(PREFIXES.values())
     other = [key for key in entries if not key.startswith(prefixes) and "scale" not in key]
-    if not networks or (other and any(key.startswith(prefixes) for key in entries)):
+    if other or not found:
         raise CheckpointError(f"{file} holds {len(other)} tensor(s) of no known network: "
                               f"{', '.join(other[:3])}. Give an SD3 or SD3.5 file.")
+    return found, config
 
 
 def fit_widths(model):
@@ -299,7 +294,8 @@ def open_diffusers(model):
                 found, config = open_weights(file)
                 entries |= found
             add(model, name, networks_in(entries, {name: ""}, TABLES)[name])
-            model.config.update(config if name == "mmdit" else {})
+            if name == "mmdit":
+                model.config.update(config | model.config)
             if TABLES[name] is not NAMES[name]:
                 model.finish[name] = from_diffusers
         elif name != "t5" and (index.get(part) or [None])[0]:
@@ -321,21 +317,20 @@ def weight_files(folder):
 
 def read_configs(model):
     """Take the VAE's numbers and the shift; refuse what a JSON file says and we do not do."""
+    sizes = {"hidden_size": int | None, "num_attention_heads": int | None}
     for part, expected in EXPECTED.items():
-        file = model.path / FOLDERS.get(part, "scheduler") / "config.json"
-        if part == "scheduler":
-            file = file.with_name("scheduler_config.json")
-        sizes = {"hidden_size": int | None, "num_attention_heads": int | None}
-        told = read_json(file, sizes) if file.is_file() else {}
-        if part in ("clip_l", "clip_g") and "num_attention_heads" in told:
-            expected = expected | {"num_attention_heads": (told.get("hidden_size") or 0) // 64}
-        for key, value in expected.items():
-            if told.get(key) not in (None, value):
-                raise CheckpointError(f"{file}: {key} is {told[key]!r:.80}; only {value!r} is done")
-        for key, (ours, name, kind, low) in NUMBERS.items():
-            if told.get(key) is not None:
-                check_value(f"{file}: {key}", told[key], kind, low, 1e3)
-                model.config[ours] = {name: told[key]} | model.config.get(ours, {})
+        for file in (model.path / FOLDERS.get(part, part)).glob("*config.json"):
+            told = read_json(file, sizes)
+            if "clip" in part and "num_attention_heads" in told:
+                expected = expected | {"num_attention_heads": (told.get("hidden_size") or 0) // 64}
+            for key, value in expected.items():
+                if told.get(key) not in (None, value):
+                    raise CheckpointError(f"{file}: {key} is {told[key]!r:.80}, not {value!r}, "
+                                          f"which alone is done here")
+            for key, (ours, name, kind, low) in NUMBERS.items():
+                if told.get(key) is not None:
+                    check_value(f"{file}: {key}", told[key], kind, low, 1e3)
+                    model.config[ours] = {name: told[key]} | model.config.get(ours, {})
 
 
 def reorder(tensors):
@@ -423,10 +418,8 @@ def tokenizer_config(name, text):
     if name == "t5":
         extra = min(100, text.encoders["t5"].config.vocab_size - tokenizer.vocab_size)
         return {"tokenizer_class": "T5Tokenizer", "model_max_length": text.config.t5_length,
-                "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": extra}
+                "extra_ids": extra}
     return {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.config.clip_length,
-            "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
             "pad_token": tokenizer.backend.id_to_token(tokenizer.padding)}
 
 
@@ -524,16 +517,15 @@ def main():
     parser.add_argument("path", help="run folder, model folder, .safetensors file, hub name")
     parser.add_argument("out", nargs="?", help="for export: what to write")
     parser.add_argument("--to", choices=("diffusers", "single-file"), default="diffusers")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: as stored")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--tokenizers", help="folder with clip/ and t5/")
     options = parser.parse_args()
-    types = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if options.command == "info":
         info(options.path)
     elif options.out is None:
         parser.error("export needs a second path, OUT")
     else:
-        export(options.path, options.out, options.to, types[options.dtype], options.tokenizers)
+        export(options.path, options.out, options.to, DTYPES.get(options.dtype), options.tokenizers)
         print(options.out)
 
 
