@@ -14,8 +14,10 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import shlex
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -39,7 +41,6 @@ from scenes import HELD_OUT_SEED, Scenes
 CACHE = Path("runs/cache")          # what train.py encodes by itself
 
 # ---- One shard -----------------------------------------------------------------------------------
-
 
 def layout(vae, text, height: int, width: int) -> dict:
     """{name: (shape, type)} of what is stored for a picture of height x width px and a caption.
@@ -96,7 +97,6 @@ def encode_shard(samples, height: int, width: int, vae, text, device, precision)
 
 
 # ---- Which picture goes into which shard ---------------------------------------------------------
-
 
 def hash_of(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
@@ -167,7 +167,7 @@ def describe(folder: Path, line: dict, old: dict) -> dict:
     return {name: line[name] for name in ("file", "height", "width")} | about
 
 
-def make_shards(lines, folder: Path, source, file, tokenizers, world, precision) -> list[dict]:
+def make_shards(lines, folder, source, file, tokenizers, world, precision, until) -> list[dict]:
     """Encode and write these shards, each whole before it has its name. Returns their new lines."""
     if not lines:
         return []
@@ -177,6 +177,8 @@ def make_shards(lines, folder: Path, source, file, tokenizers, world, precision)
     stream = iter(tqdm(readable(source, wanted), "encoding", len(wanted), unit="image",
                        disable=world.rank > 0))
     for line in lines:
+        if done and time.time() > until:
+            break
         before, size = len(source.problems), (line["height"], line["width"])
         samples = islice(stream, len(line["indices"]))
         tensors, captions = encode_shard(samples, *size, vae, text, world.device, precision)
@@ -192,12 +194,12 @@ def make_shards(lines, folder: Path, source, file, tokenizers, world, precision)
 
 
 def encode_folder(source, folder, encoders_file, resolution: int, world, buckets=False,
-                  shard_size=512, tokenizers="", precision="auto") -> EncodedFolder:
+                  shard_size=512, tokenizers="", precision="auto", until=math.inf) -> EncodedFolder:
     """Everything that a source holds, as shards; those that are there and up to date are kept.
 
     folder: "" stands for one in CACHE. A set of Scenes grows and never shrinks. The processes of
-    `world` share the work. ValueError if another recipe made the folder, or if over one per cent
-    of the pictures cannot be read.
+    `world` share the work, and begin no shard after the time `until`. ValueError if another recipe
+    made the folder, or if over one per cent of the pictures cannot be read.
     """
     file, precision = find_model_file(encoders_file), pick_precision(precision, world.device)
     encoders = {"path": portable(file), "fingerprint": fingerprint(file, FROZEN),
@@ -215,10 +217,12 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
             lines = plan_shards(source, folder, resolution, buckets, shard_size, recipe)
         lines = world.same(lines)
         todo = [line for line in lines if "hash" not in line][world.rank :: world.size]
-        done = world.gather(make_shards(todo, folder, source, file, tokenizers, world, precision))
+        done = make_shards(todo, folder, source, file, tokenizers, world, precision, until)
+        done = world.gather(done)
         if world.rank == 0:
             done = {line["file"]: line for part in done for line in part}
             lines = [done.get(line["file"], line) for line in lines]
+            lines = [line for line in lines if "hash" in line]          # Others came too late.
             problems = set(source.problems).union(*[line["skipped"] for line in lines])
             check_problems(sorted(problems), source.found)
             index = json.dumps({
@@ -230,14 +234,16 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
     return EncodedFolder(folder, encoders["fingerprint"])
 
 
-def encoded(config, world, count: int):
+def encoded(config, world, count: int, until=math.inf):
     """(training, held-out) EncodedFolders of a run; what the cache does not have is made. Held out
-    are 64 scenes of HELD_OUT_SEED, or one picture in fifty, at most 64; a single one is both."""
+    are 64 scenes of HELD_OUT_SEED, or one picture in fifty, at most 64; a single one is both. After
+    the time `until` no further scenes are begun; the run then has fewer than `count`."""
     settings = config.encoders, config.resolution, world
     options = {"tokenizers": config.tokenizers, "precision": config.precision}
     if not config.data:
-        training = encode_folder(Scenes(count, config.seed), "", *settings, **options)
         held_out = encode_folder(Scenes(64, HELD_OUT_SEED), "", *settings, **options)
+        drawn = Scenes(count, config.seed)
+        training = encode_folder(drawn, "", *settings, **options, until=until)
         return training.split(count)[1], held_out.split(64)[1]
     if any(Path(config.data).expanduser().glob("shard-*.safetensors")):
         folder = EncodedFolder(config.data, fingerprint(find_model_file(config.encoders), FROZEN))

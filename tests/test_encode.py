@@ -359,6 +359,15 @@ def test_scenes_are_encoded_as_needed_kept_and_extended(cache, monkeypatch):
         encoded(SimpleNamespace(**CONFIG | {"seed": 1}), WORLD, 65)
 
 
+def test_after_the_deadline_no_further_shard_is_begun(cache):
+    """A run of ten minutes must not spend them on encoding: it takes the scenes that are there."""
+    config = SimpleNamespace(**CONFIG)
+    training, held_out = encoded(config, WORLD, 1200, until=time.time())
+    assert len(training) == 512 and len(held_out) == 64         # One shard at least.
+    training, _ = encoded(config, WORLD, 1200)
+    assert len(training) == 1200                                # The rest is made by the next run.
+
+
 def test_pictures_go_through_the_cache_and_one_in_fifty_is_held_out(cache, pictures, monkeypatch):
     config = SimpleNamespace(**CONFIG | {"data": str(pictures)})
     training, held_out = encoded(config, WORLD, 5)
