@@ -35,7 +35,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import SHIPPED, load_components, save_networks  # noqa: E402
-from data import ImageFiles, read_lines, resize_and_crop, to_tensor  # noqa: E402
+from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor  # noqa: E402
 from devices import command  # noqa: E402
 from evaluate import CLIPImageConfig, CLIPImageEncoder, psnr  # noqa: E402
 from scenes import (  # noqa: E402
@@ -100,7 +100,7 @@ class Corpus:
     def picture(self, name: str, index: int) -> Image.Image:
         """A picture of "emoji" or "clothing". It is decoded once and kept."""
         if (name, index) not in self.decoded:
-            self.decoded[name, index] = self.sources[name].picture(index)
+            self.decoded[name, index] = read_image(self.sources[name].records[index])
         return self.decoded[name, index]
 
     def draw(self, name: str, rng) -> int:
