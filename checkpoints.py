@@ -412,8 +412,8 @@ def write_atomically(file, write):
     except (OSError, SafetensorError) as problem:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OSError(f"could not write {file} ({problem}); what was there before is untouched. "
-                      f"Free some space or choose another place.") from None
+        raise OSError(f"could not write {file} ({problem}); the old file is untouched. Free some "
+                      f"space or choose another place.") from None
 
 
 def stored_config(networks, text=None, sampling=None, words=()):

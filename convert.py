@@ -113,7 +113,6 @@ UNREADABLE = (
 ABOVE = "a component of a diffusers folder (give the folder above it)"
 FAMILIES = {"lora": "a LoRA", "control": "a ControlNet", "double_blocks.0.": "a Flux model",
             "conditioner.embedders.": "an SDXL model", "input_blocks.0.": "a U-Net",
-            "cond_stage_model.": "a Stable Diffusion 1 or 2 model",
             "transformer_blocks.0.": ABOVE, "down_blocks.0.": ABOVE}
 SCALES = (".scale_weight", ".weight_scale")            # beside the weights of scaled float8
 
@@ -205,12 +204,11 @@ def take_given(model, place, names):
 def take(model, file, names):
     """Take those of the networks `names` from a file that the model does not have yet."""
     missing = set(names) - model.networks.keys()
-    if missing:
-        networks, config = networks_alone(file)
-        for name in missing & networks.keys():
-            add(model, name, networks[name])
-            if name in config:
-                model.config[name] = config[name]
+    networks, config = networks_alone(file) if missing else ({}, {})
+    for name in missing & networks.keys():
+        add(model, name, networks[name])
+        if name in config:
+            model.config[name] = config[name]
 
 
 def add(model, name, entries):
@@ -404,14 +402,6 @@ def write_json(file, value):
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(file, folder):
-    """Copy the files of one tokenizer. file: merges.txt, spiece.model or tokenizer.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (file.name, "vocab.json"):
-        if file.with_name(name).is_file():
-            shutil.copy(file.with_name(name), folder)
-
-
 def tokenizer_config(name, text):
     """The tokenizer_config.json of one text encoder: its token count and padding."""
     tokenizer = text.tokenizers[name]
@@ -445,7 +435,7 @@ def save_diffusers(out, parts, networks, dtype=None):
             index[folder] = ["transformers", config["architectures"][0]]
             tokenizer = tokenizer_config(name, parts.text)
             index[tokens] = ["transformers", tokenizer["tokenizer_class"]]
-            copy_tokenizer(parts.tokenizers[name], out / tokens)
+            shutil.copytree(parts.tokenizers[name].parent, out / tokens)
             write_json(out / tokens / "tokenizer_config.json", tokenizer)
         else:
             file = "diffusion_pytorch_model.safetensors"
@@ -458,11 +448,8 @@ def save_diffusers(out, parts, networks, dtype=None):
 
 
 def export(path, out, layout, dtype=None, tokenizers=None):
-    """Write a run or a model as one whole thing, under a name that does not exist yet.
-
-    layout: "single-file" (out is a .safetensors file; tokenizers/ comes beside it) or "diffusers"
-    (out is a folder). dtype None keeps what is stored.
-    """
+    """Write a model under a new name. layout: "single-file" (out is a .safetensors file;
+    tokenizers/ comes beside it) or "diffusers" (a folder). dtype None keeps what is stored."""
     out = Path(out)
     single = layout == "single-file"
     made = [out.with_name("tokenizers"), out] if single else [out]
@@ -480,14 +467,14 @@ def export(path, out, layout, dtype=None, tokenizers=None):
             save_networks(partial / out.name, networks, parts.text.config, parts.sampling, dtype,
                           parts.words)
             for name, file in parts.tokenizers.items():
-                copy_tokenizer(file, partial / "tokenizers" / HOMES[name][0])
+                shutil.copytree(file.parent, partial / "tokenizers" / HOMES[name][0],
+                                dirs_exist_ok=True)
         else:
             save_diffusers(partial / out.name, parts, networks, dtype)
         for place in made:
             os.replace(partial / place.name, place)
     except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"could not write {out} ({problem}); free some space or choose "
-                              f"another place") from None
+        raise CheckpointError(f"could not write {out} ({problem}); choose another place") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
