@@ -14,10 +14,10 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import tarfile
 import warnings
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,18 +32,14 @@ from safetensors import SafetensorError, safe_open
 from text_encoders import combine, drop_encoders
 from vae import normalize, sample_code
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # No other decoder sees a foreign file.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # No other decoder sees a foreign file.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS, MAX_BYTES = 2**27, 2**30                     # of a picture, by the header; of its file
 MAX_TEXT = 2**20                                         # the longest line or caption file
 PROBLEMS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+warnings.filterwarnings("ignore", module=r"PIL\.")       # of large pictures and odd EXIF blocks
 
 # ---- One picture ---------------------------------------------------------------------------------
-
-
-class UnreadableImage(ValueError):
-    """A picture that cannot be used. The message is "name: reason"."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -63,50 +59,35 @@ class Part:
             return file.read(min(self.size, at_most))
 
 
-def read_image(source, name="", background="white") -> Image.Image:
-    """A picture (a path or a Part) as upright 8-bit RGB at its own size. Raises UnreadableImage.
-    name: what errors call it. background: the colour behind transparent pixels."""
-    content = b""
+def read_image(source, background="white") -> Image.Image:
+    """A picture (a path or a Part) as upright RGB, 8 bits. ValueError says "name: reason"."""
     if not isinstance(source, Part):
-        source = Part(name or str(source), Path(source).expanduser())
+        source = Part(str(source), Path(source).expanduser())
     try:
         content = source.read()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header only
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-            image.load()
-            with suppress(Exception):                   # A broken EXIF block does not matter here.
-                ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image, background)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)      # reads the header only
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        image.load()
+        with suppress(Exception):                       # A broken EXIF block does not matter here.
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):                  # Pillow alone would clip 16-bit gray.
+            gray = np.asarray(image) / 257              # 65535 becomes 255
+            image = Image.fromarray(gray.round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+        return image.convert("RGB")
     except Image.UnidentifiedImageError:
         reason = f"not a {', '.join(FORMATS)} file, it begins with {content[:12]}"
     except Exception as error:                          # Decoders raise errors of many types.
         reason = getattr(error, "strerror", None) or f"cannot be decoded ({error}); fetch it again"
-    raise UnreadableImage(f"{source.name}: {reason}")
-
-
-def to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """8-bit RGB of any mode. Pillow alone would clip 16-bit gray; here it is scaled."""
-    if image.mode == "F":
-        raise ValueError("float pixels have no agreed white")
-    if image.mode.startswith("I"):                                    # "I;16", "I;16B", "I"
-        gray = np.asarray(image).astype(np.float32) / 257             # 65535 becomes 255
-        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+    raise ValueError(f"{source.name}: {reason}")
 
 
 def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scale until (height, width) is just covered, aspect kept; cut out the centre (App. E.1)."""
-    scale = min(image.width / width, image.height / height)           # source px per target px
-    left = max(0, image.width - scale * width) / 2
-    top = max(0, image.height - scale * height) / 2
-    box = (left, top, image.width - left, image.height - top)
-    return image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 def to_tensor(image) -> torch.Tensor:
@@ -122,8 +103,7 @@ def from_tensor(image: torch.Tensor) -> Image.Image:
 
 
 def aspect_buckets(resolution: int, step: int = 0) -> list[tuple[int, int]]:
-    """The sizes (height, width) in px for mixed aspect ratios at S = resolution (Sec. 5.3.2).
-    H * W is as near to S^2 as multiples of `step` allow, from 1:4 to 4:1, the flattest first."""
+    """Sizes (height, width) in px of about resolution^2 px, from 1:4 to 4:1 (Sec. 5.3.2)."""
     step = step or (64 if resolution >= 512 else 16)
     sizes = {(resolution, resolution)}
     for short in range(step, resolution, step):
@@ -140,10 +120,8 @@ def nearest_bucket(height: int, width: int, buckets: list[tuple[int, int]]) -> t
 
 # ---- Captioned pictures, in files of any layout: nothing is unpacked or written ------------------
 
-
 def read_lines(path, errors="strict") -> list[str]:
-    """The lines of a UTF-8 file, split at newlines only and without a byte order mark.
-    errors="surrogateescape" keeps wrong bytes, so that a bad line does not spoil the others."""
+    """The lines of a UTF-8 file, split at newlines only. "surrogateescape" keeps wrong bytes."""
     lines, path = [], Path(path).expanduser()
     try:
         with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
@@ -162,19 +140,16 @@ def clean_captions(found) -> tuple[str, ...]:
         found = found.get("captions") or found.get("text") or found.get("caption") or []
     kept = []
     for text in found if isinstance(found, list) else [found]:
-        if not isinstance(text, str) or "\0" in text:
-            raise ValueError(f"the caption {text!r:.50} is not text")
-        if text.encode(errors="replace").decode() != text:            # Wrong bytes are surrogates.
-            raise ValueError("the caption is not UTF-8; save it again as UTF-8")
+        if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):    # wrong bytes
+            raise ValueError(f"the caption {text!r:.50} is not text in UTF-8; save it again")
         if text.strip():
             kept.append(" ".join(text.split()))
     return tuple(kept)
 
 
 class ImageFiles:
-    """Captioned pictures: a folder of them with .txt or .json files of the same names, or with
-    metadata.jsonl; tar files of such pairs (WebDataset); one .tar or .jsonl file. `problems` names
-    what cannot be used; `found` counts samples with these. scenes.Scenes has the same methods."""
+    """Captioned pictures in a folder, in tar files or named by a .jsonl file. `problems` says what
+    cannot be used, `found` counts all samples. scenes.Scenes has the same methods."""
 
     def __init__(self, path):
         self.path, self.problems, self.records, files = Path(path).expanduser(), [], [], {}
@@ -191,41 +166,32 @@ class ImageFiles:
         self.found = len(self.records) + len(self.problems)
         if not self.records:
             expected = "a folder with tar shards, metadata.jsonl, or pictures with .txt captions"
-            problem = "holds no usable picture" if self.path.exists() else "does not exist"
-            raise ValueError("\n  ".join(
-                [f"{path} {problem}. Expected: {expected}", *self.problems[:10]]))
+            names = "\n  ".join(["", *self.problems[:10]])
+            raise ValueError(f"{path} does not exist or holds no picture; give {expected}{names}")
 
     def list_folder(self, files: dict):
-        """Add every file at any depth to `files` {name: Part}; links are followed."""
-        seen = set()
-        for place, folders, names in os.walk(self.path, followlinks=True):
-            if os.path.realpath(place) in seen:                       # Links can form a circle.
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(place))
-            folders.sort()
-            for file in sorted(Path(place, name) for name in names):
-                name = file.relative_to(self.path).as_posix()
-                if file.is_file():
-                    files[name] = Part(name, file, 0, file.stat().st_size)
-                else:
-                    self.problems.append(f"{name}: a pipe or a link that leads nowhere")
+        """Add every file at any depth to `files` {name: Part}. Linked folders are not entered."""
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path).as_posix()
+            if file.is_file():
+                files[name] = Part(name, file, 0, file.stat().st_size)
+            elif file.is_symlink() or not file.is_dir():
+                self.problems.append(f"{name}: a pipe, or a link to a folder or to nothing")
 
     def list_tar(self, path: Path, files: dict):
         """Add the files of one WebDataset shard, an uncompressed tar."""
-        end = 0
         try:
-            file_size = len(Part("", path).read(1)) and path.stat().st_size
+            size = len(Part("", path).read(1)) and path.stat().st_size
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    end = tar.offset                                  # where the next header begins
                     part = Part(f"{path.name}/{member.name}", path, member.offset_data, member.size)
-                    if member.isreg() and not member.issparse() and end <= file_size:
-                        if files.setdefault(part.name, part) is not part:
-                            self.problems.append(f"{part.name}: a second file of this name")
+                    if part.name in files:
+                        self.problems.append(f"{part.name}: a second file of this name")
+                    elif member.isreg() and tar.offset <= size:       # the next header's place
+                        files[part.name] = part
             # tarfile takes a header that it cannot read for the end. A real end is all zeros.
-            if end > file_size or any(Part("", path, end, 2 * tarfile.RECORDSIZE).read()):
-                raise ValueError(f"nothing to read at byte {end} of {file_size}")
+            if any(Part("", path, tar.offset).read(2 * tarfile.RECORDSIZE)):
+                raise ValueError(f"nothing to read at byte {tar.offset} of {size}")
         except (tarfile.TarError, OSError, ValueError) as error:
             self.problems.append(f"{path.name}: damaged or not an uncompressed tar ({error})")
 
@@ -233,17 +199,14 @@ class ImageFiles:
         """Join files that share a name up to the suffix: cat.jpg with cat.json, or with cat.txt."""
         for name, picture in files.items():
             key, suffix = os.path.splitext(name)
-            hidden = "/." in f"/{name}".replace("/../", "/")          # as macOS's ._cat.jpg
-            if hidden or suffix.lower() not in SUFFIXES:
+            if "/." in f"/{name}" or suffix.lower() not in SUFFIXES:  # hidden, as ._cat.jpg
                 continue
             captions = ()
             try:
                 for text in (files.get(key + ".json"), files.get(key + ".txt")):
                     if text and not captions:
                         name = text.name
-                        if text.size > MAX_TEXT:
-                            raise ValueError(f"a caption file of {text.size} bytes")
-                        content = text.read().decode("utf-8-sig", "surrogateescape")
+                        content = text.read(MAX_TEXT).decode("utf-8-sig", "surrogateescape")
                         if name.endswith(".json"):
                             content = json.loads(content)
                         captions = clean_captions(content)
@@ -254,14 +217,15 @@ class ImageFiles:
                 self.problems.append(f"{name}: {error}")
 
     def read_table(self, table: Path):
-        """A picture a line: file_name (or image) in the table's folder, and text (or captions)."""
+        """A picture a line: file_name in the table's folder, and text, caption or captions."""
         folder = Path(os.path.abspath(table.parent))
         for number, line in enumerate(read_lines(table, "surrogateescape"), 1):
             try:
                 if line:
                     row = json.loads(line)
-                    file = Path(os.path.abspath(folder / (row.get("file_name") or row["image"])))
-                    name, captions = file.relative_to(folder).as_posix(), clean_captions(row)
+                    file = Path(os.path.abspath(folder / row["file_name"]))
+                    name = file.relative_to(folder).as_posix()
+                    captions = clean_captions(row)
                     if not captions:
                         raise ValueError("there is no caption")
                     self.records.append(Part(name, file, 0, file.stat().st_size, captions))
@@ -270,8 +234,7 @@ class ImageFiles:
                     f'{table.name} line {number} needs a "file_name" and a "text" ({error})')
 
     def add_captions(self, path):
-        """Add a synthetic caption to every picture's first (Sec. 5.2.2). path: JSONL with
-        `file_name` and `caption`. ValueError names a wrong line, or a picture left without."""
+        """Join a synthetic caption from JSONL to every picture's first one (Sec. 5.2.2)."""
         added = {}
         for number, line in enumerate(read_lines(path), 1):
             try:
@@ -293,24 +256,19 @@ class ImageFiles:
     def captions(self, index: int) -> tuple[str, ...]:
         return self.records[index].captions
 
-    def picture(self, index: int) -> Image.Image:
-        """RGB at its own size. Raises UnreadableImage."""
-        return read_image(self.records[index])
-
     def image(self, index: int, height: int, width: int) -> np.ndarray:
-        """uint8 (height, width, 3), scaled and centre-cropped. Raises UnreadableImage."""
-        return np.array(resize_and_crop(self.picture(index), height, width))
+        """uint8 (height, width, 3), scaled and centre-cropped. ValueError as from read_image."""
+        return np.array(resize_and_crop(read_image(self.records[index]), height, width))
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(height, width) of the upright picture, from its header; (1, 1) if that is broken."""
         for at_most in (2**16, MAX_BYTES):              # Pillow wants to see the whole of a WebP.
-            with suppress(Exception), warnings.catch_warnings(action="ignore"):
-                content = io.BytesIO(self.records[index].read(at_most))
-                image, exif = Image.open(content, formats=FORMATS), Image.Exif()
-                with suppress(Exception):
-                    exif.load(image.info.get("exif"))   # image.getexif() would decode a PNG.
-                on_its_side = exif.get(0x0112) in (5, 6, 7, 8)        # the tag Orientation
-                return image.size if on_its_side else image.size[::-1]
+            with suppress(Exception):
+                content = self.records[index].read(at_most)
+                image = Image.open(io.BytesIO(content), formats=FORMATS)
+                if image.format == "JPEG" and image.getexif().get(0x0112) in (5, 6, 7, 8):
+                    return image.size                   # Cameras store it lying on its side.
+                return image.height, image.width
         return 1, 1
 
 
@@ -318,27 +276,26 @@ def check_problems(problems: list[str], total: int, limit: float = 0.01):
     """Say on stderr how many of `total` samples are unusable; ValueError if over `limit` are."""
     summary = f"{len(problems)} of {total} samples cannot be used"
     if len(problems) > limit * total:
-        raise ValueError("\n  ".join([f"{summary}, over {100 * limit:g} %. Mend or remove them "
-                                      f"(python data.py PATH):", *problems[:10]]))
+        names = "\n  ".join(problems[:10])
+        raise ValueError(f"{summary}, over {100 * limit:g} %. Mend or remove them:\n  {names}")
     if problems:
         print(f"{summary}, the first: {problems[0]}", file=sys.stderr)
 
 
 def readable(source, wanted, limit: float = 0.01):
     """Yield (index, uint8 (height, width, 3), captions) for each wanted (index, height, width).
-    Threads read the next 64. For a picture that cannot be read the array is None, and
-    `source.problems` says why; once these are over `limit` of all, it is a ValueError."""
-    wanted, waiting = iter(wanted), deque()
+    Threads read the next 64. None stands for a picture that cannot be read; check_problems."""
+    wanted, waiting = iter(wanted), []
     with ThreadPoolExecutor(8) as threads:              # Decoders let other threads run.
         while len(source.problems) <= limit * source.found:
             for index, *size in islice(wanted, 64 - len(waiting)):
                 waiting.append((index, threads.submit(source.image, index, *size)))
             if not waiting:
                 break
-            index, picture = waiting.popleft()
+            index, picture = waiting.pop(0)
             try:
                 image = picture.result()
-            except UnreadableImage as error:
+            except ValueError as error:
                 image = source.problems.append(str(error))            # None
             yield index, image, source.captions(index)
     check_problems(source.problems, source.found, limit)
@@ -346,22 +303,18 @@ def readable(source, wanted, limit: float = 0.01):
 
 # ---- Encoded shards (App. E.1) -------------------------------------------------------------------
 
-
 def file_hash(file: Path) -> str:
     """SHA-256 of all bytes of a file."""
     return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
 
 
 class EncodedFolder:
-    """The shards of a folder that encode.py made; a row is read when it is asked for. `encoders`
-    is the fingerprint that they must have ("" accepts any). `groups` has the sample numbers of
-    each picture size. ValueError names what is damaged, and the mend."""
+    """The shards of a folder that encode.py made with these `encoders`, a fingerprint ("": any).
+    `groups` has the sample numbers of each picture size. ValueError names damage and its mend."""
 
     def __init__(self, folder, encoders: str = ""):
         self.folder, self.starts, self.opened = Path(folder).expanduser(), [], {}
         file, count, groups = self.folder / "index.json", 0, {}
-        if not file.is_file():
-            raise ValueError(f"{folder} has no index.json; run the same encode.py command again")
         try:
             self.index = json.loads(file.read_text())
             self.resolution, made_with = self.index["resolution"], self.index["encoders"]
@@ -373,7 +326,8 @@ class EncodedFolder:
             self.longest_side = max(max(size) for size in groups)
             other = encoders not in ("", made_with["fingerprint"])
         except PROBLEMS as problem:
-            raise ValueError(f"{file} is damaged ({problem!r}); delete it, encode again") from None
+            raise ValueError(f"{file} is missing or damaged ({problem}); delete it and run "
+                             f"the same encode.py command again") from None
         self.groups = [np.concatenate(parts) for parts in groups.values()]
         if other:
             raise ValueError(f"{folder} needs --encoders {made_with['path']}, or encode it again")
@@ -415,8 +369,7 @@ class EncodedFolder:
         return tuple(texts[row] for row in self.caption_rows(index))
 
     def read(self, indices, rows, arrays: dict) -> dict:
-        """Fill `arrays` {name: (B, ...)} with samples of one size and these rows of their captions.
-        The caller owns `arrays`. What does not fit is made new, at a third of the speed."""
+        """Fill `arrays` {name: (B, ...)} with samples of one size and rows of their captions."""
         places = [self.find(index) for index in indices]
         for name in ("moments", "clip_l", "clip_g", "t5", "pooled_l", "pooled_g"):
             stored = places[0][0][name]
@@ -438,7 +391,6 @@ class EncodedFolder:
 
 # ---- Batches (Sec. 5.3.2, App. B.3) --------------------------------------------------------------
 
-
 @dataclass
 class Batch:
     """This process's share of one step, on its device."""
@@ -455,9 +407,8 @@ class Batch:
 
 
 class Batches:
-    """batches(step) is this process's share of a global batch. Every draw is keyed by (seed, step,
-    index in the global batch), never by rank: there is nothing to save or restore.
-    config: seed, batch_size, encoder_dropout, full_captions. world: rank, size, device."""
+    """batches(step) is this process's share of a batch. Every draw is keyed by (seed, step, index
+    in the whole batch), so there is no state. config: train.TrainConfig. world: devices.World."""
 
     def __init__(self, folder: EncodedFolder, vae_config, text_config, config, world):
         self.folder, self.config, self.world = folder, config, world
@@ -467,8 +418,7 @@ class Batches:
         self.per_epoch = len(self.epoch(0))
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The global batches of an epoch, (B,) sample numbers each, in shuffled order. What fills
-        no batch of its size differs from epoch to epoch. Fewer than B pictures repeat in one."""
+        """The global batches of an epoch, (B,) sample numbers each. Under B pictures repeat."""
         if number not in self.epochs:
             rng, batches = np.random.default_rng((self.config.seed, 1, number)), []
             for group in self.folder.groups:
@@ -495,7 +445,6 @@ class Batches:
         return batch
 
     def make(self, step: int) -> Batch:
-        """The batch of a step, now."""
         indices, rngs, draws, rows = self.indices(step), [], [], []
         for number, index in enumerate(indices, self.world.rank * len(indices)):
             rngs.append(np.random.default_rng((self.config.seed, 2, step, number)))
@@ -523,8 +472,7 @@ class Batches:
         return latent, *combine(**tensors)
 
     def validation(self, count: int):
-        """Yield (latent, context, pooled, noise) of `count` samples, a batch for each size, always
-        the same: mean codes, full captions, noise from the seed (App. B.3)."""
+        """Yield (latent, context, pooled, noise) of `count` samples, a batch for each size."""
         for group in self.folder.split(count)[1].groups:
             rows = [self.folder.caption_rows(index)[-1] for index in group]
             latent, context, pooled = self.inputs(self.folder.read(group, rows, {}))
@@ -543,11 +491,11 @@ def main():
     """Show what a path holds, and name what of it cannot be used."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("path", help="folder, .tar or .jsonl file with captioned pictures")
-    source, used = ImageFiles(parser.parse_args().path), 0
-    for index, image, captions in readable(source, ((i, 8, 8) for i in range(len(source))), 1):
-        used += image is not None
-        if image is not None and used <= 5:
-            print(source.name(index), source.picture_size(index), *captions, sep=" | ")
+    source = ImageFiles(parser.parse_args().path)
+    for index in range(min(5, len(source))):
+        print(source.name(index), source.picture_size(index), *source.captions(index), sep=" | ")
+    list(readable(source, [(index, 8, 8) for index in range(len(source))], limit=1))
+    used = source.found - len(source.problems)
     print(f"{used} of {source.found} samples can be used", *source.problems, sep="\nnot used: ")
 
 
