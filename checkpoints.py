@@ -295,9 +295,9 @@ def fingerprint(path, components=tuple(PREFIXES)):
 def run_encoders(folder):
     """(file, tokenizers) of the frozen networks that a run was trained with, as its config.json
     names them and their fingerprint proves; None for a folder that is no run."""
-    if not (folder / "config.json").is_file():
-        return None
-    named = read_json(folder / "config.json", {"encoders": dict | None}).get("encoders") or {}
+    named = {}
+    if (folder / "config.json").is_file():
+        named = read_json(folder / "config.json", {"encoders": dict | None}).get("encoders") or {}
     if not {"path", "fingerprint"} <= named.keys():    # somebody else's config.json
         return None
     file = find_model_file(str(named["path"]), hub=False)
@@ -441,10 +441,8 @@ def released_tensors(name, network, dtype=None):
 
 def save_networks(file, networks, text=None, sampling=None, dtype=None, words=()):
     """Write {"mmdit": MMDiT, "vae": VAE, "clip_l": ..., ...} as one file of the released layout.
-
     text: the TextConfig. sampling: the settings (fields of sample.Settings) that this model wants.
-    words: the words of the captions that it was trained on. dtype None keeps each tensor's type.
-    """
+    words: the words of the captions that it was trained on. dtype None keeps each tensor's type."""
     tensors = {}
     for name, network in networks.items():
         for key, tensor in released_tensors(name, network, dtype).items():
@@ -481,15 +479,14 @@ def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
 def check_options(config):
     """Check every option of a frozen dataclass, in its __post_init__. Lists become tuples."""
     for item in fields(config):
-        value = getattr(config, item.name)
         kind = item.type
-        values = [value]
-        if hasattr(kind, "__args__") and isinstance(value, list | tuple):
-            object.__setattr__(config, item.name, tuple(value))
+        values = [getattr(config, item.name)]
+        if hasattr(kind, "__args__") and isinstance(values[0], list | tuple):
+            values = tuple(values[0])
             kind = kind.__args__[0]
-            values = value
-        for one in values:
-            check_value("--" + item.name.replace("_", "-"), one, kind, *item.metadata["rule"])
+            object.__setattr__(config, item.name, values)
+        for value in values:
+            check_value("--" + item.name.replace("_", "-"), value, kind, *item.metadata["rule"])
 
 
 def add_options(parser, kind):

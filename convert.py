@@ -65,7 +65,8 @@ TABLES = NAMES | {"mmdit": MMDIT_NAMES, "vae": VAE_NAMES}
 # What the JSON file of each part of a diffusers folder must say, where it says anything.
 EXPECTED = {
     "mmdit": {"_class_name": "SD3Transformer2DModel", "attention_head_dim": 64},
-    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "layers_per_block": 2},
+    "vae": {"_class_name": "AutoencoderKL", "act_fn": "silu", "layers_per_block": 2,
+            "use_quant_conv": False, "use_post_quant_conv": False},
     "clip_l": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "clip_g": {"hidden_act": "gelu", "layer_norm_eps": 1e-5},
     "t5": {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "d_kv": 64,
@@ -136,8 +137,8 @@ def find_foreign(path, hub=True):
     if (path.parent / "model_index.json").is_file():
         raise CheckpointError(f"{path} is a part of a diffusers folder; give {path.parent}")
     if path.is_dir():
-        raise CheckpointError(f"{path} has no model.safetensors. A run folder gets one when it is "
-                              f"first saved; train longer, or name the file itself")
+        raise CheckpointError(f"{path} has no model.safetensors (a run gets one when it is first "
+                              f"saved); name the file itself")
     owned = re.fullmatch(r"(?!(runs|out|pretrained)/)[\w-][\w.-]*/[\w.-]+", str(path))
     if hub and owned and not path.parent.is_dir() and path.suffix != ".safetensors":
         return from_hub(str(path))
@@ -171,9 +172,9 @@ def open_foreign(path, text_encoders=(), vae=None):
     files. text_encoders, vae: files or folders that come before all others."""
     model = Model(path, {}, {}, {})
     for place in text_encoders:
-        take_given(model, place, ENCODERS)
+        take_given(model, find_path(place), ENCODERS)
     if vae:
-        take_given(model, vae, ("vae",))
+        take_given(model, find_path(vae), ("vae",))
     if path.is_dir():
         open_diffusers(model)
     else:
@@ -192,13 +193,11 @@ def open_foreign(path, text_encoders=(), vae=None):
 
 def take_given(model, place, names):
     """Take networks from the file or the folder that the user gave for them."""
-    place = find_path(place)
     before = len(model.networks)
     for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
         take(model, file, names)
     if len(model.networks) == before:
-        raise CheckpointError(f"{place} holds no {' or '.join(names)}; give a .safetensors file "
-                              f"that does")
+        raise CheckpointError(f"{place} holds no {' or '.join(names)}; give a file that does")
 
 
 def take(model, file, names):
@@ -279,8 +278,8 @@ def open_diffusers(model):
     folder = model.path
     index = {}
     if (folder / "model_index.json").is_file():
-        kinds = {part: list | None for part in FOLDERS.values()} | {"_class_name": str | None}
-        index = read_json(folder / "model_index.json", kinds)
+        kinds = {part: list | None for part in FOLDERS.values()}
+        index = read_json(folder / "model_index.json", kinds | {"_class_name": str | None})
     if not index.get("_class_name", "StableDiffusion3").startswith("StableDiffusion3"):
         raise CheckpointError(f"{folder} is a {index['_class_name']}; give a Stable Diffusion 3")
     for name, part in FOLDERS.items():
@@ -303,8 +302,8 @@ def open_diffusers(model):
 
 def weight_files(folder):
     """The safetensors files of one component: full precision rather than ".fp16." variants."""
-    files = sorted(folder.glob("*.safetensors"))
-    files = [file for file in files if ".fp16" not in file.name] or files
+    found = sorted(folder.glob("*.safetensors"))
+    files = [file for file in found if ".fp16" not in file.name] or found
     for index in folder.glob("*.safetensors.index.json"):
         names = read_json(index, {"weight_map": dict})["weight_map"].values()
         files = [folder / Path(str(name)).name for name in sorted(set(names), key=str)]
@@ -323,8 +322,8 @@ def read_configs(model):
                 expected = expected | {"num_attention_heads": (told.get("hidden_size") or 0) // 64}
             for key, value in expected.items():
                 if told.get(key) not in (None, value):
-                    raise CheckpointError(f"{file}: {key} is {told[key]!r:.80}, not {value!r}, "
-                                          f"which alone is done here")
+                    raise CheckpointError(f"{file}: {key} is {told[key]!r:.80}; give a model where "
+                                          f"it is {value!r}")
             for key, (ours, name, kind, low) in NUMBERS.items():
                 if told.get(key) is not None:
                     check_value(f"{file}: {key}", told[key], kind, low, 1e3)
@@ -386,10 +385,8 @@ def diffusers_config(name, config):
         values["qk_norm"] = "rms_norm" if config.qk_norm else None
         values["dual_attention_layers"] = list(range(config.dual_attention_layers))
     elif name == "vae":
-        levels = len(config.channels)
-        values |= {"use_quant_conv": False, "use_post_quant_conv": False,
-                   "down_block_types": levels * ["DownEncoderBlock2D"],
-                   "up_block_types": levels * ["UpDecoderBlock2D"]}
+        values["down_block_types"] = len(config.channels) * ["DownEncoderBlock2D"]
+        values["up_block_types"] = len(config.channels) * ["UpDecoderBlock2D"]
     elif name == "t5":
         values |= T5_MORE
     else:
@@ -430,6 +427,7 @@ def save_diffusers(out, parts, networks, dtype=None):
         tensors = to_diffusers(name, released_tensors(name, networks[name], dtype))
         if name == "clip_l":                           # Its pooled vector passes unchanged.
             tensors["text_projection.weight"] = torch.eye(config["hidden_size"])
+        file = "diffusion_pytorch_model.safetensors"
         if name in HOMES:
             file = "model.safetensors"
             index[folder] = ["transformers", config["architectures"][0]]
@@ -438,7 +436,6 @@ def save_diffusers(out, parts, networks, dtype=None):
             shutil.copytree(parts.tokenizers[name].parent, out / tokens)
             write_json(out / tokens / "tokenizer_config.json", tokenizer)
         else:
-            file = "diffusion_pytorch_model.safetensors"
             index[folder] = ["diffusers", config["_class_name"]]
         save = functools.partial(save_file, tensors, metadata={"format": "pt", "config": stored})
         write_atomically(out / folder / file, save)
