@@ -52,8 +52,7 @@ def autocast(device: torch.device, precision: torch.dtype):
 
 
 class World:
-    """This process, number `rank` of `size`; without torchrun, 0 of 1. parallel: "ddp" keeps whole
-    models, "fsdp" shards them over all, "hsdp" within a node, "auto" from 10^9 `parameters` up."""
+    """Process `rank` of `size`. "fsdp" shards a model over all, "hsdp" in a node, "ddp" never."""
 
     def __init__(self, device: str = "auto", parallel: str = "auto", parameters: int = 0):
         self.rank = int(os.environ.get("RANK", 0))
@@ -72,9 +71,8 @@ class World:
             return
         shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            warnings.warn("processes may not meet again after a restart; use "
-                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone ... on one "
-                          "node, and --rdzv-backend c10d on several", stacklevel=2)
+            warnings.warn("processes may not meet again after a restart; give "
+                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...", stacklevel=2)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
         shards = int(os.environ["LOCAL_WORLD_SIZE"]) if parallel == "hsdp" else self.size

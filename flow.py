@@ -47,6 +47,23 @@ def rectified_flow_loss(model, latent, context, pooled, t, noise):
     return error.square().flatten(1).mean(dim=1)                      # (B,)          Eq. 8
 
 
+@torch.no_grad()
+def validate(model, samples, precision, loss=rectified_flow_loss, levels=8):
+    """Losses at equally spaced t in [0, 1] (App. B.3): (levels,). Their mean leaves out t = 1.
+
+    samples: (latent, context, pooled, noise) for each picture size, the same every time.
+    """
+    rows = [[] for _ in range(levels)]
+    for latent, context, pooled, noise in samples:
+        device = latent.device
+        times = torch.linspace(0, 1, levels, device=device)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            for row, t in zip(rows, times, strict=True):
+                t = t.expand(len(latent))                             # (B,)
+                row.append(loss(model, latent, context, pooled, t, noise))
+    return torch.stack([torch.cat(row).mean() for row in rows]).cpu()
+
+
 # --- Densities of t in training (Sec. 3.1, Eq. 19 to 22) ------------------------------------------
 #
 # Each has pdf(t), the density, and quantile(u), which makes t from uniform u: (B,) -> (B,) both.

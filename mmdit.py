@@ -12,7 +12,7 @@ Run         python mmdit.py     prints what depth means: 8 B parameters at depth
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -369,6 +369,41 @@ def main():
         config = MMDiTConfig(depth, qk_norm=depth == 38)
         billions = count_parameters(config) / 1e9
         print(f"{depth:5}  {config.hidden_size:6}  {config.num_heads:5}  {billions:9.3f} B")
+
+
+# ---- The model of a new run (Sec. 5.3.2) ---------------------------------------------------------
+
+def model_sizes(config, vae, text, longest_side, start=None):
+    """Sizes of a model that will be trained, with the paper's positions.
+
+    config: resolution in px, depth, qk_norm. longest_side: of all pictures, in px. start: the model
+    that gives the first weights. A released one, whose positions begin at 0, gives them too.
+    """
+    longest = max(2 * config.resolution, longest_side) // 16           # tokens
+    first, second, *_ = paper_positions(config.resolution, longest).tolist()
+    grid = MMDiTConfig(
+        pos_embed_max_size=longest, position_start=first, position_step=second - first)
+    if start and start.config.position_start == 0:
+        grid = start.config
+    return replace(grid, depth=config.depth, latent_channels=vae.latent_channels,
+                   context_dim=text.context_dim, pooled_dim=text.pooled_dim, qk_norm=config.qk_norm)
+
+
+@torch.no_grad()
+def load_weights(model, weights, assign=torch.Tensor.copy_):
+    """Copies another model's weights. A new QK-norm keeps its 1. ValueError: other sizes."""
+    theirs = dict(weights.named_parameters())
+    for name, parameter in model.named_parameters():
+        if ".ln_" in name and name not in theirs:
+            continue
+        value = theirs.pop(name, None)
+        if value is None or value.shape != parameter.shape:
+            raise ValueError(f"--init has another {name}; give its --depth and its --encoders")
+        assign(parameter, value)
+    if theirs:
+        raise ValueError(f"--init has {min(theirs)}; give its --depth and --qk-norm true")
+    if weights.config.position_start == 0:
+        model.pos_embed.copy_(weights.pos_embed)
 
 
 # ---- Faster in bf16 on a CPU ---------------------------------------------------------------------

@@ -1,16 +1,13 @@
 """train.py: one loop that trains everything (SD3, arXiv:2403.03206v1, Sec. 5.3, App. B.3 and E.1).
 
-Read with   App. B.3: flow_loss is Eq. 19, 23 and 8, then train_step to validate; fit is the loop
+Read with   App. B.3: flow_loss is Eq. 19, 23 and 8, then train_step; fit is the loop
 Not here    loss (flow.py), network (mmdit.py), pictures (data.py), processes (devices.py)
-Randomness  every draw is keyed by (seed, step, index in the global batch), so neither the number
-            of processes nor a restart changes a run
-Shapes      B samples of this process   C latent channels   H W latent height, width
-Run         python train.py                               scenes, ten minutes, any device
-            torchrun --nproc_per_node 2 train.py          the same run on two processes
+Randomness  every draw is keyed by (seed, step, index in the global batch), whatever restarts
+Shapes      B samples of this process
+Run         python train.py     ten minutes on drawn scenes; torchrun ... for several processes
 """
 
 import time
-
 STARTED = time.time()                    # --minutes counts from here; importing torch takes seconds
 
 import argparse
@@ -18,8 +15,6 @@ import copy
 import fcntl
 import json
 import math
-import re
-import resource
 import shutil
 import signal
 from contextlib import suppress
@@ -30,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
@@ -42,13 +36,12 @@ from data import Batches
 from devices import World, pick_precision, whole
 from encode import encoded
 from evaluate import format_scores, geneval
-from flow import density, rectified_flow_loss, shift_time
-from mmdit import MMDiT, MMDiTConfig, count_parameters, paper_positions
+from flow import density, rectified_flow_loss, shift_time, validate
+from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
 from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
 
-# "paper" is App. B.3, and 256 px (Sec. 5.3.3, where a batch has 4096). "tiny" is for minutes: a
-# loss of .79 after ten of them on two CPU cores. The other defaults below are the paper's in both.
+# "paper" is App. B.3 at 256 px. "tiny" has a loss of .79 after ten minutes on two CPU cores.
 PRESETS = {
     "paper": dict(optimizer="adamw", lr=1e-4, warmup_steps=1000, cooldown=0.0, ema=0.99,
                   ema_every=100, batch_size=1024, resolution=256),
@@ -112,8 +105,7 @@ def flow_loss(model, batch, density, timestep_shift):
 
 
 def train_step(model, optimizers, loss, batch, config):
-    """One update from this process's share of a batch: losses (B,) and the gradient's norm. Nothing
-    here knows how many processes exist. If the norm is not finite, the weights stay as they are."""
+    """One update: losses (B,) and the gradient's norm. No weight changes if that is not finite."""
     device = next(model.parameters()).device
     parts = batch.split(config.accumulate) if config.accumulate > 1 else [batch]
     losses = []
@@ -122,7 +114,7 @@ def train_step(model, optimizers, loss, batch, config):
             with devices.autocast(device, pick_precision(config.precision, device)):
                 losses.append(loss(model, part))                                   # (B / parts,)
             (losses[-1].mean() / len(parts)).backward()
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
     for optimizer in optimizers:
         if math.isfinite(norm):
             optimizer.step()
@@ -141,7 +133,7 @@ def make_optimizers(model, config) -> list:
     return [adamw, torch.optim.Muon(matrices, lr=config.lr)] if matrices else [adamw]
 
 
-def learning_rate(step: int, steps: int, config) -> float:
+def learning_rate(step, steps, config):
     """AdamW's: linear warm-up, constant (App. B.3), then linear to zero over the cooldown."""
     rise = (step + 1) / (config.warmup_steps or max(1, 0.03 * steps))
     fall = (steps - step) / max(1, config.cooldown * steps)
@@ -149,7 +141,7 @@ def learning_rate(step: int, steps: int, config) -> float:
 
 
 @torch.no_grad()
-def update_average(average, model, done: int, steps: int, config):
+def update_average(average, model, done, steps, config):
     """The fp32 average of the weights; with the paper's preset, decay .99 every 100 steps."""
     decay = config.ema or 1 - 1 / max(2, 0.03 * steps)
     if done % config.ema_every == 0:
@@ -157,22 +149,9 @@ def update_average(average, model, done: int, steps: int, config):
             mean.lerp_(parameter, 1 - decay)
 
 
-@torch.no_grad()
-def validate(model, samples, precision, loss=rectified_flow_loss, levels: int = 8):
-    """Losses at equally spaced t in [0, 1] (App. B.3): (levels,). Their mean leaves out t = 1.
-    samples: (latent, context, pooled, noise) for each picture size, the same every time."""
-    losses = []
-    for latent, context, pooled, noise in samples:
-        with devices.autocast(latent.device, precision):
-            for t in torch.linspace(0, 1, levels, device=latent.device):
-                losses.append(loss(model, latent, context, pooled, t.expand(len(latent)), noise))
-    return torch.stack([torch.cat(losses[level::levels]).mean() for level in range(levels)]).cpu()
-
-
 # --- The loop -------------------------------------------------------------------------------------
 def fit(model, loss, batches, config, run):
-    """Trains any model and returns the average of its weights. loss(model, batch) -> (B,).
-    batches(step) -> this process's batch, of any kind. A run that has checkpoints goes on."""
+    """Trains a model by loss(model, batch) -> (B,) on batches(step), and returns its average."""
     average = copy.deepcopy(model) if run.average is None else run.average
     average.requires_grad_(False)
     optimizers = make_optimizers(model, config)
@@ -206,7 +185,7 @@ class Run:
     world: World = None              # if none, one is made
     times: object = None             # times(batch) -> t (B,), by which the log sorts losses
     report: object = None            # report(average, step) -> entries for the log, a picture
-    average: nn.Module = None        # a place for the average; if none, a copy of the model
+    average: torch.nn.Module = None        # a place for the average; if none, a copy of the model
     metadata: dict = None            # of an MM-DiT's model.safetensors; if none, it is not written
     about: dict = field(default_factory=dict)        # more entries for config.json
 
@@ -244,10 +223,10 @@ class Run:
         self.steps = self.total_steps()
         self.entries = read_log(self.folder / "log.jsonl", self.done)
         log = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        about = json.dumps({"train": asdict(replace(self.config, out="")), **self.about}, indent=1)
-        if self.world.rank == 0:
-            write_atomically(self.folder / "log.jsonl", lambda path: path.write_text(log))
-            write_atomically(self.folder / "config.json", lambda path: path.write_text(about))
+        about = json.dumps({"train": asdict(self.config), **self.about}, indent=1)
+        for name, text in (("log.jsonl", log), ("config.json", about)):
+            if self.world.rank == 0:
+                write_atomically(self.folder / name, partial(Path.write_text, data=text))
 
     def state(self, model, average, optimizers) -> dict:
         """What a run goes on from. Random numbers need no state: they are keyed by the step."""
@@ -266,17 +245,16 @@ class Run:
         steps = self.world.same(self.done + int(left * taken / (time.time() - self.paced)))
         if taken == 1:
             self.planned = steps
-        if taken == 1 and steps < 100:
-            self.say(f"only {steps} steps fit into --minutes {self.config.minutes:g}; that teaches "
-                     f"next to nothing, so give more")
+            if steps < 100:
+                self.say(f"a run of {steps} steps teaches next to nothing; give more --minutes")
         return steps
 
-    def count_step(self, model, grad_norm: float):
+    def count_step(self, model, grad_norm):
         """Ends the run when its numbers stop being finite, before they are averaged or saved."""
         self.done += 1
         self.steps = self.total_steps()
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
-        total = whole(nn.utils.get_total_norm(model.parameters())).item()
+        total = whole(torch.nn.utils.get_total_norm(model.parameters())).item()
         stuck = self.skipped == 10 or (self.skipped and self.done == self.steps)
         if stuck or not math.isfinite(total):
             raise RuntimeError(f"loss, gradient or weights are not finite at step {self.done}; all "
@@ -289,9 +267,9 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(self.entries[-1]) + "\n")
 
-    def log_step(self, batch, losses, grad_norm: float, waited: float, seconds: float):
+    def log_step(self, batch, losses, grad_norm, waited, seconds):
         """Collects a step. The first 20 and then every 20th are followed by a line in the log."""
-        t = self.times(batch) if self.times else torch.full((len(losses),), math.nan)
+        t = self.times(batch) if self.times else losses * math.nan
         rows = torch.stack([losses.float().cpu(), t.float().cpu()])                    # (2, B)
         self.recent.append((rows, grad_norm, waited, seconds))
         if self.done > 20 and self.done % 20 and self.done != self.steps:
@@ -299,8 +277,7 @@ class Run:
         rows, norms, waits, seconds = zip(*self.recent, strict=True)
         self.recent = []
         losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
-        main_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        memory = torch.cuda.max_memory_allocated() / 1e9 or main_memory        # 0 without a GPU
+        memory = torch.cuda.max_memory_allocated() / 1e9                       # 0 without a GPU
         self.log(loss=mean(losses), grad_norm=mean(torch.tensor(norms)),
                  loss_by_t=[mean(losses[(10 * t).floor() == tenth]) for tenth in range(10)],
                  skipped=len(norms) - sum(map(math.isfinite, norms)), memory_gb=memory,
@@ -368,43 +345,24 @@ def mean(values):
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Anything without an eight-digit name is none."""
-    return sorted(p for p in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{8}", p.name))
+    return sorted((folder / "checkpoints").glob("[0-9]" * 8))
 
 
 def draw_losses(entries: list[dict]) -> Image.Image:
-    """The loss by step, .01 to 10 on a log scale: black, and by tenths of t blue (data) to red."""
+    """The loss by step, on a log scale. log.jsonl has it also by tenth of t."""
     image = Image.new("RGB", (640, 450), "white")
     draw = ImageDraw.Draw(image)
     for entry in entries:
-        x = 600 * entry["step"] / entries[-1]["step"]
-        for i, loss in enumerate([*entry.get("loss_by_t", ()), entry.get("loss")]):
-            if loss:
-                y = 150 - 150 * math.log10(loss)
-                color = "black" if i == 10 else (28 * i, 60, 255 - 28 * i)
-                draw.rectangle((x, y, x + 2, y + 2), fill=color)
-    for loss in (3, 1, 0.3, 0.1):
-        draw.text((605, 145 - 150 * math.log10(loss)), str(loss), fill="black")
+        if entry.get("loss"):
+            x = 600 * entry["step"] / entries[-1]["step"]
+            y = 150 - 150 * math.log10(entry["loss"])
+            draw.rectangle((x, y, x + 2, y + 2), fill="black")
+    draw.text((200, 5), "loss, from 10 (top) to 0.01 (bottom), log scale", fill="black")
     return image
 
 
 # --- A run of MM-DiT ------------------------------------------------------------------------------
-def model_sizes(config, vae, text, longest_side: int, start=None) -> MMDiTConfig:
-    """The MM-DiT for these encoders, with the paper's positions (Sec. 5.3.2) up to longest_side px
-    or twice the resolution. start: the model of --init; a released one, whose positions begin at 0,
-    keeps them."""
-    longest = max(2 * config.resolution, longest_side) // 16
-    first, second, *_ = paper_positions(config.resolution, longest).tolist()
-    sizes = MMDiTConfig(
-        config.depth, latent_channels=vae.latent_channels, context_dim=text.context_dim,
-        pooled_dim=text.pooled_dim, qk_norm=config.qk_norm, pos_embed_max_size=longest,
-        position_start=first, position_step=second - first)
-    if start and start.config.position_start == 0:
-        kept = ("pos_embed_max_size", "position_start", "position_step", "dual_attention_layers")
-        sizes = replace(sizes, **{name: getattr(start.config, name) for name in kept})
-    return sizes
-
-
-def make_model(sizes: MMDiTConfig, config, world: World, trained: bool) -> MMDiT:
+def make_model(sizes, config, world, trained):
     """An MM-DiT without numbers yet, whole or as shards. Depth 38 is never whole on a GPU."""
     with torch.device("meta"):
         model = MMDiT(sizes)
@@ -418,41 +376,11 @@ def make_model(sizes: MMDiTConfig, config, world: World, trained: bool) -> MMDiT
     return model.to_empty(device=world.device)
 
 
-@torch.no_grad()
-def load_weights(model: MMDiT, weights: MMDiT):
-    """Starts from the weights of --init. The scales of a new QK-norm stay 1 (Sec. 5.3.2)."""
-    theirs = dict(weights.named_parameters())
-    for name, parameter in model.named_parameters():
-        value = theirs.pop(name, parameter if ".ln_" in name else None)
-        if value is None or value.shape != parameter.shape:
-            raise ValueError(f"--init has another {name}; give its --depth and its --encoders")
-        if value is not parameter:
-            devices.assign(parameter, value)
-    if theirs:
-        raise ValueError(f"--init has {min(theirs)}; give its --depth and --qk-norm true")
-    if weights.config.position_start == 0:
-        model.pos_embed.copy_(weights.pos_embed)
-
-
 def report(average, step, pipeline, held_out, prompts):
     """Validation losses for the log, and pictures of the prompts from the same noise as ever."""
     levels = validate(average, held_out.validation(64), pipeline.precision)
     grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
     return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
-
-
-def score(run, pipeline):
-    """GenEval's tasks on held-out scenes; without --steps, with 5 prompts a minute for each."""
-    def draw(prompts, first):
-        pictures = generate(pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))
-        return [np.asarray(picture) for picture in pictures]
-
-    count, size = run.config.num_prompts, run.config.resolution
-    if not run.config.steps:
-        count = min(count, math.ceil(5 * run.config.minutes))
-    scores = geneval(draw, count, height=size, width=size)
-    run.log(geneval=scores, num_prompts=count)
-    run.say(f"{format_scores(scores)}, {count} prompts for each task")
 
 
 def departures(config) -> str:
@@ -465,18 +393,17 @@ def departures(config) -> str:
 
 def read_config(arguments=None):
     """A TrainConfig, and the config.json of the run that --out goes on with, or {}."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, epilog=(
-        "Going on with a run unpickles a file of its checkpoints: only do it with your own."))
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_options(parser, TrainConfig)
     parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
-    parser.add_argument("--resume", dest="out", help="the same as --out")
+    parser.add_argument("--resume", dest="out", help="--out unpickles, so only do it with your own")
     options = parser.parse_args(arguments)
     given = given_options(options, TrainConfig)
     for name in ("data", "tokenizers"):                          # They hold in any working folder.
         if given.get(name):
             given[name] = str(Path(given[name]).resolve())
-    index = Path(given.get("data", "")) / "index.json"
-    if given.get("data") and index.is_file():
+    index = Path(given.get("data") or "none") / "index.json"
+    if index.is_file():
         given.setdefault("resolution", read_json(index, {"resolution": int})["resolution"])
     folder = Path(given.get("out") or "runs/none")
     if not checkpoints_of(folder):
@@ -486,12 +413,10 @@ def read_config(arguments=None):
         return TrainConfig(**PRESETS[options.preset or default] | given), {}
     stored = read_json(folder / "config.json", {"train": dict, "model": dict, "encoders": dict})
     given = PRESETS.get(options.preset, {}) | given
-    for name in FIXED:
-        old = stored["train"].get(name)
-        if given.get(name, old) != old:
-            raise ValueError(f"--{name.replace('_', '-')} {given[name]}: {folder} has {old}, and "
-                             f"that cannot change within a run")
     try:
+        for name in FIXED:
+            if given.get(name, stored["train"][name]) != stored["train"][name]:
+                raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
         kept = {"num_scenes": stored["train"]["num_scenes"]}     # The same pictures come again.
         return TrainConfig(**stored["train"] | given | kept), stored
     except (TypeError, KeyError) as problem:
@@ -505,8 +430,7 @@ def main(arguments=None):
     if world.parallel != "ddp" and config.optimizer == "muon":
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     if config.batch_size % (world.size * config.accumulate):
-        raise ValueError(f"--batch-size {config.batch_size} is no multiple of {world.size} "
-                         f"processes x --accumulate {config.accumulate}")
+        raise ValueError(f"--batch-size {config.batch_size} is no multiple of ranks x --accumulate")
     precision = pick_precision(config.precision, world.device)
     free = (Path(f"runs/d{config.depth}-{number}") for number in range(1, 10**6))
     folder = Path(config.out) if config.out else next(path for path in free if not path.exists())
@@ -520,7 +444,6 @@ def main(arguments=None):
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
     batches = Batches(training, vae.config, text.config, config, world)
     unseen = Batches(held_out, vae.config, text.config, config, world)
-
     start = None
     if config.init and not stored:
         start = load_components(config.init, ("mmdit",)).mmdit
@@ -531,9 +454,8 @@ def main(arguments=None):
     average = make_model(sizes, config, world, trained=False)
     model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
     if start:
-        load_weights(model, start)
+        load_weights(model, start, devices.assign)
     average.load_state_dict(model.state_dict())
-
     sampling = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted",
                 "timestep_shift": config.timestep_shift, "unconditional": "zeros",
                 "height": config.resolution, "width": config.resolution}
@@ -548,9 +470,8 @@ def main(arguments=None):
         about={"model": asdict(sizes), "encoders": {
             "path": portable(file), "tokenizers": config.tokenizers,
             "fingerprint": fingerprint(file, FROZEN)}})
-    run.say(f"MM-DiT of depth {config.depth}: {count_parameters(sizes) / 1e6:.1f} M parameters; "
-            f"{len(training)} pictures of {config.resolution} px; {world.size} x {world.device}, "
-            f"{precision}, {world.parallel}\n{departures(config)}")
+    run.say(f"{count_parameters(sizes) / 1e6:.1f} M parameters; {len(training)} pictures; "
+            f"{world.size} x {world.device}, {precision}, {world.parallel}\n{departures(config)}")
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
     fit(model, loss, batches, config, run)
     conclude(run, pipeline, prompts[0])
@@ -558,16 +479,20 @@ def main(arguments=None):
 
 def conclude(run, pipeline, prompt):
     """The score, if a run on scenes has none yet, and what to do next."""
-    folder = run.folder
-    if run.stopping:
-        run.say(f"stopped by SIGTERM and saved; go on with --out {folder}")
-    elif run.done == run.first:
-        run.say(f"{folder} has done its {run.done} steps; more --steps or --minutes go on")
+    def draw(prompts, first):
+        pictures = generate(pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))
+        return [np.asarray(picture) for picture in pictures]
+
+    count, size = run.config.num_prompts, run.config.resolution
+    if not run.config.steps:
+        count = min(count, math.ceil(5 * run.config.minutes))
     scored = run.stopping or any("geneval" in entry for entry in run.entries)
-    if run.config.num_prompts and not run.config.data and not scored:
-        score(run, pipeline)
-    run.say(f"the model, log.jsonl, loss.png and pictures are in {folder}. Next:\n"
-            f'python sample.py --checkpoint {folder} --prompt "{prompt}"')
+    if count and not run.config.data and not scored:
+        scores = geneval(draw, count, height=size, width=size)
+        run.log(geneval=scores, num_prompts=count)
+        run.say(f"{format_scores(scores)}, {count} prompts for each task")
+    run.say(f"{run.folder} has done its {run.done} steps; more --steps or --minutes go on. Next:\n"
+            f'python sample.py --checkpoint {run.folder} --prompt "{prompt}"')
     run.world.close()
 
 
