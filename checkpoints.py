@@ -188,7 +188,7 @@ def read_network(name, model, dtype=torch.float32, shapes_only=False):
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as problem:
         reason = " ".join(str(problem).split())
         if isinstance(problem, KeyError):
-            reason = f"it lacks {problem}"
+            reason = f"it lacks {reason}"
         raise CheckpointError(f"{file}: its {name} does not fit: {reason:.400}") from None
     return network.eval().requires_grad_(False)
 
@@ -247,10 +247,9 @@ def portable(file):
 def find_model_file(path, hub=True):
     """The file of a model or run folder, a diffusers folder, or a file; a hub name is fetched."""
     path = find_path(path)
-    if (path / "model.safetensors").is_file():
-        return path / "model.safetensors"
-    if path.is_file():
-        return path
+    for file in (path / "model.safetensors", path):
+        if file.is_file():
+            return file
     return importlib.import_module("convert").find_foreign(path, hub)
 
 
@@ -314,9 +313,8 @@ def find_tokenizer(name, places):
             for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
                 if (place / home / kind).is_file():
                     return place / home / kind
-    raise CheckpointError(
-        f"{places[0]}: no tokenizers there for {name}. They are vocab.json, merges.txt in clip/, "
-        f"spiece.model in t5/, or tokenizer.json; name a folder with --tokenizers")
+    raise CheckpointError(f"{places[0]}: no tokenizers there for {name}; name a folder with "
+                          f"clip/merges.txt and t5/spiece.model by --tokenizers")
 
 
 def load_tokenizer(name, file, vocab_size):

@@ -162,8 +162,8 @@ def from_hub(name):
     except Exception as problem:                       # whatever the HTTP library of the day raises
         raise CheckpointError(
             f"{name}: no such file or folder here, and no diffusers folder on the hub or in its "
-            f"cache ({type(problem).__name__}). Without a network, give the path of a download. "
-            f"For a gated one, accept its licence on its page and run `hf auth login`") from None
+            f"cache ({type(problem).__name__}). For a gated one, accept its licence on its page "
+            f"and run `hf auth login`; without a network, give the path of a download") from None
     return Path(found)
 
 
