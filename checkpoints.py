@@ -62,9 +62,8 @@ T5_NAMES = {
     ".layer.1.DenseReluDense.wi_1.": ".feed_forward.up.",
     ".layer.1.DenseReluDense.wo.": ".feed_forward.down.",
 }
-# Folders of tokenizers: ours, then that of diffusers.
-HOMES = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
-         "t5": ("t5", "tokenizer_3")}
+# Where our tokenizers lie; convert.py finds others.
+TOKENIZERS = {"clip_l": "clip/merges.txt", "clip_g": "clip/merges.txt", "t5": "t5/spiece.model"}
 NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -306,17 +305,6 @@ def run_encoders(folder):
     return file, str(named.get("tokenizers", ""))
 
 
-def find_tokenizer(name, places):
-    """A file of this encoder's tokenizer in the first of `places` that has one."""
-    for place in places:
-        for home in HOMES[name]:
-            for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
-                if (place / home / kind).is_file():
-                    return place / home / kind
-    raise CheckpointError(f"{places[0]}: no tokenizers there for {name}; name a folder with "
-                          f"clip/merges.txt and t5/spiece.model by --tokenizers")
-
-
 def load_tokenizer(name, file, vocab_size):
     """The tokenizer of one encoder, whose table has `vocab_size` rows; T5's table is padded."""
     try:
@@ -342,7 +330,9 @@ def load_text(model, dtype, given, shapes_only):
     stored = dict(model.config.get("text", {}))
     for name in ENCODERS:
         if name in model.networks:
-            files[name] = find_tokenizer(name, places)
+            files[name] = places[0] / TOKENIZERS[name]
+            if not files[name].is_file():
+                files[name] = importlib.import_module("convert").find_tokenizer(name, places)
             kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
             encoders[name] = read_network(name, model, kind, shapes_only)
             config = encoders[name].config

@@ -23,13 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoints import (
-    ENCODERS, HOMES, NAMES, PREFIXES, CheckpointError, Model, check_value, count_layers, find_path,
+    ENCODERS, NAMES, PREFIXES, CheckpointError, Model, check_value, count_layers, find_path,
     fingerprint, load_components, networks_in, open_model, open_weights, read_json, read_network,
     released_tensors, rename, save_networks, stored_config, write_atomically)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
+# Folders of tokenizers: ours, then that of diffusers.
+HOMES = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
+         "t5": ("t5", "tokenizer_3")}
 BESIDE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
           "t5": "t5xxl*.safetensors", "vae": "vae/*.safetensors"}
 
@@ -269,6 +272,17 @@ def fit_widths(model):
                               f"needs {pooled_dim} of both CLIP together and {context_dim} of T5")
     found = {f"{name}_width": width for name, width in widths.items()}
     model.config["text"] = model.config.get("text", {}) | found
+
+
+def find_tokenizer(name, places):
+    """A file of this encoder's tokenizer in the first of `places` that has one."""
+    for place in places:
+        for home in HOMES[name]:
+            for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
+                if (place / home / kind).is_file():
+                    return place / home / kind
+    raise CheckpointError(f"{places[0]}: no tokenizers there for {name}; name a folder with "
+                          f"clip/merges.txt and t5/spiece.model by --tokenizers")
 
 
 # ---- Diffusers folders ---------------------------------------------------------------------------
