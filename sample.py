@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import flow
@@ -65,12 +65,11 @@ def released_settings(config, name):
 
 @dataclass
 class Pipeline:
-    """Three networks, and as `defaults` the Settings that the model wants. With `read`, networks
-    have no numbers here, and read("mmdit"), "vae" or "text" reads one when its turn comes."""
+    """Three networks. With `read` they have no numbers, and read("text") reads one in its turn."""
     mmdit: torch.nn.Module
     vae: torch.nn.Module
     text: torch.nn.Module
-    defaults: dict
+    defaults: dict                     # the Settings that the model wants
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
     parts: Components | None = None    # what else is known of the model
@@ -80,10 +79,7 @@ class Pipeline:
 def load(checkpoint=SHIPPED, device="auto", precision="auto", tokenizers=None, memory="all",
          t5_length=0, text_encoders=(), vae=None):
     """A Pipeline from a run or model folder, a single file, a diffusers folder or a hub name.
-
-    memory: "all" keeps all networks on the device. "one" reads the text encoders when they are
-    needed, and lets them go before it reads MM-DiT and VAE. t5_length: T5's tokens; 0: the model's.
-    """
+    memory="one" lets the text encoders go before MM-DiT and VAE are read."""
     device = pick_device(device)
     precision = pick_precision(precision, device)
     read = partial(load_components, dtype=precision, tokenizers=tokenizers,
@@ -96,11 +92,15 @@ def load(checkpoint=SHIPPED, device="auto", precision="auto", tokenizers=None, m
         defaults[name] = parts.sampling[name]
     networks = (parts.mmdit, parts.vae, parts.text)
     pipeline = Pipeline(*networks, defaults, device, precision, parts)
+
+    def read_one(name):
+        one = read(parts.file, (name,))
+        return getattr(one, name).to(device)
     if memory == "one":
-        pipeline.read = lambda name: getattr(read(parts.file, (name,)), name).to(device)
-    else:
-        for network in networks:
-            network.to(device)
+        pipeline.read = read_one
+        return pipeline
+    for network in networks:
+        network.to(device)
     return pipeline
 
 
@@ -123,7 +123,8 @@ def guided_velocity(z, t, mmdit, context, pooled, guidance_scale, skip_layers):
     if guidance_scale == 1:
         v = v_cond = mmdit(z, t, context, pooled).float()
     else:
-        both = mmdit(torch.cat([z, z]), torch.cat([t, t]), context, pooled).float()
+        z_twice = torch.cat([z, z])
+        both = mmdit(z_twice, t.repeat(2), context, pooled).float()   # (2B, C, H, W)
         v_cond, v_uncond = both.chunk(2)                              # (B, C, H, W) each
         v = flow.guide(v_cond, v_uncond, guidance_scale)
     if skip_layers:
@@ -135,10 +136,8 @@ def guided_velocity(z, t, mmdit, context, pooled, guidance_scale, skip_layers):
 @torch.no_grad()
 def sample_latents(mmdit, context, pooled, noise, settings, latent=None, repaint=None, bar=None):
     """Eq. 1 from noise (B, C, H, W) to latents (B, C, H, W). Also returns path lengths, (B,).
-
-    latent (1, C, H, W): an image to begin from, at the time that `strength` sets. repaint
-    (1, 1, H, W) bool: where it may change. The rest moves on its straight path, Eq. 13.
-    """
+    latent (1, C, H, W): an image to begin from. repaint (1, 1, H, W) bool: where it may change;
+    the rest moves on its straight path, Eq. 13."""
     N = settings.num_steps
     times = flow.make_schedule(settings.schedule, N, settings.timestep_shift).to(noise)   # (N + 1,)
     first = 0
@@ -181,20 +180,17 @@ def latent_shape(pipeline, settings):
 
 
 def read_to_edit(image, mask, settings):
-    """Files -> image (3, height, width), and where it may change, (height, width) bool: where the
-    mask is white and not transparent, or everywhere without a mask."""
+    """Files -> image (3, height, width), and where it may change, (height, width) bool."""
     if not image:
         raise ValueError("--mask says where --image is painted anew; give --image as well")
-    size = (settings.height, settings.width)
     image = read_image(image)
-    original = to_tensor(resize_and_crop(image, *size))
-    if not mask:
-        return original, torch.ones(size, dtype=torch.bool)
-    mask = read_image(mask, background="black")
+    white = Image.new("RGB", image.size, "white")
+    mask = read_image(mask, background="black") if mask else white
     if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
-        raise ValueError(f"--mask has {mask.width}x{mask.height} px and --image {image.width}x"
-                         f"{image.height} px; give a mask with the proportions of the image")
-    return original, to_tensor(resize_and_crop(mask, *size)).mean(0) > 0
+        raise ValueError(f"--mask {mask.size} px must have the proportions of --image {image.size}")
+    image = to_tensor(resize_and_crop(image, settings.height, settings.width))
+    mask = to_tensor(resize_and_crop(mask, settings.height, settings.width))
+    return image, mask.mean(0) > 0
 
 
 @torch.no_grad()
@@ -221,38 +217,32 @@ def draw(pipeline, prompts, seed, batch_size, progress, image, mask, settings):
         repaint = F.max_pool2d(changes[None, None].float(), vae.config.downsampling)
         repaint = repaint.bool().to(device)                           # (1, 1, H, W)
     bar = tqdm(total=settings.num_steps * len(encoded), desc="sampling", disable=not progress)
-    for part, texts in enumerate(encoded):
-        noise = []
-        for i in range(part * batch_size, min(len(prompts), (part + 1) * batch_size)):
-            noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)))
-        noise = torch.stack(noise).to(device)                         # (B, C, H, W)
+    noise = torch.empty(len(prompts), *shape)                         # (N, C, H, W)
+    for i in range(len(prompts)):
+        noise[i].normal_(generator=torch.Generator().manual_seed(seed + i))
+    for texts, part in zip(encoded, noise.to(device).split(batch_size)):
         with autocast(device, precision):
-            latents, _ = sample_latents(mmdit, *texts, noise, settings, latent, repaint, bar)
+            latents, _ = sample_latents(mmdit, *texts, part, settings, latent, repaint, bar)
         for z in latents.split(max(1, 2**19 // (settings.height * settings.width))):
             with autocast(device, precision):
                 pictures = vae.decode(z).float().cpu()                # (b, 3, height, width)
             if not pictures.isfinite().all():
-                raise ValueError("the model gives numbers that are not finite, so there is no "
-                                 "picture; try --precision fp32, or fetch the model again")
+                raise ValueError("the model's numbers are not finite; try --precision fp32")
             for picture in pictures:
                 yield from_tensor(torch.where(changes, picture, original) if image else picture)
 
 
 def generate(pipeline, prompts, seed=0, batch_size=8, progress=False, image=None, mask=None,
              **settings):
-    """PIL pictures for prompts (a list of texts, or one), as a list.
-
-    image: a file to begin from. mask: a file, white where the image is painted anew. settings:
-    fields of Settings, in place of the model's own. Picture i starts from noise that is drawn on
-    the CPU from seed + i, so it is the same alone, in a batch and on any device.
-    """
+    """A list of PIL pictures for prompts (a list of texts, or one). image: a file to begin from.
+    mask: a file, white where it is painted anew. settings: fields of Settings. Picture i starts
+    from CPU noise of seed + i, so it is the same alone and in a batch."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     settings = Settings(**pipeline.defaults | settings)
     return list(draw(pipeline, prompts, seed, batch_size, progress, image, mask, settings))
 
 
 # --- The command line -----------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Options(Settings):
     """What the command line takes. The last ten name files and devices; no PNG carries them."""
@@ -281,8 +271,7 @@ def save_png(picture, file, record):
     """Writes a PNG, enlarged, that carries how it was made as JSON."""
     info = PngImagePlugin.PngInfo()
     info.add_text("rectified-flow", json.dumps(record))
-    size = (record["enlarge"] * picture.width, record["enlarge"] * picture.height)
-    picture = picture.resize(size, Image.NEAREST)
+    picture = ImageOps.scale(picture, record["enlarge"], Image.NEAREST)
     write_atomically(file, partial(picture.save, format="PNG", pnginfo=info))
     print(file)
 
@@ -296,7 +285,7 @@ def read_record(file):
             record = json.loads(picture.info["rectified-flow"])
         options = {name: record[name] for name in RECORDED}
         Options(**options)
-        return options, record["model"]
+        return options | {"model": record["model"]}
     except Exception as problem:        # whatever a decoder raises
         raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem})") from None
 
@@ -305,28 +294,27 @@ def notes(pipeline, prompts, settings):
     """Yields sentences about what this model cannot know."""
     if "t5" in pipeline.parts.missing:
         yield "the model's T5 is missing; it draws without (Sec. 5.3.3)"
-    known = set(pipeline.parts.words)
-    unknown = sorted(set(re.findall(r"\w+", " ".join(prompts).lower())) - known)
+    known = pipeline.parts.words
+    words = re.findall(r"\w+", " ".join(prompts).lower())
+    unknown = set(words).difference(known)
     if known and unknown:
-        yield (f"the model has never seen the words {', '.join(unknown[:20])}; it knows only "
-               f"{', '.join(sorted(known))}")
-    height, width = pipeline.defaults["height"], pipeline.defaults["width"]
-    if known and (settings.height, settings.width) != (height, width):
-        yield f"the model has only seen pictures of {height}x{width} px"
+        unknown = ", ".join(sorted(unknown)[:20])
+        yield f"the model does not know {unknown}; it knows {', '.join(sorted(known))}"
+    size = f"{pipeline.defaults['height']}x{pipeline.defaults['width']}"
+    if known and size != f"{settings.height}x{settings.width}":
+        yield f"the model has only seen pictures of {size} px"
 
 
 def main():
-    """Prompts from the command line to PNG files."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="From a prompt to a picture. "
-                                     "The checkpoint's own defaults go before those below.")
+    """From a prompt to a picture. The checkpoint's own defaults go before those below."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
     add_options(parser, Options)
     given = given_options(parser.parse_args(), Options)
     if "prompts_file" in given:
         lines = filter(str.strip, read_lines(given["prompts_file"]))
         given["prompt"] = (*given.get("prompt", ()), *lines)
-    recorded = {}
-    if "from_png" in given:
-        recorded, its_model = read_record(given["from_png"])
+    recorded = read_record(given["from_png"]) if "from_png" in given else {}
+    its_model = recorded.pop("model", "")
     options = Options(**recorded | given)
     prompts = options.prompt
     if not prompts:
@@ -340,8 +328,7 @@ def main():
                     "one", options.t5_length, options.text_encoders, options.vae)
     model = pipeline.parts.fingerprint
     if recorded and "checkpoint" not in given and its_model != model:
-        raise ValueError(f"{options.from_png} was made with another model than "
-                         f"{options.checkpoint}; name its model with --checkpoint")
+        raise ValueError(f"{options.from_png}: made by another model; name it with --checkpoint")
     wanted = pipeline.defaults | recorded | given
     settings = Settings(**{name: wanted[name] for name in pipeline.defaults})
     for note in notes(pipeline, prompts, settings):
@@ -359,8 +346,9 @@ def main():
             prompt = prompts[len(pictures)]
             seed = options.seed + len(pictures)
             pictures.append(picture)
-            name = re.sub(r"\W", "-", prompt).encode(errors="replace")[:60].decode(errors="ignore")
-            file = out if is_png else out / f"{name.strip('-') or 'picture'}-{seed}.png"
+            name = re.sub(r"\W", "-", prompt).encode(errors="replace")[:60]
+            name = name.decode(errors="ignore").strip("-") or "picture"
+            file = out if is_png else out / f"{name}-{seed}.png"
             if not options.grid:
                 save_png(picture, file, record | {"prompt": [prompt], "seed": seed})
     finally:

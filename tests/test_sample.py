@@ -265,7 +265,7 @@ def test_outside_the_mask_every_pixel_stays(pipeline, photo, tmp_path, mode):
 def test_a_mask_has_an_image_and_its_proportions(pipeline, photo, tmp_path):
     Image.new("L", (64, 48), 255).save(tmp_path / "flat.png")
     Image.new("L", (33, 33), 255).save(tmp_path / "small.png")
-    with pytest.raises(ValueError, match="64x48 px and --image 64x64 px; give a mask with the"):
+    with pytest.raises(ValueError, match="64, 48. px must have the proportions of --image .64, 64"):
         generate(pipeline, PROMPT, image=photo, mask=tmp_path / "flat.png")
     with pytest.raises(ValueError, match="give --image as well"):
         generate(pipeline, PROMPT, mask=tmp_path / "small.png")
@@ -412,7 +412,7 @@ def test_from_png_repeats_a_grid_and_refuses_another_model(tmp_path, monkeypatch
     again, = run_main(monkeypatch, "--from-png", first, "--out", tmp_path / "again.png")
     assert first.read_bytes() == again.read_bytes()
     write_record(tmp_path / "other.png", record_of(first) | {"model": "another"})
-    with pytest.raises(ValueError, match="name its model with --checkpoint"):
+    with pytest.raises(ValueError, match="another model; name it with --checkpoint"):
         run_main(monkeypatch, "--from-png", tmp_path / "other.png", "--out", tmp_path / "no.png")
     assert run_main(monkeypatch, "--from-png", tmp_path / "other.png", "--checkpoint", SHIPPED,
                     "--out", tmp_path / "yes.png")
@@ -547,7 +547,7 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
     drawn, lines = said("--prompt", "A red cat!", "a cat", "--width", 96)
     assert drawn == 2 and len(lines) == 3
     assert "T5 is missing" in lines[0]
-    assert "words cat; it knows only a, circle, red" in lines[1]
+    assert "does not know cat; it knows a, circle, red" in lines[1]
     assert "pictures of 64x64 px" in lines[2]
     assert len(said("--prompt", "A red circle!")[1]) == 1             # T5 alone
     known.update(words=(), missing=())                                # as the released files
