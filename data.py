@@ -418,7 +418,7 @@ class Batches:
         self.per_epoch = len(self.epoch(0))
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The global batches of an epoch, (B,) sample numbers each. Under B pictures repeat."""
+        """The batches of an epoch, (B,) sample numbers each. Fewer than B pictures repeat."""
         if number not in self.epochs:
             rng, batches = np.random.default_rng((self.config.seed, 1, number)), []
             for group in self.folder.groups:
