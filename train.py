@@ -15,6 +15,7 @@ import copy
 import fcntl
 import json
 import math
+import resource
 import shutil
 import signal
 from contextlib import suppress
@@ -277,7 +278,9 @@ class Run:
         rows, norms, waits, seconds = zip(*self.recent, strict=True)
         self.recent = []
         losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
-        memory = torch.cuda.max_memory_allocated() / 1e9                       # 0 without a GPU
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        if self.world.device.type != "cuda":
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         self.log(loss=mean(losses), grad_norm=mean(torch.tensor(norms)),
                  loss_by_t=[mean(losses[(10 * t).floor() == tenth]) for tenth in range(10)],
                  skipped=len(norms) - sum(map(math.isfinite, norms)), memory_gb=memory,
@@ -433,13 +436,14 @@ def main(arguments=None):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of ranks x --accumulate")
     precision = pick_precision(config.precision, world.device)
     free = (Path(f"runs/d{config.depth}-{number}") for number in range(1, 10**6))
-    folder = Path(config.out) if config.out else next(path for path in free if not path.exists())
-    folder = world.same(folder)
+    folder = world.same(Path(config.out or next(path for path in free if not path.exists())))
     file = run_encoders(folder)[0] if stored else find_model_file(config.encoders)
     count = config.steps * config.batch_size or int(2000 * config.minutes)
     count = min(config.num_scenes, max(64, count))               # No more than the run needs.
-    config = replace(config, encoders=portable(file), num_scenes=count)
-    training, held_out = encoded(config, world, count)
+    config = replace(config, encoders=portable(file))
+    until = math.inf if config.steps else STARTED + 15 * config.minutes          # a quarter of them
+    training, held_out = encoded(config, world, count, until)
+    config = replace(config, num_scenes=max(64, len(training)))
     frozen = load_components(file, ("vae", "text"), precision, config.tokenizers)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
     batches = Batches(training, vae.config, text.config, config, world)
