@@ -5,8 +5,7 @@ Not here    the networks (vae.py, text_encoders.py), pictures and the reader of 
 Shapes      N pictures   U different captions   C latent channels   H W latent height, width
             L CLIP tokens   L' T5 tokens
 Run         python encode.py --data PATH --out DIR --resolution 256 --buckets
-            torchrun --nproc_per_node 8 encode.py ...     each process makes a share of the shards
-            The same command goes on where it stopped. Then python train.py --data DIR
+            torchrun --nproc_per_node 8 encode.py ...  shared out; then train.py --data DIR
 """
 
 import argparse
@@ -40,14 +39,11 @@ from scenes import HELD_OUT_SEED, Scenes
 
 CACHE = Path("runs/cache")          # what train.py encodes by itself
 
-# ---- One shard -----------------------------------------------------------------------------------
-
 def layout(vae, text, height: int, width: int) -> dict:
     """{name: (shape, type)} of what is stored for a picture of height x width px and a caption.
 
-    The zeros that pad CLIP to T5's width are not stored. A shard has N rows of moments and U rows
-    of the others. The captions of picture i are their rows
-    caption_row[caption_start[i] : caption_start[i + 1]].
+    The zeros that pad CLIP to T5's width are not stored. A shard has N rows of moments, U of the
+    others. Picture i has the captions caption_row[caption_start[i] : caption_start[i + 1]].
     """
     H, W = height // vae.downsampling, width // vae.downsampling
     return {
@@ -187,7 +183,7 @@ def make_shards(lines, folder, source, file, tokenizers, world, precision, until
         save = functools.partial(save_file, tensors, metadata={"shard": json.dumps(about)})
         write_atomically(folder / line["file"], save)
         done.append(describe(folder, line, {}))
-    next(stream, None)                                  # The bar ends.
+    next(stream, None)                     # The bar ends; `readable` counts what failed.
     for name, count in text.captions_cut.items():
         print(f"{count} captions are longer than {name} can read; their ends are cut off")
     return done
@@ -198,8 +194,8 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
     """Everything that a source holds, as shards; those that are there and up to date are kept.
 
     folder: "" stands for one in CACHE. A set of Scenes grows and never shrinks. The processes of
-    `world` share the work, and begin no shard after the time `until`. ValueError if another recipe
-    made the folder, or if over one per cent of the pictures cannot be read.
+    `world` share the work, and begin no shard after the time `until`. ValueError for a folder of
+    another recipe, or if over one per cent of the pictures cannot be read.
     """
     file, precision = find_model_file(encoders_file), pick_precision(precision, world.device)
     encoders = {"path": portable(file), "fingerprint": fingerprint(file, FROZEN),
@@ -236,14 +232,13 @@ def encode_folder(source, folder, encoders_file, resolution: int, world, buckets
 
 def encoded(config, world, count: int, until=math.inf):
     """(training, held-out) EncodedFolders of a run; what the cache does not have is made. Held out
-    are 64 scenes of HELD_OUT_SEED, or one picture in fifty, at most 64; a single one is both. After
-    the time `until` no further scenes are begun; the run then has fewer than `count`."""
+    are 64 scenes of HELD_OUT_SEED, or one picture in fifty, at most 64; a single one is both."""
     settings = config.encoders, config.resolution, world
     options = {"tokenizers": config.tokenizers, "precision": config.precision}
     if not config.data:
         held_out = encode_folder(Scenes(64, HELD_OUT_SEED), "", *settings, **options)
-        drawn = Scenes(count, config.seed)
-        training = encode_folder(drawn, "", *settings, **options, until=until)
+        options["until"] = until
+        training = encode_folder(Scenes(count, config.seed), "", *settings, **options)
         return training.split(count)[1], held_out.split(64)[1]
     if any(Path(config.data).expanduser().glob("shard-*.safetensors")):
         folder = EncodedFolder(config.data, fingerprint(find_model_file(config.encoders), FROZEN))
@@ -256,7 +251,7 @@ def encoded(config, world, count: int, until=math.inf):
 @dataclass(frozen=True)
 class EncodeConfig:
     """What is encoded, how, and where to."""
-    data: str = option("", "folder, .tar, .jsonl or .csv with captioned pictures; empty: scenes")
+    data: str = option("", "folder, .tar or .jsonl with captioned pictures; empty: scenes")
     out: str = option("", "folder of the shards")
     captions: str = option("", "JSONL with a synthetic caption a picture: file_name, caption")
     num_scenes: int = option(16384, "drawn scenes, without --data", 1, 10**9)

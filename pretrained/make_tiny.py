@@ -1,17 +1,21 @@
-"""make_tiny.py: makes the networks that the paper takes as given, from captions and pictures only (App. B.2).
+"""make_tiny.py: makes the networks that the paper takes as given, from captions and pictures only.
 
-The paper starts from released CLIP-L, CLIP-G and T5-XXL and from an autoencoder. The small model that ships needs small
-ones. This file trains them on a CPU, one stage after the other. Every stage is a model, a loss and batches for train.fit.
+The paper starts from released CLIP-L, CLIP-G and T5-XXL and from an autoencoder. The small model
+that ships needs small ones. This file trains them on a CPU, one stage after the other. Every stage
+is a model, a loss and batches for train.fit.
 
     tokenizers   CLIP's byte-level BPE and T5's SentencePiece
-    clip         CLIP-L and CLIP-G with their image towers, contrastively, with near-miss captions (Radford et al. 2021)
-    t5           the encoder of a small T5 v1.1, by span corruption (Raffel et al. 2019); its decoder is thrown away
+    clip         CLIP-L and CLIP-G with their image towers, contrastively, with near-miss captions
+                 (Radford et al. 2021)
+    t5           the encoder of a small T5 v1.1, by span corruption (Raffel et al. 2019); its
+                 decoder is thrown away
     vae          the autoencoder: L1 and KL
     assemble     measures the latents (App. B.2) and writes everything into one bf16 file
     ship         adds the MM-DiT of a run of train.py (--run) to that file
 
-Data        scenes (drawn), emoji and clothing photographs (free licences), prompt lists for the vocabulary. The last 100
-            emoji, the last 100 photographs and every scene of another seed are held out
+Data        scenes (drawn), emoji and clothing photographs (free licences), prompt lists for the
+            vocabulary. The last 100 emoji, the last 100 photographs and every scene of another seed
+            are held out
 Not here    the MM-DiT, which train.py trains
 Run         python pretrained/make_tiny.py --data DATA --stage clip [--steps 3000]
 """
@@ -77,17 +81,19 @@ CLIP_L_IMAGE = CLIPImageConfig(64, 8, 128, 4, projection_dim=64, activation="qui
 CLIP_G_IMAGE = CLIPImageConfig(64, 8, 128, 4, projection_dim=128, activation="gelu")
 T5_CONFIG = T5Config(VOCABULARY + SENTINELS, 192, ff_size=256, num_layers=2, num_heads=3)
 AUTOENCODER = VAEConfig(16, (32, 64, 64, 64), norm_groups=8)
-HELD_OUT = 100                          # emoji and photographs
-TRAIN_SEED, HELD_OUT_SEED = 1, 2        # of scenes
-NEAR_MISSES = 4                         # wrong captions for each picture of CLIP's batches
+HELD_OUT = 100  # emoji and photographs
+TRAIN_SEED, HELD_OUT_SEED = 1, 2  # of scenes
+NEAR_MISSES = 4  # wrong captions for each picture of CLIP's batches
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Captions and pictures
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Corpus:
-    """What the stages train on besides scenes: emoji, photographs of clothing, and prompts for their words only."""
+    """What the stages train on besides scenes: emoji, photographs of clothing, and prompts for
+    their words only."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -139,9 +145,10 @@ def scene_texts(count: int = 8000) -> list[str]:
     return texts
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage: tokenizers
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def train_tokenizers(corpus: Corpus, out: Path):
     """Writes clip/vocab.json and clip/merges.txt in CLIP's layout, and t5/spiece.model.
@@ -155,8 +162,12 @@ def train_tokenizers(corpus: Corpus, out: Path):
     symbols = alphabet + [letter + "</w>" for letter in alphabet]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = clip_text_rules()
-    trainer = trainers.BpeTrainer(vocab_size=2 * VOCABULARY, initial_alphabet=alphabet,
-                                  end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * VOCABULARY,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
     bpe.train_from_iterator(prompts + scenes, trainer)
     merges = []
     for left, right in json.loads(bpe.to_str())["model"]["merges"]:
@@ -169,9 +180,16 @@ def train_tokenizers(corpus: Corpus, out: Path):
     lines = ["#version: 0.2"] + [f"{left} {right}" for left, right in merges]
     (out / "clip" / "merges.txt").write_text("\n".join(lines) + "\n")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prompts + 4 * scenes), model_prefix=str(out / "t5" / "spiece"),
-        vocab_size=VOCABULARY, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        normalization_rule_name="nmt_nfkc_cf", minloglevel=1)
+        sentence_iterator=iter(prompts + 4 * scenes),
+        model_prefix=str(out / "t5" / "spiece"),
+        vocab_size=VOCABULARY,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name="nmt_nfkc_cf",
+        minloglevel=1,
+    )
     (out / "t5" / "spiece.vocab").unlink()
     report_lengths("clip", CLIPTokenizer(out / "clip"), TEXT.clip_length, scenes, prompts)
     report_lengths("t5", T5Tokenizer(out / "t5" / "spiece.model"), TEXT.t5_length, scenes, prompts)
@@ -181,13 +199,16 @@ def report_lengths(name: str, tokenizer, length: int, scenes, prompts):
     """Prints how many tokens captions need, and how many of them are cut."""
     for kind, texts in (("scenes", scenes), ("prompts", prompts)):
         needed = np.array(tokenizer(texts, length)[1])
-        print(f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max()}; "
-              f"{(needed > length).mean():.1%} are cut to {length}")
+        print(
+            f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max()}; "
+            f"{(needed > length).mean():.1%} are cut to {length}"
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage: CLIP
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def swap(scene, **fields):
     """The scene with some fields of its two things exchanged, e.g. color=True."""
@@ -223,7 +244,8 @@ def recount(scene, rng):
 def near_miss(scene, kind: str, rng):
     """A scene that differs from this one in one respect; None where that respect does not apply.
 
-    kind: "color" and "shape" exchange those of two things, or change one; "relation" is the opposite; "count";
+    kind: "color" and "shape" exchange those of two things, or change one; "relation" is the
+    opposite; "count";
     "size"; "word".
     """
     pair = scene.kind == "pair"
@@ -266,14 +288,16 @@ def never_drawn(scene) -> bool:
 @dataclass
 class ClipBatch:
     """B pictures, their captions and after these their near misses."""
-    image: torch.Tensor         # (B, 3, 64, 64)
-    ids_l: torch.Tensor         # (B + B * NEAR_MISSES, L)
-    ids_g: torch.Tensor         # the same with CLIP-G's padding
-    same: torch.Tensor          # (B, B) float, 1 where two captions are equal
+
+    image: torch.Tensor  # (B, 3, 64, 64)
+    ids_l: torch.Tensor  # (B + B * NEAR_MISSES, L)
+    ids_g: torch.Tensor  # the same with CLIP-G's padding
+    same: torch.Tensor  # (B, B) float, 1 where two captions are equal
 
 
 class ClipBatches:
-    """Three pictures in four are scenes, mostly with their full caption. The rest are emoji and clothing."""
+    """Three pictures in four are scenes, mostly with their full caption. The rest are emoji and
+    clothing."""
 
     def __init__(self, corpus: Corpus, tokenizers: Path, size: int):
         self.corpus, self.size = corpus, size
@@ -333,18 +357,21 @@ class Clips(nn.Module):
 
 
 def contrastive_loss(image, text, same, scale):
-    """CLIP's symmetric cross-entropy, where a picture must also prefer its caption to its near misses. Returns (B,).
+    """CLIP's symmetric cross-entropy, where a picture must also prefer its caption to its near
+    misses. Returns (B,).
 
-    image (B, d); text (B + B * NEAR_MISSES, d); same (B, B): pictures with equal captions count as matches too.
+    image (B, d); text (B + B * NEAR_MISSES, d); same (B, B): pictures with equal
+    captions count as matches too.
     """
     B = len(image)
-    target = same / same.sum(dim=1, keepdim=True)                                 # (B, B)
-    logits = scale * image @ text[:B].T                                           # (B, B)
-    misses = text[B:].unflatten(0, (B, NEAR_MISSES))                              # (B, misses, d)
-    near = scale * (image[:, None] * misses).sum(dim=2)                           # (B, misses)
+    target = same / same.sum(dim=1, keepdim=True)  # (B, B)
+    logits = scale * image @ text[:B].T  # (B, B)
+    misses = text[B:].unflatten(0, (B, NEAR_MISSES))  # (B, misses, d)
+    near = scale * (image[:, None] * misses).sum(dim=2)  # (B, misses)
     nothing = target.new_zeros(near.shape)
-    text_of_image = F.cross_entropy(torch.cat([logits, near], dim=1), torch.cat([target, nothing], dim=1),
-                                    reduction="none")
+    text_of_image = F.cross_entropy(
+        torch.cat([logits, near], dim=1), torch.cat([target, nothing], dim=1), reduction="none"
+    )
     image_of_text = F.cross_entropy(logits.T, target, reduction="none")
     return (text_of_image + image_of_text) / 2
 
@@ -384,23 +411,37 @@ def train_clips(corpus, tokenizers: Path, steps: int, work: Path):
     torch.manual_seed(0)
     clips = Clips()
     batches = ClipBatches(corpus, tokenizers, 64)
-    config = TrainConfig(steps=steps, batch_size=64, lr=1e-3, optimizer="adamw", warmup_steps=100, cooldown=0.9, ema=0.99)
+    config = TrainConfig(
+        steps=steps,
+        batch_size=64,
+        lr=1e-3,
+        optimizer="adamw",
+        warmup_steps=100,
+        cooldown=0.9,
+        ema=0.99,
+    )
     clips = fit(clips, clip_loss, batches, config, Run(work / "clip-run", config)).eval()
     scores = swap_tests(clips, batches)
     (work / "clip.json").write_text(json.dumps(scores, indent=1))
     print(json.dumps(scores, indent=1))
-    save_file({name: x.contiguous() for name, x in clips.state_dict().items()}, work / "clip.safetensors")
+    save_file(
+        {name: x.contiguous() for name, x in clips.state_dict().items()}, work / "clip.safetensors"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage: T5
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def corrupt_spans(ids, rng, rate: float = 0.25):
-    """T5's objective on one list of ids: (source with spans replaced by sentinels, target with the spans)."""
+    """T5's objective on one list of ids: (source with spans replaced by sentinels, target with the
+    spans)."""
     source, target, i, sentinel = [], [], 0, VOCABULARY
     while i < len(ids):
-        if rng.random() < rate / 2 and sentinel < VOCABULARY + SENTINELS - 1:      # spans of 1 to 3 tokens
+        if (
+            rng.random() < rate / 2 and sentinel < VOCABULARY + SENTINELS - 1
+        ):  # spans of 1 to 3 tokens
             n = int(rng.integers(1, 4))
             source.append(sentinel)
             target += [sentinel, *ids[i : i + n]]
@@ -413,7 +454,8 @@ def corrupt_spans(ids, rng, rate: float = 0.25):
 
 
 class T5Decoder(nn.Module):
-    """Two decoder layers, which give the encoder something to do. ids (B, T), encoded (B, L, D) -> logits (B, T, V)."""
+    """Two decoder layers, which give the encoder something to do. ids (B, T), encoded (B, L, D) ->
+    logits (B, T, V)."""
 
     def __init__(self, config: T5Config, embedding: nn.Embedding, num_layers: int = 2):
         super().__init__()
@@ -421,18 +463,26 @@ class T5Decoder(nn.Module):
         self.position_bias = nn.Embedding(config.num_buckets, config.num_heads)
         self.layers = nn.ModuleList()
         for _ in range(num_layers):
-            self.layers.append(nn.ModuleDict({
-                "norm1": RMSNorm(D), "self_attention": T5Attention(config),
-                "norm2": RMSNorm(D), "cross_attention": T5Attention(config),
-                "norm3": RMSNorm(D), "feed_forward": T5FeedForward(config)}))
+            self.layers.append(
+                nn.ModuleDict(
+                    {
+                        "norm1": RMSNorm(D),
+                        "self_attention": T5Attention(config),
+                        "norm2": RMSNorm(D),
+                        "cross_attention": T5Attention(config),
+                        "norm3": RMSNorm(D),
+                        "feed_forward": T5FeedForward(config),
+                    }
+                )
+            )
         self.final_norm, self.output = RMSNorm(D), nn.Linear(D, config.vocab_size, bias=False)
-        self.embedding = [embedding]                        # a list, so that the encoder alone owns its parameters
+        self.embedding = [embedding]  # a list, so that the encoder alone owns its parameters
 
     def forward(self, ids, encoded):
         position = torch.arange(ids.shape[1])
-        distance = position[None] - position[:, None]                             # key - query
+        distance = position[None] - position[:, None]  # key - query
         bucket = relative_position_bucket(distance, bidirectional=False)
-        bias = self.position_bias(bucket).permute(2, 0, 1)[None]                  # (1, heads, T, T)
+        bias = self.position_bias(bucket).permute(2, 0, 1)[None]  # (1, heads, T, T)
         bias = bias.masked_fill(distance > 0, -torch.inf)
         x = self.embedding[0](ids)
         for layer in self.layers:
@@ -443,7 +493,8 @@ class T5Decoder(nn.Module):
 
 
 class T5(nn.Module):
-    """Encoder and decoder, initialised as T5 is: no 1 / sqrt(d) in the logits, so the queries begin small."""
+    """Encoder and decoder, initialised as T5 is: no 1 / sqrt(d) in the logits, so the queries begin
+    small."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -478,14 +529,16 @@ class SpanBatches:
             source, target = corrupt_spans(self.rows[number], rng)
             sources.append(torch.tensor(source))
             targets.append(torch.tensor(target))
-        return (nn.utils.rnn.pad_sequence(sources, batch_first=True),
-                nn.utils.rnn.pad_sequence(targets, batch_first=True))
+        return (
+            nn.utils.rnn.pad_sequence(sources, batch_first=True),
+            nn.utils.rnn.pad_sequence(targets, batch_first=True),
+        )
 
 
 def t5_loss(model, batch):
     """Cross-entropy of the target's tokens, averaged over each sample: (B,)."""
     source, target = batch
-    logits = model(source, target).float()                                        # (B, T, V)
+    logits = model(source, target).float()  # (B, T, V)
     losses = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=0, reduction="none")
     return losses.sum(dim=1) / (target != 0).sum(dim=1).clamp_min(1)
 
@@ -493,14 +546,32 @@ def t5_loss(model, batch):
 def train_t5(corpus, tokenizers: Path, steps: int, work: Path):
     """Span corruption on captions and prompts. The encoder is kept."""
     torch.manual_seed(0)
-    config = TrainConfig(steps=steps, batch_size=128, lr=2e-3, optimizer="adamw", warmup_steps=100, cooldown=0.9, ema=0.99)
-    model = fit(T5(T5_CONFIG), t5_loss, SpanBatches(corpus, tokenizers, 128), config, Run(work / "t5-run", config))
-    save_file({name: x.contiguous() for name, x in model.encoder.state_dict().items()}, work / "t5.safetensors")
+    config = TrainConfig(
+        steps=steps,
+        batch_size=128,
+        lr=2e-3,
+        optimizer="adamw",
+        warmup_steps=100,
+        cooldown=0.9,
+        ema=0.99,
+    )
+    model = fit(
+        T5(T5_CONFIG),
+        t5_loss,
+        SpanBatches(corpus, tokenizers, 128),
+        config,
+        Run(work / "t5-run", config),
+    )
+    save_file(
+        {name: x.contiguous() for name, x in model.encoder.state_dict().items()},
+        work / "t5.safetensors",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage: autoencoder
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def random_crop(picture: Image.Image, size: int, rng):
     """A size x size square out of a picture at a random scale, half of the time mirrored."""
@@ -516,10 +587,11 @@ def random_crop(picture: Image.Image, size: int, rng):
 
 
 class Squares:
-    """8 squares of 64 px, every fourth time 2 of 128 px: five in eight are scenes, two emoji, one clothing.
+    """8 squares of 64 px, every fourth time 2 of 128 px: five in eight are scenes, two emoji, one
+    clothing.
 
-    A batch is (image (B, 3, 8H, 8W), noise (B, C, H, W), weight of the KL term). In the last tenth of the steps that
-    weight is ten times as high: the decoder is good by then, and smoother codes cost it .1 dB.
+    A batch is (image (B, 3, 8H, 8W), noise (B, C, H, W), weight of the KL term). In
+    the last tenth of the steps that weight is ten times as high: the decoder is good by then, and smoother codes cost it .1 dB.
     """
 
     def __init__(self, corpus: Corpus, channels: int, steps: int):
@@ -553,7 +625,8 @@ def autoencoder_loss(vae, batch):
 
 @torch.no_grad()
 def vae_quality(vae, corpus, count: int = 64) -> dict:
-    """Mean PSNR in dB of held-out scenes (64 px), emoji (128 px) and clothing (256 px), with mean codes in fp32."""
+    """Mean PSNR in dB of held-out scenes (64 px), emoji (128 px) and clothing (256 px), with mean
+    codes in fp32."""
     scenes = [draw_scene(make_scene(HELD_OUT_SEED, i)) for i in range(count)]
     sets = {
         "scenes 64 px": scenes,
@@ -571,13 +644,23 @@ def vae_quality(vae, corpus, count: int = 64) -> dict:
 
 
 def train_vae(corpus, steps: int, work: Path, channels: int):
-    """L1 and KL, no adversary: what comes after needs fidelity. The average of the weights is kept."""
+    """L1 and KL, no adversary: later stages need fidelity. The average of the weights is kept."""
     torch.manual_seed(0)
-    config = TrainConfig(steps=steps, batch_size=8, lr=1e-3, optimizer="adamw", warmup_steps=200, cooldown=1.0, ema=0.999)
+    config = TrainConfig(
+        steps=steps,
+        batch_size=8,
+        lr=1e-3,
+        optimizer="adamw",
+        warmup_steps=200,
+        cooldown=1.0,
+        ema=0.999,
+    )
     vae = VAE(replace(AUTOENCODER, latent_channels=channels))
     batches = Squares(corpus, channels, steps)
     vae = fit(vae, autoencoder_loss, batches, config, Run(work / "vae-run", config))
-    save_file({name: x.contiguous() for name, x in vae.state_dict().items()}, work / "vae.safetensors")
+    save_file(
+        {name: x.contiguous() for name, x in vae.state_dict().items()}, work / "vae.safetensors"
+    )
     print(vae_quality(vae, corpus))
 
 
@@ -592,9 +675,10 @@ def latent_statistics(vae, count: int = 2048):
     return codes.mean().item(), codes.std().item()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stages: put together
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def load_part(work: Path, file: str, prefix: str, network: nn.Module):
     """The network with the tensors of work/file whose names begin with prefix."""
@@ -607,7 +691,8 @@ def load_part(work: Path, file: str, prefix: str, network: nn.Module):
 
 
 def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
-    """Writes everything but the MM-DiT into one bf16 file, and the image towers into another, as only metrics need them.
+    """Writes everything but the MM-DiT into one bf16 file, and the image towers into another, as
+    only metrics need them.
 
     vae_from: a model whose autoencoder is kept, in place of work/vae.safetensors.
     """
@@ -632,7 +717,10 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
     save_file(towers, out / "clip_image.safetensors")
     if out / "tokenizers" != work / "tokenizers":
         shutil.copytree(work / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
-    print(f"latents: shift {vae.config.vae_shift:.4f}, scale {vae.config.vae_scale:.4f}; PSNR {vae_quality(vae, corpus)}")
+    print(
+        f"latents: shift {vae.config.vae_shift:.4f}, scale {vae.config.vae_scale:.4f}; "
+        f"PSNR {vae_quality(vae, corpus)}"
+    )
 
 
 def ship(run: Path, encoders: Path, out: Path):
@@ -640,7 +728,14 @@ def ship(run: Path, encoders: Path, out: Path):
     parts = load_components(encoders, ("vae", "text"))
     trained = load_components(run, ("mmdit",))
     networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
-    save_networks(out / "model.safetensors", networks, parts.text.config, trained.sampling, torch.bfloat16, trained.words)
+    save_networks(
+        out / "model.safetensors",
+        networks,
+        parts.text.config,
+        trained.sampling,
+        torch.bfloat16,
+        trained.words,
+    )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{size / 1e6:.2f} MB in {out}")
 
@@ -651,22 +746,48 @@ STEPS = {"clip": 3000, "t5": 3000, "vae": 12000}
 def main():
     """Runs the stages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--data", type=Path, help="folder with emoji/, photos/ and prompts/, as the model card describes")
-    parser.add_argument("--stage", required=True, choices=("tokenizers", "clip", "t5", "vae", "assemble", "ship"))
-    parser.add_argument("--steps", type=int, default=0, help="of the stage; default: clip 3000, t5 3000, vae 12000")
-    parser.add_argument("--channels", type=int, default=16, help="latent channels of the autoencoder")
-    parser.add_argument("--vae-from", type=Path, help="stage assemble: keep the autoencoder of this model")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder with emoji/, photos/ and prompts/, as the model card describes",
+    )
+    parser.add_argument(
+        "--stage", required=True, choices=("tokenizers", "clip", "t5", "vae", "assemble", "ship")
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="of the stage; default: clip 3000, t5 3000, vae 12000"
+    )
+    parser.add_argument(
+        "--channels", type=int, default=16, help="latent channels of the autoencoder"
+    )
+    parser.add_argument(
+        "--vae-from", type=Path, help="stage assemble: keep the autoencoder of this model"
+    )
     parser.add_argument("--run", type=Path, help="stage ship: a run folder of train.py")
-    parser.add_argument("--encoders", type=Path, default=SHIPPED, help="stage ship: the model with the frozen networks")
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="where the stages leave their weights")
+    parser.add_argument(
+        "--encoders",
+        type=Path,
+        default=SHIPPED,
+        help="stage ship: the model with the frozen networks",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/pretrain"),
+        help="where the stages leave their weights",
+    )
     parser.add_argument("--out", type=Path, default=SHIPPED)
     options = parser.parse_args()
     if options.stage == "ship":
         if not options.run:
-            parser.error("--stage ship needs --run, the run folder of train.py whose MM-DiT is shipped")
+            parser.error(
+                "--stage ship needs --run, the run folder of train.py whose MM-DiT is shipped"
+            )
         return ship(options.run, options.encoders, options.out)
     if not (options.data and options.data.is_dir()):
-        parser.error(f"--data {options.data}: no such folder; this stage reads pictures or captions there")
+        parser.error(
+            f"--data {options.data}: no such folder; this stage reads pictures or captions there"
+        )
     options.work.mkdir(parents=True, exist_ok=True)
     corpus, tokenizers = Corpus(options.data), options.work / "tokenizers"
     steps = options.steps or STEPS.get(options.stage, 0)

@@ -28,7 +28,8 @@ def commands():
     found = []
     for page in PAGES:
         text = (ROOT / page).read_text().replace("\\\n", " ")
-        for match in re.finditer(r"(?:python|torchrun[^\n`|]*?)\s+((?:\w+/)*\w+\.py)([^\n`|#&]*)", text):
+        pattern = r"(?:python|torchrun[^\n`|]*?)\s+((?:\w+/)*\w+\.py)([^\n`|#&]*)"
+        for match in re.finditer(pattern, text):
             options = re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", match[2])
             found.append((page, match[1], tuple(options)))
     return sorted(set(found))
@@ -36,10 +37,11 @@ def commands():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_named_file_exists(page):
-    for name in set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md))[`:]", (ROOT / page).read_text())):
+    text = (ROOT / page).read_text()
+    for name in set(re.findall(r"`((?:\w+/)*\w+\.(?:py|md))[`:]", text)):
         beside = ROOT / "exercises" / name
         assert (ROOT / name).is_file() or beside.is_file(), f"{page} names {name}"
-    for link in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (ROOT / link).exists(), f"{page} links to {link}"
 
 
@@ -57,7 +59,8 @@ def test_every_named_option_exists(script):
     if not wanted:
         assert (ROOT / script).is_file()
         return
-    run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, script, "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     known = set(re.findall(r"--[a-z][a-z0-9-]*", run.stdout))
     assert wanted <= known, f"{script} does not know {wanted - known}"
