@@ -198,10 +198,10 @@ def train_tokenizers(corpus: Corpus, out: Path):
 def report_lengths(name: str, tokenizer, length: int, scenes, prompts):
     """Prints how many tokens captions need, and how many of them are cut."""
     for kind, texts in (("scenes", scenes), ("prompts", prompts)):
-        needed = np.array(tokenizer(texts, length)[1])
+        needed = tokenizer(texts, length)[1].float()
         print(
-            f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max()}; "
-            f"{(needed > length).mean():.1%} are cut to {length}"
+            f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max():.0f}; "
+            f"{(needed > length).float().mean():.1%} are cut to {length}"
         )
 
 
@@ -590,8 +590,9 @@ class Squares:
     """8 squares of 64 px, every fourth time 2 of 128 px: five in eight are scenes, two emoji, one
     clothing.
 
-    A batch is (image (B, 3, 8H, 8W), noise (B, C, H, W), weight of the KL term). In
-    the last tenth of the steps that weight is ten times as high: the decoder is good by then, and smoother codes cost it .1 dB.
+    A batch is (image (B, 3, 8H, 8W), noise (B, C, H, W), weight of the KL term). In the last tenth
+    of the steps that weight is ten times as high: the decoder is good by then, and smoother codes
+    cost it .1 dB.
     """
 
     def __init__(self, corpus: Corpus, channels: int, steps: int):
