@@ -161,7 +161,7 @@ assert world.gather(world.rank) == [0, 1] and world.same(world.rank) == 0
 assert world.any(world.rank == 1) and not world.any(False)
 for world.parallel in ("ddp", "fsdp", "hsdp"):
     check(world, torch.randn(8, 5))
-    os.write(1, f"good {world.parallel}\n".encode())            # One write: lines never mix.
+    sys.stdout.write(f"good {world.parallel}\\n")               # One write: lines never mix.
 world.close()
 """
 
