@@ -109,6 +109,7 @@ def open_weights(file):
 
 @functools.lru_cache(maxsize=32)
 def parse_header(file, size, changed):
+    """({key: Entry}, config) of a file in the state that `size` and `changed` stand for."""
     with open(file, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         if length > 2**24:
@@ -268,6 +269,7 @@ def open_model(path, text_encoders=(), vae=None):
 
 @functools.cache
 def checksum(entry):
+    """CRC-32 of every byte of a tensor, as it is stored."""
     crc = 0
     with open(entry.file, "rb") as raw:
         raw.seek(entry.start)

@@ -8,6 +8,7 @@ Run         python sample.py --prompt "a red circle left of a blue square"
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -285,9 +286,18 @@ def read_record(file):
             record = json.loads(picture.info["rectified-flow"])
         options = {name: record[name] for name in RECORDED}
         Options(**options)
-        return options | {"model": record["model"]}
+        return options | {"model": record["model"], "inputs": record.get("inputs", ["", ""])}
     except Exception as problem:        # whatever a decoder raises
         raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem})") from None
+
+
+def digests(files):
+    """The SHA-256 of the picture and the mask that were edited, "" for none. It holds no path."""
+    found = []
+    for file in files:
+        known = file and Path(file).is_file()
+        found.append(hashlib.sha256(Path(file).read_bytes()).hexdigest() if known else "")
+    return found
 
 
 def notes(pipeline, prompts, settings):
@@ -314,9 +324,11 @@ def main():
         lines = filter(str.strip, read_lines(given["prompts_file"]))
         given["prompt"] = (*given.get("prompt", ()), *lines)
     recorded = read_record(given["from_png"]) if "from_png" in given else {}
-    its_model = recorded.pop("model", "")
+    its_model, its_inputs = recorded.pop("model", ""), recorded.pop("inputs", [])
     options = Options(**recorded | given)
-    prompts = options.prompt
+    prompts, inputs = options.prompt, digests([options.image, options.mask])
+    if recorded and its_inputs != inputs:
+        raise ValueError(f"{options.from_png} was made with another --image or --mask; give those")
     if not prompts:
         raise ValueError('nothing says what to draw, with --image or not; give --prompt "a heart"')
     out = Path(options.out)
@@ -338,7 +350,7 @@ def main():
     if not os.access(folder, os.W_OK) or len(os.fsencode(out.name)) > 200:
         raise ValueError(f"--out {out.name[:80]} cannot be written; give another or shorter name")
     record = {name: getattr(options, name) for name in RECORDED} | asdict(settings)
-    record["model"] = model
+    record |= {"model": model, "inputs": inputs}
     pictures = []
     try:
         for picture in draw(pipeline, prompts, options.seed, 1, True, options.image, options.mask,

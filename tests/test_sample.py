@@ -395,13 +395,25 @@ def test_from_png_repeats_one_of_several_pictures_bit_for_bit(tmp_path, photo, m
     assert not np.array_equal(pixels(Image.open(other)), pixels(Image.open(first[1])))
 
 
+@pytest.mark.parametrize("given", ("nothing", "another"))
+def test_from_png_without_the_picture_it_began_from_is_refused(given, tmp_path, photo, monkeypatch):
+    """It would draw something else, and end as if all were well."""
+    first, = run_main(monkeypatch, "--prompt", PROMPT, "--image", photo, "--num-steps", 2,
+                      "--out", tmp_path / "x.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    image = ("--image", tmp_path / "red.png") if given == "another" else ()
+    with pytest.raises(ValueError, match="another --image"):
+        run_main(monkeypatch, "--from-png", first, *image, "--out", tmp_path / "again.png")
+    assert not (tmp_path / "again.png").exists()
+
+
 def test_the_png_says_how_it_was_made_and_names_no_file(tmp_path, photo, monkeypatch):
     file, = run_main(monkeypatch, "--prompt", PROMPT, "--image", photo, "--mask", photo,
                      "--num-steps", 2, "--checkpoint", SHIPPED, "--out", tmp_path / "x.PNG")
     record = record_of(file)
     assert record["prompt"] == [PROMPT] and record["num_steps"] == 2
     assert record.keys() == asdict(Settings()).keys() | {
-        "prompt", "seed", "precision", "t5_length", "grid", "enlarge", "model"}
+        "prompt", "seed", "precision", "t5_length", "grid", "enlarge", "model", "inputs"}
     text = json.dumps(record)
     assert "photo" not in text and str(tmp_path) not in text and "pretrained" not in text
 
