@@ -33,14 +33,16 @@ import devices
 from checkpoints import (
     FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint, given_options,
     load_components, option, portable, read_json, run_encoders, save_networks, write_atomically)
-from data import Batches
+from data import Batches, EncodedFolder
 from devices import World, pick_precision, whole
 from encode import encoded
-from evaluate import format_scores, geneval
+from evaluate import draw_with, format_scores, geneval
 from flow import density, rectified_flow_loss, shift_time, validate
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
 from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
+from text_encoders import TextEncoders
+from vae import VAE
 
 # "paper" is App. B.3 at 256 px. "tiny" has a loss of .79 after ten minutes on two CPU cores.
 PRESETS = {
@@ -365,6 +367,35 @@ def draw_losses(entries: list[dict]) -> Image.Image:
 
 
 # --- A run of MM-DiT ------------------------------------------------------------------------------
+@dataclass
+class Inputs:
+    """What MM-DiT is trained on, the frozen networks that encoded it, and the sizes that fit."""
+    batches: Batches                 # batches(step) is the batch of a step
+    unseen: Batches                  # unseen.validation(count) has what is never trained on
+    training: EncodedFolder
+    held_out: EncodedFolder
+    vae: VAE
+    text: TextEncoders
+    sizes: MMDiTConfig
+
+
+def read_inputs(config, world, start=None) -> Inputs:
+    """Encodes pictures and captions where no earlier run has done so, and opens them. start: the
+    model whose weights will be the first."""
+    count = config.steps * config.batch_size or int(2000 * config.minutes)
+    count = min(config.num_scenes, max(64, count))               # No more than the run needs.
+    until = math.inf if config.steps else STARTED + 15 * config.minutes          # a quarter of them
+    training, held_out = encoded(config, world, count, until)
+    precision = pick_precision(config.precision, world.device)
+    file = find_model_file(config.encoders)
+    frozen = load_components(file, ("vae", "text"), precision, config.tokenizers)
+    vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
+    batches = Batches(training, vae.config, text.config, config, world)
+    unseen = Batches(held_out, vae.config, text.config, config, world)
+    sizes = model_sizes(config, vae.config, text.config, training.longest_side, start)
+    return Inputs(batches, unseen, training, held_out, vae, text, sizes)
+
+
 def make_model(sizes, config, world, trained):
     """An MM-DiT without numbers yet, whole or as shards. Depth 38 is never whole on a GPU."""
     with torch.device("meta"):
@@ -379,9 +410,9 @@ def make_model(sizes, config, world, trained):
     return model.to_empty(device=world.device)
 
 
-def report(average, step, pipeline, held_out, prompts):
+def report(average, step, pipeline, unseen, prompts):
     """Validation losses for the log, and pictures of the prompts from the same noise as ever."""
-    levels = validate(average, held_out.validation(64), pipeline.precision)
+    levels = validate(average, unseen.validation(64), pipeline.precision)
     grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
     return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
 
@@ -434,26 +465,18 @@ def main(arguments=None):
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     if config.batch_size % (world.size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of ranks x --accumulate")
+    start = None
+    if stored:
+        config = replace(config, encoders=str(run_encoders(Path(config.out))[0]))
+    elif config.init:
+        start = load_components(config.init, ("mmdit",)).mmdit
+    inputs = read_inputs(config, world, start)
+    config = replace(config, num_scenes=max(64, len(inputs.training)),
+                     encoders=portable(find_model_file(config.encoders)))
+    sizes = MMDiTConfig(**stored["model"]) if stored else inputs.sizes
     precision = pick_precision(config.precision, world.device)
     free = (Path(f"runs/d{config.depth}-{number}") for number in range(1, 10**6))
     folder = world.same(Path(config.out or next(path for path in free if not path.exists())))
-    file = run_encoders(folder)[0] if stored else find_model_file(config.encoders)
-    count = config.steps * config.batch_size or int(2000 * config.minutes)
-    count = min(config.num_scenes, max(64, count))               # No more than the run needs.
-    config = replace(config, encoders=portable(file))
-    until = math.inf if config.steps else STARTED + 15 * config.minutes          # a quarter of them
-    training, held_out = encoded(config, world, count, until)
-    config = replace(config, num_scenes=max(64, len(training)))
-    frozen = load_components(file, ("vae", "text"), precision, config.tokenizers)
-    vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
-    batches = Batches(training, vae.config, text.config, config, world)
-    unseen = Batches(held_out, vae.config, text.config, config, world)
-    start = None
-    if config.init and not stored:
-        start = load_components(config.init, ("mmdit",)).mmdit
-    sizes = model_sizes(config, vae.config, text.config, training.longest_side, start)
-    if stored:
-        sizes = MMDiTConfig(**stored["model"])
     model = make_model(sizes, config, world, trained=True)
     average = make_model(sizes, config, world, trained=False)
     model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
@@ -463,35 +486,33 @@ def main(arguments=None):
     sampling = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted",
                 "timestep_shift": config.timestep_shift, "unconditional": "zeros",
                 "height": config.resolution, "width": config.resolution}
-    pipeline = Pipeline(average, vae, text, sampling, world.device, precision)
+    pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, precision)
+    held_out = inputs.held_out
     prompts = [held_out.captions(index)[0] for index in held_out.groups[0][:8]]
     t_density = density(config.density)
     run = Run(
         folder, config, world, average=average,
         times=lambda batch: shift_time(t_density.quantile(batch.uniform), config.timestep_shift),
-        report=partial(report, pipeline=pipeline, held_out=unseen, prompts=prompts),
+        report=partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts),
         metadata={"sampling": sampling, "words": () if config.data else sorted(vocabulary())},
         about={"model": asdict(sizes), "encoders": {
-            "path": portable(file), "tokenizers": config.tokenizers,
-            "fingerprint": fingerprint(file, FROZEN)}})
-    run.say(f"{count_parameters(sizes) / 1e6:.1f} M parameters; {len(training)} pictures; "
+            "path": config.encoders, "tokenizers": config.tokenizers,
+            "fingerprint": fingerprint(find_model_file(config.encoders), FROZEN)}})
+    run.say(f"{count_parameters(sizes) / 1e6:.1f} M parameters; {len(inputs.training)} pictures; "
             f"{world.size} x {world.device}, {precision}, {world.parallel}\n{departures(config)}")
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
-    fit(model, loss, batches, config, run)
+    fit(model, loss, inputs.batches, config, run)
     conclude(run, pipeline, prompts[0])
 
 
 def conclude(run, pipeline, prompt):
     """The score, if a run on scenes has none yet, and what to do next."""
-    def draw(prompts, first):
-        pictures = generate(pipeline, prompts, HELD_OUT_SEED + first, batch_size=len(prompts))
-        return [np.asarray(picture) for picture in pictures]
-
     count, size = run.config.num_prompts, run.config.resolution
     if not run.config.steps:
         count = min(count, math.ceil(5 * run.config.minutes))
     scored = run.stopping or any("geneval" in entry for entry in run.entries)
     if count and not run.config.data and not scored:
+        draw = draw_with(pipeline, HELD_OUT_SEED)
         scores = geneval(draw, count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)
         run.say(f"{format_scores(scores)}, {count} prompts for each task")
