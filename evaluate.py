@@ -174,6 +174,46 @@ def kernel_distance(features_a, features_b):
     return mean_a + mean_b - 2 * kernel(a, b).mean()
 
 
+class PictureMeasures:
+    """CLIP score, FID and KID of drawn pictures, on the features of the image tower in a folder.
+
+    pictures: the real ones; as all pictures here, PIL or uint8 (H, W, 3). captions: what the drawn
+    ones should show. text: TextEncoders whose CLIP-L belongs to the tower, with any precision.
+    """
+
+    def __init__(self, pictures, captions, text, folder=SHIPPED, device="cpu"):
+        if "clip_l" not in text.encoders:
+            raise ValueError("a CLIP score needs CLIP-L, and this model has none")
+        self.tower = load_image_tower(folder).to(device)
+        self.device = device
+        self.real = self.features(pictures)                                      # (N, d)
+        clip = copy.deepcopy(text.encoders["clip_l"]).float().to(device)         # all in fp32
+        ids = text.tokenize(captions, without=("clip_g", "t5"))["clip_l"]        # (M, L)
+        rows = []
+        with torch.no_grad():
+            for part in ids.split(BATCH_SIZE):
+                rows.append(clip(part.to(device))[1])
+        self.text_features = torch.cat(rows)                                     # (M, d)
+
+    @torch.no_grad()
+    def features(self, pictures):
+        """N pictures -> (N, d)."""
+        rows = []
+        for picture in pictures:
+            image = to_tensor(np.asarray(picture))[None]                         # (1, 3, H, W)
+            rows.append(self.tower(image.to(self.device)))
+        return torch.cat(rows)
+
+    def __call__(self, pictures):
+        """M pictures, one of each caption -> {"clip_score", "fid", "kid"}."""
+        drawn = self.features(pictures)                                          # (M, d)
+        if len(drawn) != len(self.text_features):
+            raise ValueError(f"{len(drawn)} pictures of {len(self.text_features)} captions")
+        return {"clip_score": clip_score(drawn, self.text_features).item(),
+                "fid": frechet_distance(drawn, self.real).item(),
+                "kid": kernel_distance(drawn, self.real).item()}
+
+
 # ---- The measures of Table 3; images are in [-1, 1], and a number belongs to one picture ---------
 
 def psnr(image, reconstruction):
@@ -362,6 +402,16 @@ def geneval(draw, count_per_task=60, seed=HELD_OUT_SEED, height=64, width=64, sp
     return success_rates(cases, images)
 
 
+def draw_with(pipeline, seed, **settings):
+    """draw(prompts, first) for `geneval`: the first picture starts from the noise of seed + first.
+    settings: fields of sample.Settings."""
+    def draw(prompts, first):
+        pictures = sample.generate(pipeline, prompts, seed + first, len(prompts), **settings)
+        return [np.asarray(picture) for picture in pictures]
+
+    return draw
+
+
 def format_scores(scores) -> str:
     """One line: GenEval .950, lax .960 (single object 1.00, ...)."""
     tasks = [f"{task} {share:.2f}" for task, share in scores["strict"].items()]
@@ -427,17 +477,14 @@ def rows(pipeline, options, size):
     untrained = copy.copy(pipeline)
     untrained.mmdit = copy.deepcopy(pipeline.mmdit)
     untrained.mmdit.initialize(torch.Generator().manual_seed(0))
-    wanted = {"guidance_scale": options.guidance_scale, "num_steps": options.num_steps}
-    wanted = {name: value for name, value in wanted.items() if value}
-
-    def draw(prompts, first, model):
-        pictures = sample.generate(model, prompts, options.seed + first, len(prompts),
-                                   height=size[0], width=size[1], **wanted)
-        return [np.asarray(picture) for picture in pictures]
-
+    settings = {"height": size[0], "width": size[1]}
+    for name in ("guidance_scale", "num_steps"):
+        if getattr(options, name):
+            settings[name] = getattr(options, name)
     for name, model, split in (("untrained", untrained, SPLITS[0]), ("model", pipeline, SPLITS[0]),
                                ("model", pipeline, SPLITS[1]), ("model", pipeline, SPLITS[2])):
-        rates = geneval(partial(draw, model=model), options.num_prompts, options.seed, *size, split)
+        draw = draw_with(model, options.seed, **settings)
+        rates = geneval(draw, options.num_prompts, options.seed, *size, split)
         yield f"{name}, {split}", rates
 
 
