@@ -703,8 +703,8 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
         vae = load_components(vae_from, ("vae",)).vae
     else:
         vae = load_part(work, "vae.safetensors", "", VAE(AUTOENCODER))
-        mean, std = latent_statistics(vae)
-        vae.config = replace(AUTOENCODER, vae_scale=1 / std, vae_shift=mean)
+    mean, std = latent_statistics(vae)
+    vae.config = replace(vae.config, vae_scale=1 / std, vae_shift=mean)
     networks = {
         "vae": vae,
         "clip_l": load_part(work, "clip.safetensors", "clip_l.", CLIPTextEncoder(CLIP_L)),
