@@ -1,6 +1,6 @@
 """evaluate.py: does it work, in numbers (SD3, arXiv:2403.03206v1, Sec. 5).
 
-Read with   Sec. 5.1 (CLIP score, FID on CLIP features), Table 3 (PSNR, SSIM), Tables 4 and 5
+Read with   Sec. 5.1 (CLIP score, FID on CLIP features), Table 3 (PSNR), Tables 4 and 5
             (GenEval; Ghosh et al. 2023)
 Not here    making pictures (sample.py), drawing and recognising scenes (scenes.py)
 Shapes      B batch   n patches   D hidden_size   image (B, 3, S, S) in [-1, 1] for the image tower;
@@ -220,29 +220,6 @@ def psnr(image, reconstruction):
     """Peak signal-to-noise ratio in dB: (B,). The reconstruction is clamped."""
     difference = (image - reconstruction.clamp(-1, 1)) / 2                # in units of [0, 1]
     return -10 * torch.log10(difference.square().mean(dim=(1, 2, 3)).clamp_min(1e-10))
-
-
-def ssim(image, reconstruction):
-    """Structural similarity (Wang et al. 2004): (B,). The reconstruction is clamped.
-
-    Every channel is compared in all 11x11 windows of the picture, with Gaussian weights.
-    """
-    x = (image.double() + 1) / 2                                          # (B, 3, H, W) in [0, 1]
-    y = (reconstruction.double().clamp(-1, 1) + 1) / 2                    # flat areas need float64
-    weights = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2)).to(x)
-    window = torch.outer(weights, weights) / weights.sum().square()       # (11, 11), its sum is 1
-    window = window.expand(x.shape[1], 1, 11, 11)
-
-    def local_mean(values):
-        return F.conv2d(values, window, groups=len(window))               # (B, 3, H - 10, W - 10)
-
-    mean_x, mean_y = local_mean(x), local_mean(y)
-    var_x = local_mean(x * x) - mean_x.square()
-    var_y = local_mean(y * y) - mean_y.square()
-    covariance = local_mean(x * y) - mean_x * mean_y
-    brightness = (2 * mean_x * mean_y + 0.01**2) / (mean_x.square() + mean_y.square() + 0.01**2)
-    structure = (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2)
-    return (brightness * structure).mean(dim=(1, 2, 3)).float()
 
 
 # ---- GenEval (Tables 4 and 5) on the drawn world -------------------------------------------------

@@ -31,7 +31,7 @@ from checkpoints import (
     SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
 from data import from_tensor, read_image, resize_and_crop, to_tensor
 from devices import command
-from evaluate import frechet_distance, load_image_tower, psnr, ssim
+from evaluate import frechet_distance, load_image_tower, psnr
 from scenes import HELD_OUT_SEED, Scenes
 from train import Run, TrainConfig, fit
 from vae import VAE, VAEConfig, VAELossConfig, group_norm, perceptual_loss, vae_loss
@@ -148,6 +148,29 @@ def train(latent_channels, options, features):
     name = f"table3-{latent_channels}-{options.gan:g}-{options.steps}-{options.seed}"
     run = Run(ROOT / "runs" / name, training)
     return fit(vae, Objective(features, options.gan, discriminator), batches, training, run)
+
+
+def ssim(image, reconstruction):
+    """Structural similarity (Wang et al. 2004): (B,). The reconstruction is clamped.
+
+    Every channel is compared in all 11x11 windows of the picture, with Gaussian weights.
+    """
+    x = (image.double() + 1) / 2                                          # (B, 3, H, W) in [0, 1]
+    y = (reconstruction.double().clamp(-1, 1) + 1) / 2                    # flat areas need float64
+    weights = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2)).to(x)
+    window = torch.outer(weights, weights) / weights.sum().square()       # (11, 11), its sum is 1
+    window = window.expand(x.shape[1], 1, 11, 11)
+
+    def local_mean(values):
+        return F.conv2d(values, window, groups=len(window))               # (B, 3, H - 10, W - 10)
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    var_x = local_mean(x * x) - mean_x.square()
+    var_y = local_mean(y * y) - mean_y.square()
+    covariance = local_mean(x * y) - mean_x * mean_y
+    brightness = (2 * mean_x * mean_y + 0.01**2) / (mean_x.square() + mean_y.square() + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2)
+    return (brightness * structure).mean(dim=(1, 2, 3)).float()
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Tests of evaluate.py: metrics against closed forms, the rules of the score, its controls."""
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +15,7 @@ import evaluate
 from checkpoints import SHIPPED
 from evaluate import (GENEVAL_TASKS, SPLITS, TASKS, Case, CLIPImageConfig, CLIPImageEncoder,
                       clip_score, frechet_distance, geneval, geneval_cases, kernel_distance,
-                      load_image_tower, psnr, score, ssim, success_rates, wilson)
+                      load_image_tower, psnr, score, success_rates, wilson)
 from scenes import Scene, Thing, draw_scene, is_held_out
 from text_encoders import quick_gelu
 from vae import perceptual_loss
@@ -188,59 +187,12 @@ def test_the_shipped_tower_prefers_the_right_colour():
 
 # ---- Measures of Table 3 -------------------------------------------------------------------------
 
-def picture(height, width, seed=0):
-    return random(2, 3, height, width, seed=seed).float().clamp(-1, 1)
-
-
 def test_psnr_is_its_closed_form_per_picture():
     """An error of 0.2 in [-1, 1] is 0.1 in [0, 1]: 20 dB. What lies beyond white is white."""
     image = torch.zeros(3, 3, 8, 8)
     reconstruction = torch.stack([image[0] + 0.2, image[1] - 0.02, image[2]])
     assert psnr(image, reconstruction).tolist() == pytest.approx([20, 40, 100], abs=1e-3)
     assert psnr(image + 1, image + 1.5).tolist() == pytest.approx([100] * 3)
-
-
-def naive_ssim(x, y):
-    """Wang et al. 2004, Eq. 13, window by window, for one channel in [0, 1] as nested lists."""
-    total = count = 0
-    weights = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
-    norm = sum(weights) ** 2
-    for top in range(len(x) - 10):
-        for left in range(len(x[0]) - 10):
-            sums = dict.fromkeys(("x", "y", "xx", "yy", "xy"), 0.0)
-            for i in range(11):
-                for j in range(11):
-                    w = weights[i] * weights[j] / norm
-                    a, b = x[top + i][left + j], y[top + i][left + j]
-                    for name, value in (("x", a), ("y", b), ("xx", a * a), ("yy", b * b),
-                                        ("xy", a * b)):
-                        sums[name] += w * value
-            m, n = sums["x"], sums["y"]
-            above = (2 * m * n + 0.01**2) * (2 * (sums["xy"] - m * n) + 0.03**2)
-            spread = sums["xx"] - m * m + sums["yy"] - n * n
-            total += above / ((m * m + n * n + 0.01**2) * (spread + 0.03**2))
-            count += 1
-    return total / count
-
-
-def test_ssim_is_that_of_wang_et_al_by_hand():
-    image = picture(height=13, width=15)
-    reconstruction = (0.7 * image + 0.5 * picture(height=13, width=15, seed=3)).clamp(-1, 1)
-    for i in range(2):
-        expected = 0.0
-        for channel in range(3):
-            x = ((image[i, channel] + 1) / 2).tolist()
-            y = ((reconstruction[i, channel] + 1) / 2).tolist()
-            expected += naive_ssim(x, y) / 3
-        assert ssim(image, reconstruction)[i].item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_ssim_of_flat_pictures_compares_their_brightness_only():
-    """Grey x against grey y in [0, 1]: (2xy + .0001) / (x^2 + y^2 + .0001). White is the limit."""
-    image = torch.zeros(3, 3, 16, 16)                                         # x = 0.5
-    other = torch.stack([image[0], image[1] + 0.4, image[2] + 7.0])           # y = 0.5, 0.7, 1
-    expected = [1, (0.7 + 1e-4) / (0.74 + 1e-4), (1 + 1e-4) / (1.25 + 1e-4)]
-    assert ssim(image, other).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 # ---- GenEval: prompts and rules ------------------------------------------------------------------

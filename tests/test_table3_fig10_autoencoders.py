@@ -95,6 +95,50 @@ class Tower(nn.Module):
         return F.adaptive_avg_pool2d(image, 1).flatten(1)
 
 
+def naive_ssim(x, y):
+    """Wang et al. 2004, Eq. 13, window by window, for one channel in [0, 1] as nested lists."""
+    total = count = 0
+    weights = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
+    norm = sum(weights) ** 2
+    for top in range(len(x) - 10):
+        for left in range(len(x[0]) - 10):
+            sums = dict.fromkeys(("x", "y", "xx", "yy", "xy"), 0.0)
+            for i in range(11):
+                for j in range(11):
+                    w = weights[i] * weights[j] / norm
+                    a, b = x[top + i][left + j], y[top + i][left + j]
+                    for name, value in (("x", a), ("y", b), ("xx", a * a), ("yy", b * b),
+                                        ("xy", a * b)):
+                        sums[name] += w * value
+            m, n = sums["x"], sums["y"]
+            above = (2 * m * n + 0.01**2) * (2 * (sums["xy"] - m * n) + 0.03**2)
+            spread = sums["xx"] - m * m + sums["yy"] - n * n
+            total += above / ((m * m + n * n + 0.01**2) * (spread + 0.03**2))
+            count += 1
+    return total / count
+
+
+def test_ssim_is_that_of_wang_et_al_by_hand():
+    image = torch.randn(2, 3, 13, 15, generator=rng(0)).clamp(-1, 1)
+    other = torch.randn(2, 3, 13, 15, generator=rng(3)).clamp(-1, 1)
+    reconstruction = (0.7 * image + 0.5 * other).clamp(-1, 1)
+    for i in range(2):
+        expected = 0.0
+        for channel in range(3):
+            x = ((image[i, channel] + 1) / 2).tolist()
+            y = ((reconstruction[i, channel] + 1) / 2).tolist()
+            expected += naive_ssim(x, y) / 3
+        assert table3.ssim(image, reconstruction)[i].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_of_flat_pictures_compares_their_brightness_only():
+    """Grey x against grey y in [0, 1]: (2xy + .0001) / (x^2 + y^2 + .0001). White is the limit."""
+    image = torch.zeros(3, 3, 16, 16)                                         # x = 0.5
+    other = torch.stack([image[0], image[1] + 0.4, image[2] + 7.0])           # y = 0.5, 0.7, 1
+    expected = [1, (0.7 + 1e-4) / (0.74 + 1e-4), (1 + 1e-4) / (1.25 + 1e-4)]
+    assert table3.ssim(image, other).tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_measures_are_those_of_the_reconstructions():
     """A decoder that always gives grey: against grey 0.2 brighter, 20 dB; equal means, FID 0."""
     vae = VAE(SMALL).requires_grad_(False)
