@@ -234,7 +234,7 @@ def encoded(config, world, count: int, until=math.inf):
     """(training, held-out) EncodedFolders of a run; what the cache does not have is made. Held out
     are 64 scenes of HELD_OUT_SEED, or one picture in fifty, at most 64; a single one is both."""
     settings = config.encoders, config.resolution, world
-    options = {"tokenizers": config.tokenizers, "precision": config.precision}
+    options = {"precision": config.precision}
     if not config.data:
         held_out = encode_folder(Scenes(64, HELD_OUT_SEED), "", *settings, **options)
         options["until"] = until

@@ -41,8 +41,6 @@ from flow import density, rectified_flow_loss, shift_time, validate
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
 from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
-from text_encoders import TextEncoders
-from vae import VAE
 
 # "paper" is App. B.3 at 256 px. "tiny" has a loss of .79 after ten minutes on two CPU cores.
 PRESETS = {
@@ -52,29 +50,30 @@ PRESETS = {
                   ema_every=1,   batch_size=64,   resolution=64),
 }
 FIXED = ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size")      # within a run
+MAX_GRAD_NORM = 1.0                      # The paper does not state one.
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a run. The command line is made from it."""
-    out: str = option("", "run folder; goes on if it has checkpoints; empty: a new runs/dDEPTH-N")
+    out: str = option("", "run folder; goes on if it has checkpoints, which it unpickles, so only "
+                          "do it with your own; empty: a new runs/dDEPTH-N")
     init: str = option("", "a model whose MM-DiT a new run starts from (fine-tuning)")
     data: str = option("", "captioned pictures, or the --out of encode.py; empty: drawn scenes")
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
-    tokenizers: str = option("", "folder with clip/ and t5/; empty: beside the encoders")
     num_scenes: int = option(16384, "scenes to draw and encode, at most", 64, 10**8)
     resolution: int = option(64, "px per side, a multiple of 16", 16, 4096)
     depth: int = option(4, "the size of MM-DiT; its width is 64 * depth (Sec. 4)", 1, 128)
     qk_norm: bool = option(True, "RMSNorm on queries and keys (Sec. 5.3.2)")
     minutes: float = option(10.0, "length of the run, everything included", 0.01, 1e6)
     steps: int = option(0, "optimizer steps; 0: as many as fit into the minutes", 0, 10**9)
+    every: int = option(0, "steps between checkpoints; 0: a tenth of the run", 0, 10**9)
     batch_size: int = option(64, "samples per step, over all processes", 1, 10**6)
     accumulate: int = option(1, "parts of a batch that come one after the other", 1, 10**4)
     optimizer: str = option("muon", "muon is for the blocks' matrices", choices=("adamw", "muon"))
     lr: float = option(6e-4, "AdamW's peak rate; Muon's is 16 times that", 1e-12, 1.0)
     warmup_steps: int = option(0, "steps with rising rate; 0: 3 % of the run", 0, 10**9)
     cooldown: float = option(0.8, "share of the run, at its end, with falling rate", 0.0, 1.0)
-    max_grad_norm: float = option(1.0, "longer gradients are scaled down to it", 1e-6, 1e6)
     ema: float = option(0.0, "decay of the average; 0: it remembers 3 % of the run", 0.0, 0.999999)
     ema_every: int = option(1, "steps between two updates of the average", 1, 10**6)
     encoder_dropout: float = option(0.464, "chance to zero each text encoder", 0.0, 1.0)
@@ -87,10 +86,6 @@ class TrainConfig:
     parallel: str = option("auto", "over processes", choices=("auto", "ddp", "fsdp", "hsdp"))
     recompute: bool = option(False, "compute the blocks' activations twice, to save memory")
     compile: bool = option(False, "torch.compile of each block; takes a minute to start")
-    sample_every: float = option(0.2, "share of the run between pictures; 0: at its end", 0.0, 1.0)
-    save_every: float = option(0.1, "share of the run between checkpoints; 0: its end", 0.0, 1.0)
-    keep_every: int = option(0, "steps between checkpoints kept for good; 0: none", 0, 10**9)
-    num_prompts: int = option(50, "prompts for each task of the last score; 0: none", 0, 10**5)
 
     def __post_init__(self):
         check_options(self)
@@ -110,14 +105,17 @@ def flow_loss(model, batch, density, timestep_shift):
 def train_step(model, optimizers, loss, batch, config):
     """One update: losses (B,) and the gradient's norm. No weight changes if that is not finite."""
     device = next(model.parameters()).device
+    precision = pick_precision(config.precision, device)
     parts = batch.split(config.accumulate) if config.accumulate > 1 else [batch]
     losses = []
     for part in parts:
         with devices.synchronized(model, last=part is parts[-1]):
-            with devices.autocast(device, pick_precision(config.precision, device)):
+            with devices.autocast(device, precision):
                 losses.append(loss(model, part))                                   # (B / parts,)
-            (losses[-1].mean() / len(parts)).backward()
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
+            mean_loss = losses[-1].mean() / len(parts)
+            mean_loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    norm = whole(norm).item()
     for optimizer in optimizers:
         if math.isfinite(norm):
             optimizer.step()
@@ -127,20 +125,26 @@ def train_step(model, optimizers, loss, batch, config):
 
 def make_optimizers(model, config) -> list:
     """AdamW (App. B.3), with the epsilon of Sec. 5.3.2; or Muon for the blocks' matrices."""
-    matrices, others = [], []
+    matrices = []
+    others = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "joint_blocks." in name and "adaLN" not in name
-        (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
+        if is_matrix and config.optimizer == "muon":
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
     eps = 1e-15 if config.qk_norm else 1e-8
     adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), eps=eps, fused=True)
-    return [adamw, torch.optim.Muon(matrices, lr=config.lr)] if matrices else [adamw]
+    if not matrices:
+        return [adamw]
+    return [adamw, torch.optim.Muon(matrices, lr=16 * config.lr)]
 
 
 def learning_rate(step, steps, config):
-    """AdamW's: linear warm-up, constant (App. B.3), then linear to zero over the cooldown."""
+    """The share of the peak rate: linear warm-up, constant (App. B.3), linear cooldown to zero."""
     rise = (step + 1) / (config.warmup_steps or max(1, 0.03 * steps))
     fall = (steps - step) / max(1, config.cooldown * steps)
-    return config.lr * min(1, rise, fall)
+    return min(1, rise, fall)
 
 
 @torch.no_grad()
@@ -160,23 +164,19 @@ def fit(model, loss, batches, config, run):
     optimizers = make_optimizers(model, config)
     run.start(model, average, optimizers)
     network = run.world.wrap(model)
-    bar = tqdm(initial=run.done, disable=run.world.rank > 0, unit="step")
-    with run.lock, bar:
+    with run.lock, run.bar:
         while run.done < run.steps and not run.stopping:
-            rate = learning_rate(run.done, run.steps, config)
-            for optimizer, factor in zip(optimizers, (1, 16), strict=False):     # 16 is Muon's.
-                optimizer.param_groups[0]["lr"] = factor * rate
-            started = time.time()
+            share = learning_rate(run.done, run.steps, config)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = share * optimizer.defaults["lr"]
             batch = batches(run.done)
-            waited = time.time() - started
+            waited = run.seconds()
             losses, grad_norm = train_step(network, optimizers, loss, batch, config)
             run.count_step(model, grad_norm)
             update_average(average, model, run.done, run.steps, config)
-            run.log_step(batch, losses, grad_norm, waited, time.time() - started)
+            run.log_step(batch, losses, grad_norm, waited)
             run.sample(average)
             run.save(model, average, optimizers)
-            bar.total = run.steps
-            bar.update()
     return average
 
 
@@ -199,8 +199,8 @@ class Run:
 
     def start(self, model, average, optimizers):
         """Locks the folder, loads its newest whole checkpoint, and drops later lines of the log."""
-        self.folder, self.world = Path(self.folder), self.world or World(self.config.device)
-        self.stopping, self.signals, self.skipped, self.recent = False, [], 0, []
+        self.folder = Path(self.folder)
+        self.world = self.world or World(self.config.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")              # The system frees it when we die.
         try:
@@ -208,28 +208,38 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.folder} is in use; choose another --out, or wait") from None
-        signal.signal(signal.SIGTERM, lambda *_: self.signals.append("SIGTERM"))
         self.done, self.began = 0, STARTED
-        state = {"step": 0, "seconds": 0.0}
-        found = self.world.same(checkpoints_of(self.folder))
-        while found and not state["step"]:
-            state = self.state(model, average, optimizers)
-            try:
-                devices.load_state(state, found.pop(), self.world)
-                devices.set_optimizer_state_dict(model, optimizers, state["optimizer"])
-            except OSError as problem:
-                if not found:
-                    raise
-                self.say(f"{problem}; the checkpoint before it is taken")
-        self.done = self.first = state["step"]
-        self.began = STARTED - state["seconds"]                  # as if it had run without a pause
-        self.steps = self.total_steps()
+        self.resume(model, average, optimizers)
+        self.first = self.last_due = self.done
+        self.skipped, self.recent = 0, []
+        self.stopping, self.signals = False, []
+        signal.signal(signal.SIGTERM, lambda number, frame: self.signals.append(number))
         self.entries = read_log(self.folder / "log.jsonl", self.done)
         log = "".join(json.dumps(entry) + "\n" for entry in self.entries)
         about = json.dumps({"train": asdict(self.config), **self.about}, indent=1)
         for name, text in (("log.jsonl", log), ("config.json", about)):
             if self.world.rank == 0:
                 write_atomically(self.folder / name, partial(Path.write_text, data=text))
+        self.steps = self.total_steps()
+        self.bar = tqdm(initial=self.done, disable=self.world.rank > 0, unit="step")
+        self.clock = time.time()
+
+    def resume(self, model, average, optimizers):
+        """Loads the newest checkpoint that is whole. OSError if there are some, and none is."""
+        found = self.world.same(checkpoints_of(self.folder))
+        for folder in reversed(found):
+            state = self.state(model, average, optimizers)
+            try:
+                devices.load_state(state, folder, self.world)
+                break
+            except OSError as problem:
+                if folder == found[0]:
+                    raise
+                self.say(f"{problem}; the checkpoint before it is taken")
+        if found:
+            devices.set_optimizer_state_dict(model, optimizers, state["optimizer"])
+            self.done = state["step"]
+            self.began = STARTED - state["seconds"]              # as if it had run without a pause
 
     def state(self, model, average, optimizers) -> dict:
         """What a run goes on from. Random numbers need no state: they are keyed by the step."""
@@ -237,25 +247,32 @@ class Run:
                 "optimizer": devices.get_optimizer_state_dict(model, optimizers),
                 "seconds": time.time() - self.began}
 
+    def seconds(self) -> float:
+        """Seconds since this was last asked."""
+        before = self.clock
+        self.clock = time.time()
+        return self.clock - before
+
     def total_steps(self) -> int:
         """--steps, or as many as fit into nine tenths of --minutes; the rest is for the score."""
+        if self.config.steps:
+            return self.config.steps
         left = max(0, 54 * self.config.minutes - (time.time() - self.began))
         taken = self.done - self.first - 2                       # The first two are slow.
-        if self.config.steps or taken < 1:
+        if taken < 1:
             self.paced = time.time()
-            self.planned = self.config.steps or self.done + (1000 if left else 0)
-            return self.world.same(self.planned)
-        steps = self.world.same(self.done + int(left * taken / (time.time() - self.paced)))
-        if taken == 1:
-            self.planned = steps
-            if steps < 100:
-                self.say(f"a run of {steps} steps teaches next to nothing; give more --minutes")
-        return steps
+            return self.world.same(self.done + (1000 if left else 0))
+        steps = self.done + int(left * taken / (time.time() - self.paced))
+        if taken == 1 and steps < 100:
+            self.say(f"a run of {steps} steps teaches next to nothing; give more --minutes")
+        return self.world.same(steps)
 
     def count_step(self, model, grad_norm):
         """Ends the run when its numbers stop being finite, before they are averaged or saved."""
         self.done += 1
-        self.steps = self.total_steps()
+        self.steps = self.bar.total = self.total_steps()
+        self.bar.update()
+        self.stopping = self.world.any(bool(self.signals))
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
         total = whole(torch.nn.utils.get_total_norm(model.parameters())).item()
         stuck = self.skipped == 10 or (self.skipped and self.done == self.steps)
@@ -270,34 +287,38 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(self.entries[-1]) + "\n")
 
-    def log_step(self, batch, losses, grad_norm, waited, seconds):
+    def log_step(self, batch, losses, grad_norm, waited):
         """Collects a step. The first 20 and then every 20th are followed by a line in the log."""
         t = self.times(batch) if self.times else losses * math.nan
         rows = torch.stack([losses.float().cpu(), t.float().cpu()])                    # (2, B)
-        self.recent.append((rows, grad_norm, waited, seconds))
+        self.recent.append((rows, grad_norm, waited, waited + self.seconds()))
         if self.done > 20 and self.done % 20 and self.done != self.steps:
             return
         rows, norms, waits, seconds = zip(*self.recent, strict=True)
         self.recent = []
         losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
+        norms = torch.tensor(norms)
         memory = torch.cuda.max_memory_allocated() / 1e9
         if self.world.device.type != "cuda":
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        self.log(loss=mean(losses), grad_norm=mean(torch.tensor(norms)),
-                 loss_by_t=[mean(losses[(10 * t).floor() == tenth]) for tenth in range(10)],
-                 skipped=len(norms) - sum(map(math.isfinite, norms)), memory_gb=memory,
-                 images_seen=self.done * self.config.batch_size,
-                 images_per_second=len(losses) / sum(seconds), data_wait=sum(waits) / sum(seconds))
+        self.log(
+            loss=mean(losses),
+            loss_by_t=[mean(losses[(10 * t).floor() == tenth]) for tenth in range(10)],
+            grad_norm=mean(norms),
+            skipped=int((~norms.isfinite()).sum()),
+            memory_gb=memory,
+            images_seen=self.done * self.config.batch_size,
+            images_per_second=len(losses) / sum(seconds),
+            data_wait=sum(waits) / sum(seconds))
 
-    def every(self, share: float) -> bool:
-        """Whether another `share` of the run, or all of it, is done."""
-        period = max(1, round(share * self.planned)) if share else math.inf
-        return self.done % period == 0 or self.done == self.steps
+    def is_due(self) -> bool:
+        """Whether --every steps have passed since the last checkpoint, or all are done."""
+        period = self.config.every or max(1, self.steps // 10)
+        return self.done - self.last_due >= period or self.done == self.steps
 
     def sample(self, average):
-        """Validation, pictures and the curve of the loss, when their time has come."""
-        self.stopping = self.world.any(bool(self.signals))
-        if not self.report or self.stopping or not self.every(self.config.sample_every):
+        """Validation, pictures and the curves of the losses, when their time has come."""
+        if not self.report or self.stopping or not self.is_due():
             return
         entries, picture = self.report(average, self.done)
         self.log(**entries)
@@ -307,11 +328,15 @@ class Run:
                 write_atomically(self.folder / name, partial(picture.save, format="PNG"))
 
     def save(self, model, average, optimizers):
-        """A checkpoint, when its time has come. The last two stay, and every `keep_every` steps."""
-        keep_every = self.config.keep_every or math.inf
-        due = self.every(self.config.save_every) or self.done % keep_every == 0
-        if self.skipped or not (due or self.stopping):
-            return
+        """A checkpoint, when its time has come. The last two stay."""
+        if self.is_due() or self.stopping:
+            self.last_due = self.done
+            if not self.skipped:
+                self.write_checkpoint(model, average, optimizers)
+        self.seconds()                                           # No step has taken this time.
+
+    def write_checkpoint(self, model, average, optimizers):
+        """The average as model.safetensors, and everything in a folder of checkpoints/."""
         if self.metadata:
             weights = devices.get_model_state_dict(average, options=devices.WHOLE)
             with torch.device("meta"):
@@ -320,15 +345,14 @@ class Run:
                 mmdit.load_state_dict(weights, assign=True)
                 save_networks(self.folder / "model.safetensors", {"mmdit": mmdit}, **self.metadata)
         target = self.folder / "checkpoints" / f"{self.done:08}"
-        state = self.state(model, average, optimizers)
-        devices.save_state(state, target.with_suffix(".partial"), self.world)
+        unfinished = target.with_suffix(".partial")
+        devices.save_state(self.state(model, average, optimizers), unfinished, self.world)
         if self.world.rank == 0:
             shutil.rmtree(target, ignore_errors=True)            # A damaged one may be there.
-            target.with_suffix(".partial").rename(target)
-            older = [old for old in checkpoints_of(self.folder) if int(old.name) < self.done]
+            unfinished.rename(target)
+            older = [old for old in checkpoints_of(self.folder) if old < target]
             for old in older[:-1]:
-                if int(old.name) % keep_every:
-                    shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def read_log(file: Path, last: int) -> list[dict]:
@@ -354,15 +378,41 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def draw_losses(entries: list[dict]) -> Image.Image:
-    """The loss by step, on a log scale. log.jsonl has it also by tenth of t."""
-    image = Image.new("RGB", (640, 450), "white")
-    draw = ImageDraw.Draw(image)
+    """loss.png, on a log scale: the loss (black), the validation loss (red), and the loss by tenth
+    of t, from yellow (t near 0, almost no noise) to violet (t near 1)."""
+    curves = {}
     for entry in entries:
-        if entry.get("loss"):
-            x = 600 * entry["step"] / entries[-1]["step"]
-            y = 150 - 150 * math.log10(entry["loss"])
-            draw.rectangle((x, y, x + 2, y + 2), fill="black")
-    draw.text((200, 5), "loss, from 10 (top) to 0.01 (bottom), log scale", fill="black")
+        losses = {}
+        for tenth, loss in enumerate(entry.get("loss_by_t", ())):
+            losses[f"hsl({50 + 25 * tenth}, 70%, 70%)"] = loss
+        losses["black"] = entry.get("loss")
+        losses["red"] = entry.get("validation")
+        for color, loss in losses.items():
+            if loss and loss > 0:
+                curves.setdefault(color, []).append((entry["step"], loss))
+    image = Image.new("RGB", (720, 480), "white")
+    draw = ImageDraw.Draw(image)
+    points = sum(curves.values(), [])
+    if not points:
+        return image
+    steps, losses = np.array(points).T                                             # (n,) each
+    low, high = 0.9 * losses.min(), 1.1 * losses.max()
+
+    def place(step, loss):
+        x = 60 + 640 * step / steps.max()
+        y = 20 + 420 * math.log(high / loss) / math.log(high / low)
+        return x, y
+
+    said = "loss (black), validation (red), by tenth of t: from yellow (0) to violet (1)"
+    draw.text((60, 3), said, "black")
+    for step in np.linspace(0, steps.max(), 6):
+        draw.text(place(step, low), f"{step:.0f}", "black", anchor="mt")
+    for loss in np.geomspace(low, high, 8):
+        draw.line([place(0, loss), place(steps.max(), loss)], "lightgray")
+        draw.text((50, place(0, loss)[1]), f"{loss:.2g}", "black", anchor="rm")
+    for color, points in curves.items():
+        width = 3 if color in ("black", "red") else 1
+        draw.line([place(*point) for point in points], color, width)
     return image
 
 
@@ -374,8 +424,8 @@ class Inputs:
     unseen: Batches                  # unseen.validation(count) has what is never trained on
     training: EncodedFolder
     held_out: EncodedFolder
-    vae: VAE
-    text: TextEncoders
+    vae: torch.nn.Module
+    text: torch.nn.Module
     sizes: MMDiTConfig
 
 
@@ -387,8 +437,7 @@ def read_inputs(config, world, start=None) -> Inputs:
     until = math.inf if config.steps else STARTED + 15 * config.minutes          # a quarter of them
     training, held_out = encoded(config, world, count, until)
     precision = pick_precision(config.precision, world.device)
-    file = find_model_file(config.encoders)
-    frozen = load_components(file, ("vae", "text"), precision, config.tokenizers)
+    frozen = load_components(find_model_file(config.encoders), ("vae", "text"), precision)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
     batches = Batches(training, vae.config, text.config, config, world)
     unseen = Batches(held_out, vae.config, text.config, config, world)
@@ -419,9 +468,12 @@ def report(average, step, pipeline, unseen, prompts):
 
 def departures(config) -> str:
     """Where a run leaves the paper's numbers. (Sec. 5.3.3 has batches of 4096.)"""
+    found = []
     paper = {**PRESETS["paper"], "encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
-    ours = asdict(config)
-    found = [f"{name} {ours[name]} ({paper[name]})" for name in paper if ours[name] != paper[name]]
+    for name, value in paper.items():
+        ours = getattr(config, name)
+        if ours != value:
+            found.append(f"{name} {ours} ({value})")
     return f"not as in the paper (App. B.3): {', '.join(found) or 'nothing'}"
 
 
@@ -430,15 +482,14 @@ def read_config(arguments=None):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_options(parser, TrainConfig)
     parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
-    parser.add_argument("--resume", dest="out", help="--out unpickles, so only do it with your own")
     options = parser.parse_args(arguments)
     given = given_options(options, TrainConfig)
-    for name in ("data", "tokenizers"):                          # They hold in any working folder.
-        if given.get(name):
-            given[name] = str(Path(given[name]).resolve())
-    index = Path(given.get("data") or "none") / "index.json"
-    if index.is_file():
-        given.setdefault("resolution", read_json(index, {"resolution": int})["resolution"])
+    if given.get("data"):
+        data = Path(given["data"]).resolve()                     # It holds in any working folder.
+        given["data"] = str(data)
+        if (data / "index.json").is_file():
+            index = read_json(data / "index.json", {"resolution": int})
+            given.setdefault("resolution", index["resolution"])
     folder = Path(given.get("out") or "runs/none")
     if not checkpoints_of(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
@@ -457,6 +508,14 @@ def read_config(arguments=None):
         raise ValueError(f"{folder}/config.json is of another version: {problem}") from None
 
 
+def free_folder(depth) -> Path:
+    """runs/dDEPTH-1, or with the first number that is free."""
+    number = 1
+    while Path(f"runs/d{depth}-{number}").exists():
+        number += 1
+    return Path(f"runs/d{depth}-{number}")
+
+
 def main(arguments=None):
     """A whole run, from pictures to the score."""
     config, stored = read_config(arguments)
@@ -465,30 +524,30 @@ def main(arguments=None):
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     if config.batch_size % (world.size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of ranks x --accumulate")
+    folder = world.same(Path(config.out or free_folder(config.depth)))
     start = None
     if stored:
-        config = replace(config, encoders=str(run_encoders(Path(config.out))[0]))
+        config = replace(config, encoders=str(run_encoders(folder)[0]))
     elif config.init:
         start = load_components(config.init, ("mmdit",)).mmdit
     inputs = read_inputs(config, world, start)
-    config = replace(config, num_scenes=max(64, len(inputs.training)),
-                     encoders=portable(find_model_file(config.encoders)))
+    frozen = find_model_file(config.encoders)
+    config = replace(config, num_scenes=max(64, len(inputs.training)), encoders=portable(frozen))
+
     sizes = MMDiTConfig(**stored["model"]) if stored else inputs.sizes
-    precision = pick_precision(config.precision, world.device)
-    free = (Path(f"runs/d{config.depth}-{number}") for number in range(1, 10**6))
-    folder = world.same(Path(config.out or next(path for path in free if not path.exists())))
     model = make_model(sizes, config, world, trained=True)
     average = make_model(sizes, config, world, trained=False)
     model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
     if start:
         load_weights(model, start, devices.assign)
     average.load_state_dict(model.state_dict())
+
     sampling = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted",
                 "timestep_shift": config.timestep_shift, "unconditional": "zeros",
                 "height": config.resolution, "width": config.resolution}
+    precision = pick_precision(config.precision, world.device)
     pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, precision)
-    held_out = inputs.held_out
-    prompts = [held_out.captions(index)[0] for index in held_out.groups[0][:8]]
+    prompts = [inputs.held_out.captions(index)[0] for index in inputs.held_out.groups[0][:8]]
     t_density = density(config.density)
     run = Run(
         folder, config, world, average=average,
@@ -496,8 +555,7 @@ def main(arguments=None):
         report=partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts),
         metadata={"sampling": sampling, "words": () if config.data else sorted(vocabulary())},
         about={"model": asdict(sizes), "encoders": {
-            "path": config.encoders, "tokenizers": config.tokenizers,
-            "fingerprint": fingerprint(find_model_file(config.encoders), FROZEN)}})
+            "path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}})
     run.say(f"{count_parameters(sizes) / 1e6:.1f} M parameters; {len(inputs.training)} pictures; "
             f"{world.size} x {world.device}, {precision}, {world.parallel}\n{departures(config)}")
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
@@ -507,13 +565,11 @@ def main(arguments=None):
 
 def conclude(run, pipeline, prompt):
     """The score, if a run on scenes has none yet, and what to do next."""
-    count, size = run.config.num_prompts, run.config.resolution
-    if not run.config.steps:
-        count = min(count, math.ceil(5 * run.config.minutes))
+    count = min(50, run.done // 20)                  # It takes less than a tenth of the training.
     scored = run.stopping or any("geneval" in entry for entry in run.entries)
     if count and not run.config.data and not scored:
-        draw = draw_with(pipeline, HELD_OUT_SEED)
-        scores = geneval(draw, count, height=size, width=size)
+        size = run.config.resolution
+        scores = geneval(draw_with(pipeline, HELD_OUT_SEED), count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)
         run.say(f"{format_scores(scores)}, {count} prompts for each task")
     run.say(f"{run.folder} has done its {run.done} steps; more --steps or --minutes go on. Next:\n"

@@ -201,7 +201,7 @@ def training_config(config, seed):
     return TrainConfig(
         encoders=str(SHIPPED), resolution=64, depth=config.depth, steps=config.steps,
         batch_size=config.batch_size, optimizer="adamw", lr=1e-3, cooldown=0.4, seed=seed,
-        sample_every=0.1, save_every=0.0, num_prompts=0, device=config.device)
+        device=config.device)
 
 
 def formulation_loss(model, batch, form):

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -33,7 +34,7 @@ from train import Run, TrainConfig, fit, read_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--device", "cpu", "--precision", "fp32", "--num-scenes", "64", "--batch-size", "8",
-         "--num-prompts", "0", "--depth", "1", "--sample-every", "0")
+         "--depth", "1", "--every", "1000000")
 # The paper's training, as App. B.3 and Sec. 5.3 print it.
 PAPER = {"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 1000, "batch_size": 1024, "ema": 0.99,
          "ema_every": 100, "encoder_dropout": 0.464, "resolution": 256, "qk_norm": True,
@@ -74,7 +75,7 @@ def small_model():
 
 
 def settings(**values):
-    start = {"steps": 12, "optimizer": "adamw", "lr": 0.05, "device": "cpu", "save_every": 0.25,
+    start = {"steps": 12, "optimizer": "adamw", "lr": 0.05, "device": "cpu", "every": 3,
              "batch_size": 8, "precision": "fp32"}
     return TrainConfig(**start | values)
 
@@ -117,7 +118,7 @@ def same_model(model, other):
 
 def test_an_experiment_is_a_model_a_loss_and_batches(tmp_path):
     model = small_model()
-    run = Run(tmp_path / "run", settings(steps=300))
+    run = Run(tmp_path / "run", settings(steps=300, every=300))
     average = fit(model, line_loss, line_batches, run.config, run)
     torch.testing.assert_close(average.weight, torch.tensor([[1, -2, 0.5]]), rtol=0, atol=0.02)
     assert not average.weight.requires_grad and not same_model(model, average)
@@ -158,7 +159,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(name, tmp_path, capsys):
 
 
 def test_without_any_whole_checkpoint_a_run_does_not_start_over(tmp_path):
-    experiment(tmp_path / "run", save_every=0.0)
+    experiment(tmp_path / "run", every=100)
     DAMAGES["an empty file"](tmp_path / "run" / "checkpoints" / "00000012")
     with pytest.raises(OSError, match="00000012 cannot be read"):
         experiment(tmp_path / "run")
@@ -180,10 +181,15 @@ def test_a_full_disk_keeps_the_checkpoints_that_are_there(tmp_path, monkeypatch)
     assert experiment(tmp_path / "run")[2].first == 3
 
 
-def test_the_last_two_checkpoints_stay_and_the_milestones(tmp_path):
-    """They were made after every 2 steps (fifths), every 3 steps, and 11."""
-    experiment(tmp_path / "run", steps=11, save_every=0.2, keep_every=3)
-    assert steps_of(tmp_path / "run") == [3, 6, 9, 10, 11]
+@pytest.mark.parametrize("every, steps, last", [(0, 30, [27, 30]), (4, 11, [8, 11])])
+def test_checkpoints_come_every_tenth_or_as_often_as_told_and_the_last_two_stay(
+        every, steps, last, tmp_path):
+    made = []
+    model, config = small_model(), settings(steps=steps, every=every)
+    run = Run(tmp_path / "run", config, report=lambda average, step: made.append(step) or ({}, None))
+    fit(model, line_loss, line_batches, config, run)
+    assert steps_of(tmp_path / "run") == last
+    assert made == [*range(every or 3, steps, every or 3), steps]
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(tmp_path):
@@ -193,7 +199,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(tmp_path):
         return line_batches(step)
 
     whole, *_ = experiment(tmp_path / "whole")
-    _, _, run = experiment(tmp_path / "run", batches=batches, save_every=0.0)
+    _, _, run = experiment(tmp_path / "run", batches=batches, every=100)
     assert run.stopping and run.done == 5 and steps_of(tmp_path / "run") == [5]
     assert same_model(experiment(tmp_path / "run")[0], whole)
 
@@ -226,7 +232,7 @@ def nan_from(step):
 def test_a_run_whose_loss_is_not_finite_ends_with_an_error(steps, start, tmp_path):
     """Also one of less than ten steps. What was saved before is whole."""
     with pytest.raises(RuntimeError, match="not finite at step .*lower --lr"):
-        experiment(tmp_path / "run", batches=nan_from(start), steps=steps, save_every=0.05)
+        experiment(tmp_path / "run", batches=nan_from(start), steps=steps, every=max(1, steps // 20))
     assert steps_of(tmp_path / "run") == list(range(1, start + 1))[-2:][:2 if steps > 3 else 1] \
         or steps_of(tmp_path / "run")[-1] <= start
     model = small_model()
@@ -257,7 +263,7 @@ def test_ruined_weights_are_neither_averaged_nor_saved(tmp_path):
         return line_batches(step) if step < 7 else (torch.zeros(8, 3), torch.zeros(8, 1))
 
     with pytest.raises(RuntimeError, match="weights are not finite at step 8"):
-        experiment(tmp_path / "run", model, batches, save_every=0.0833)
+        experiment(tmp_path / "run", model, batches, every=1)
     assert steps_of(tmp_path / "run") == [6, 7]
     assert experiment(tmp_path / "run", steps=7)[1].weight.abs().max() < 10
 
@@ -293,13 +299,21 @@ def test_what_is_no_entry_in_the_log_is_passed_over(tmp_path):
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == list(range(1, 13))
 
 
-def test_the_loss_curve_falls_where_the_loss_falls():
-    entries = [{"step": step, "loss": loss, "loss_by_t": [None] * 10}
-               for step, loss in ((1, 2.0), (50, 0.2))]
-    picture = train.draw_losses([{"step": 1, "validation": 1.0}, *entries])
-    dark = [(x, y) for x in range(602) for y in range(450) if picture.getpixel((x, y)) == (0, 0, 0)]
-    heights = [min(y for x, y in dark if x == column) for column in (12, 600)]
-    assert heights[1] - heights[0] == 150              # for a factor of 10
+def test_the_curves_of_the_loss_are_on_a_log_scale():
+    """4, 2, 1 is a straight line there. The validation loss is a second, red curve."""
+    entries = [{"step": step, "loss": 2 ** (2 - step / 50), "loss_by_t": [None] * 10}
+               for step in (0, 50, 100)]
+    entries += [{"step": step, "validation": 2.0, "validation_by_t": [2.0] * 8}
+                for step in (50, 100)]
+    pixels = np.array(train.draw_losses(entries))[:440, :, :]          # above the numbers of steps
+
+    def height(color, column):
+        rows, = np.nonzero((pixels[:, column] == color).all(axis=-1))
+        return rows.mean()
+
+    left, middle, right = (height((0, 0, 0), column) for column in (62, 370, 678))
+    assert left < middle < right and middle == pytest.approx((left + right) / 2, abs=2)
+    assert height((255, 0, 0), 400) == height((255, 0, 0), 678) == pytest.approx(middle, abs=6)
     train.draw_losses([])
     train.draw_losses([{"step": 1, "loss": 1.0, "loss_by_t": [1.0, *[None] * 9]}])
 
@@ -346,13 +360,13 @@ def test_the_tiny_preset_is_what_a_config_is_without_one():
 def test_the_papers_rate_rises_over_1000_steps_and_stays():
     config = TrainConfig(**train.PRESETS["paper"])
     rates = [train.learning_rate(step, 500_000, config) for step in (0, 499, 999, 1000, 499_999)]
-    assert rates == pytest.approx([1e-7, 5e-5, 1e-4, 1e-4, 1e-4])
+    assert rates == pytest.approx([0.001, 0.5, 1, 1, 1]) and config.lr == 1e-4
 
 
 def test_a_short_runs_rate_rises_over_3_percent_and_falls_over_80():
     rates = [train.learning_rate(step, 1000, TrainConfig()) for step in (0, 29, 200, 600, 999)]
-    assert rates == pytest.approx([6e-4 / 30, 6e-4, 6e-4, 3e-4, 6e-4 / 800])
-    assert train.learning_rate(0, 1, TrainConfig()) == 6e-4
+    assert rates == pytest.approx([1 / 30, 1, 1, 1 / 2, 1 / 800])
+    assert train.learning_rate(0, 1, TrainConfig()) == 1
 
 
 def averaged(config, steps):
@@ -501,7 +515,7 @@ def test_gradient_accumulation_changes_nothing(parts):
             parameter.data += 0.02 * torch.randn_like(parameter)
         batch = some_batch([0.1, 0.3, 0.5, 0.9])
         loss = functools.partial(train.flow_loss, density=density("uniform"), timestep_shift=1.0)
-        config = settings(accumulate=accumulate, max_grad_norm=0.01)
+        config = settings(accumulate=accumulate)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses, norm = train.train_step(model, [optimizer], loss, batch, config)
         results.append((losses, torch.tensor(norm), model.final_layer.linear.weight.detach()))
@@ -609,8 +623,7 @@ def test_compilation_and_recomputation_change_no_gradient(monkeypatch):
 # --- The command line -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words", [
-    "--lr inf", "--lr nan", "--lr -1", "--max-grad-norm 0", "--max-grad-norm -1", "--ema nan",
-    "--ema 1", "--full-captions 7", "--keep-every -1", "--cooldown -3", "--minutes inf",
+    "--lr inf", "--lr nan", "--lr -1", "--ema nan", "--ema 1", "--full-captions 7", "--every -1", "--cooldown -3", "--minutes inf",
     "--minutes 0", "--depth 0", "--depth 100000", "--batch-size 0", "--steps -1",
     "--timestep-shift nan",
     "--resolution 100", "--precision fp16", "--parallel tp", "--optimizer sgd",
@@ -641,10 +654,9 @@ def finished_run(folder, **train_values):
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
     folder = finished_run(tmp_path / "run", lr=2e-4, num_scenes=100)
-    for flag in ("--out", "--resume"):
-        config, stored = read_config([flag, str(folder), "--steps", "9", "--num-scenes", "999"])
-        assert (config.depth, config.lr, config.steps, config.num_scenes) == (3, 2e-4, 9, 100)
-        assert config.out == str(folder) and stored["train"]["depth"] == 3
+    config, stored = read_config(["--out", str(folder), "--steps", "9", "--num-scenes", "999"])
+    assert (config.depth, config.lr, config.steps, config.num_scenes) == (3, 2e-4, 9, 100)
+    assert config.out == str(folder) and stored["train"]["depth"] == 3
     for words in ("--depth 4", "--seed 1", "--batch-size 2", "--optimizer adamw",
                   "--qk-norm false", "--resolution 128", "--preset paper"):
         with pytest.raises(ValueError, match="cannot change within a run"):
@@ -772,9 +784,9 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
     assert len(list((Path("runs") / "cache").iterdir())) >= 2
     assert json.loads((out / "config.json").read_text())["train"]["num_scenes"] == 64
 
-    train.main(["--out", str(out), "--num-prompts", "1"])              # It had finished, unscored.
+    train.main(["--out", str(out), "--steps", "20"])       # One prompt a task for every 20 steps.
     said = capsys.readouterr().out
-    assert "has done its 3 steps; more --steps or --minutes go on" in said
+    assert "has done its 20 steps; more --steps or --minutes go on" in said
     scores, = [entry for entry in log_of(out) if "geneval" in entry]
     assert scores["num_prompts"] == 1 and "GenEval" in said
 
@@ -804,7 +816,7 @@ def test_all_three_encoders_are_dropped_independently_at_the_given_rate():
 
 def test_a_killed_and_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
     """SIGKILL at some moment after the first checkpoint, against a run that nothing disturbed."""
-    options = ("--steps", "24", "--save-every", "0.125", "--optimizer", "muon")
+    options = ("--steps", "19", "--every", "3", "--optimizer", "muon")
     process = start_main("--out", tmp_path / "killed", *options)
     wait_for(lambda: steps_of(tmp_path / "killed"), process)
     process.kill()
@@ -819,7 +831,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_pat
     ("adamw", 50, ("ddp", "fsdp")), ("muon", 6, ("ddp",))])
 def test_two_processes_have_the_losses_of_one(tmp_path, optimizer, steps, strategies):
     """Every random number belongs to a sample, so only rounding differs (Muon makes it grow)."""
-    options = ("--steps", steps, "--save-every", 0, "--accumulate", 2, "--optimizer", optimizer,
+    options = ("--steps", steps, "--accumulate", 2, "--optimizer", optimizer,
                "--depth", 2)
     assert run_main("--out", tmp_path / "one", *options).returncode == 0
     for parallel in strategies:
@@ -836,7 +848,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path, optimizer, steps, strate
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
     """2 FSDP -> 1 -> 2 DDP, 20 steps each, against one process throughout."""
-    options = ("--steps", 60, "--keep-every", 20, "--save-every", 0, "--optimizer", "adamw")
+    options = ("--steps", 60, "--every", 20, "--optimizer", "adamw")
     assert run_main("--out", tmp_path / "one", *options).returncode == 0
     two = run_main("--out", tmp_path / "run", "--parallel", "fsdp", *options, processes=2)
     assert two.returncode == 0, two.stderr
@@ -851,7 +863,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
 @pytest.mark.slow
 def test_two_nodes_of_two_processes_have_the_losses_of_one(tmp_path):
     """HSDP: shards within a node, copies between nodes."""
-    options = ("--steps", 4, "--save-every", 0, "--optimizer", "adamw")
+    options = ("--steps", 4, "--optimizer", "adamw")
     assert run_main("--out", tmp_path / "one", *options).returncode == 0
     nodes = start_nodes(2, "--parallel", "hsdp", "--out", tmp_path / "four", *options)
     assert [node.wait(timeout=600) for node in nodes] == [0, 0]
@@ -861,7 +873,7 @@ def test_two_nodes_of_two_processes_have_the_losses_of_one(tmp_path):
 @pytest.mark.slow
 def test_nodes_start_again_together_when_a_process_of_one_of_them_dies(tmp_path):
     """The other node's torchrun counts no restart: the store must be a new one each time."""
-    options = ("--steps", 60, "--save-every", 0.1)
+    options = ("--steps", 60, "--every", 6)
     nodes = start_nodes(1, "--out", tmp_path / "whole", *options)
     assert [node.wait(timeout=600) for node in nodes] == [0, 0]
     nodes = start_nodes(1, "--out", tmp_path / "run", *options)
@@ -876,7 +888,7 @@ def test_nodes_start_again_together_when_a_process_of_one_of_them_dies(tmp_path)
 @pytest.mark.slow
 def test_ranks_that_are_killed_again_and_again_do_not_change_the_result(tmp_path, kills=20):
     """kill -9 of a random rank at a random moment; torchrun starts all again from the last save."""
-    options = ("--steps", 1200, "--save-every", 0.005)
+    options = ("--steps", 1200, "--every", 6)
     assert run_main("--out", tmp_path / "whole", *options, processes=2).returncode == 0
     process = start_main("--out", tmp_path / "run", *options, processes=2, restarts=kills)
     rng = random.Random(0)
