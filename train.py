@@ -2,7 +2,6 @@
 
 Read with   App. B.3: flow_loss is Eq. 19, 23 and 8, then train_step; fit is the loop
 Not here    loss (flow.py), network (mmdit.py), pictures (data.py), processes (devices.py)
-Randomness  every draw is keyed by (seed, step, index in the global batch), whatever restarts
 Shapes      B samples of this process
 Run         python train.py     ten minutes on drawn scenes; torchrun ... for several processes
 """
@@ -15,9 +14,9 @@ import copy
 import fcntl
 import json
 import math
-import resource
 import shutil
 import signal
+from collections import namedtuple
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,7 +32,7 @@ import devices
 from checkpoints import (
     FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint, given_options,
     load_components, option, portable, read_json, run_encoders, save_networks, write_atomically)
-from data import Batches, EncodedFolder
+from data import Batches
 from devices import World, pick_precision, whole
 from encode import encoded
 from evaluate import draw_with, format_scores, geneval
@@ -56,8 +55,7 @@ MAX_GRAD_NORM = 1.0                      # The paper does not state one.
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a run. The command line is made from it."""
-    out: str = option("", "run folder; goes on if it has checkpoints, which it unpickles, so only "
-                          "do it with your own; empty: a new runs/dDEPTH-N")
+    out: str = option("", "run folder; going on with one unpickles, so give only your own")
     init: str = option("", "a model whose MM-DiT a new run starts from (fine-tuning)")
     data: str = option("", "captioned pictures, or the --out of encode.py; empty: drawn scenes")
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
@@ -112,10 +110,8 @@ def train_step(model, optimizers, loss, batch, config):
         with devices.synchronized(model, last=part is parts[-1]):
             with devices.autocast(device, precision):
                 losses.append(loss(model, part))                                   # (B / parts,)
-            mean_loss = losses[-1].mean() / len(parts)
-            mean_loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-    norm = whole(norm).item()
+            (losses[-1].mean() / len(parts)).backward()
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)).item()
     for optimizer in optimizers:
         if math.isfinite(norm):
             optimizer.step()
@@ -125,19 +121,13 @@ def train_step(model, optimizers, loss, batch, config):
 
 def make_optimizers(model, config) -> list:
     """AdamW (App. B.3), with the epsilon of Sec. 5.3.2; or Muon for the blocks' matrices."""
-    matrices = []
-    others = []
+    matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "joint_blocks." in name and "adaLN" not in name
-        if is_matrix and config.optimizer == "muon":
-            matrices.append(parameter)
-        else:
-            others.append(parameter)
+        (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
     eps = 1e-15 if config.qk_norm else 1e-8
     adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), eps=eps, fused=True)
-    if not matrices:
-        return [adamw]
-    return [adamw, torch.optim.Muon(matrices, lr=16 * config.lr)]
+    return [adamw, torch.optim.Muon(matrices, lr=16 * config.lr)] if matrices else [adamw]
 
 
 def learning_rate(step, steps, config):
@@ -170,13 +160,13 @@ def fit(model, loss, batches, config, run):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = share * optimizer.defaults["lr"]
             batch = batches(run.done)
-            waited = run.seconds()
             losses, grad_norm = train_step(network, optimizers, loss, batch, config)
             run.count_step(model, grad_norm)
             update_average(average, model, run.done, run.steps, config)
-            run.log_step(batch, losses, grad_norm, waited)
-            run.sample(average)
-            run.save(model, average, optimizers)
+            run.log_step(batch, losses, grad_norm)
+            if run.due:
+                run.sample(average)
+                run.save(model, average, optimizers)
     return average
 
 
@@ -197,6 +187,11 @@ class Run:
         if self.world.rank == 0:
             tqdm.write(sentence)
 
+    def write(self, name, write):
+        """A file of the folder, by write(temporary path), once for all processes."""
+        if self.world.rank == 0:
+            write_atomically(self.folder / name, write)
+
     def start(self, model, average, optimizers):
         """Locks the folder, loads its newest whole checkpoint, and drops later lines of the log."""
         self.folder = Path(self.folder)
@@ -216,13 +211,12 @@ class Run:
         signal.signal(signal.SIGTERM, lambda number, frame: self.signals.append(number))
         self.entries = read_log(self.folder / "log.jsonl", self.done)
         log = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        self.write("log.jsonl", partial(Path.write_text, data=log))
         about = json.dumps({"train": asdict(self.config), **self.about}, indent=1)
-        for name, text in (("log.jsonl", log), ("config.json", about)):
-            if self.world.rank == 0:
-                write_atomically(self.folder / name, partial(Path.write_text, data=text))
+        self.write("config.json", partial(Path.write_text, data=about))
         self.steps = self.total_steps()
         self.bar = tqdm(initial=self.done, disable=self.world.rank > 0, unit="step")
-        self.clock = time.time()
+        self.last_line = time.time()
 
     def resume(self, model, average, optimizers):
         """Loads the newest checkpoint that is whole. OSError if there are some, and none is."""
@@ -247,12 +241,6 @@ class Run:
                 "optimizer": devices.get_optimizer_state_dict(model, optimizers),
                 "seconds": time.time() - self.began}
 
-    def seconds(self) -> float:
-        """Seconds since this was last asked."""
-        before = self.clock
-        self.clock = time.time()
-        return self.clock - before
-
     def total_steps(self) -> int:
         """--steps, or as many as fit into nine tenths of --minutes; the rest is for the score."""
         if self.config.steps:
@@ -273,6 +261,9 @@ class Run:
         self.steps = self.bar.total = self.total_steps()
         self.bar.update()
         self.stopping = self.world.any(bool(self.signals))
+        period = self.config.every or max(1, self.steps // 10)
+        ended = self.stopping or self.done == self.steps
+        self.due = ended or self.done >= self.last_due + period
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
         total = whole(torch.nn.utils.get_total_norm(model.parameters())).item()
         stuck = self.skipped == 10 or (self.skipped and self.done == self.steps)
@@ -287,56 +278,43 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(self.entries[-1]) + "\n")
 
-    def log_step(self, batch, losses, grad_norm, waited):
+    def log_step(self, batch, losses, grad_norm):
         """Collects a step. The first 20 and then every 20th are followed by a line in the log."""
         t = self.times(batch) if self.times else losses * math.nan
         rows = torch.stack([losses.float().cpu(), t.float().cpu()])                    # (2, B)
-        self.recent.append((rows, grad_norm, waited, waited + self.seconds()))
+        self.recent.append((rows, grad_norm))
         if self.done > 20 and self.done % 20 and self.done != self.steps:
             return
-        rows, norms, waits, seconds = zip(*self.recent, strict=True)
-        self.recent = []
+        rows, norms = zip(*self.recent, strict=True)
         losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
         norms = torch.tensor(norms)
-        memory = torch.cuda.max_memory_allocated() / 1e9
-        if self.world.device.type != "cuda":
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        tenths = (10 * t).floor()
         self.log(
             loss=mean(losses),
-            loss_by_t=[mean(losses[(10 * t).floor() == tenth]) for tenth in range(10)],
+            loss_by_t=[mean(losses[tenths == tenth]) for tenth in range(10)],
             grad_norm=mean(norms),
             skipped=int((~norms.isfinite()).sum()),
-            memory_gb=memory,
+            memory_gb=torch.cuda.max_memory_allocated() / 1e9,
             images_seen=self.done * self.config.batch_size,
-            images_per_second=len(losses) / sum(seconds),
-            data_wait=sum(waits) / sum(seconds))
-
-    def is_due(self) -> bool:
-        """Whether --every steps have passed since the last checkpoint, or all are done."""
-        period = self.config.every or max(1, self.steps // 10)
-        return self.done - self.last_due >= period or self.done == self.steps
+            images_per_second=len(losses) / (time.time() - self.last_line))
+        self.last_line = time.time()
+        self.recent = []
 
     def sample(self, average):
-        """Validation, pictures and the curves of the losses, when their time has come."""
-        if not self.report or self.stopping or not self.is_due():
+        """Validation, pictures, and the curves of the losses."""
+        if self.stopping or not self.report:
             return
         entries, picture = self.report(average, self.done)
         self.log(**entries)
-        pictures = {"loss.png": draw_losses(self.entries), f"samples-{self.done:06}.png": picture}
-        for name, picture in pictures.items():
-            if picture and self.world.rank == 0:
-                write_atomically(self.folder / name, partial(picture.save, format="PNG"))
+        self.write("loss.png", partial(draw_losses(self.entries).save, format="PNG"))
+        if picture:
+            self.write(f"samples-{self.done:06}.png", partial(picture.save, format="PNG"))
 
     def save(self, model, average, optimizers):
-        """A checkpoint, when its time has come. The last two stay."""
-        if self.is_due() or self.stopping:
-            self.last_due = self.done
-            if not self.skipped:
-                self.write_checkpoint(model, average, optimizers)
-        self.seconds()                                           # No step has taken this time.
-
-    def write_checkpoint(self, model, average, optimizers):
-        """The average as model.safetensors, and everything in a folder of checkpoints/."""
+        """The average as model.safetensors, and a checkpoint. The last two checkpoints stay."""
+        self.last_due = self.done
+        if self.skipped:
+            return
         if self.metadata:
             weights = devices.get_model_state_dict(average, options=devices.WHOLE)
             with torch.device("meta"):
@@ -378,64 +356,48 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def draw_losses(entries: list[dict]) -> Image.Image:
-    """loss.png, on a log scale: the loss (black), the validation loss (red), and the loss by tenth
-    of t, from yellow (t near 0, almost no noise) to violet (t near 1)."""
+    """loss.png: the losses of training, validation and tenths of t, by step, on a log scale."""
     curves = {}
     for entry in entries:
-        losses = {}
+        losses = {"black": entry.get("loss"), "red": entry.get("validation")}
         for tenth, loss in enumerate(entry.get("loss_by_t", ())):
             losses[f"hsl({50 + 25 * tenth}, 70%, 70%)"] = loss
-        losses["black"] = entry.get("loss")
-        losses["red"] = entry.get("validation")
         for color, loss in losses.items():
             if loss and loss > 0:
                 curves.setdefault(color, []).append((entry["step"], loss))
-    image = Image.new("RGB", (720, 480), "white")
-    draw = ImageDraw.Draw(image)
-    points = sum(curves.values(), [])
-    if not points:
-        return image
-    steps, losses = np.array(points).T                                             # (n,) each
+    steps, losses = np.array(sum(curves.values(), [(1, 1.0)])).T                   # (n,) each
     low, high = 0.9 * losses.min(), 1.1 * losses.max()
 
     def place(step, loss):
-        x = 60 + 640 * step / steps.max()
-        y = 20 + 420 * math.log(high / loss) / math.log(high / low)
-        return x, y
+        height = math.log(loss / low) / math.log(high / low)                       # 0 to 1
+        return 60 + 640 * step / steps.max(), 440 - 420 * height
 
-    said = "loss (black), validation (red), by tenth of t: from yellow (0) to violet (1)"
-    draw.text((60, 3), said, "black")
+    image = Image.new("RGB", (720, 480), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((60, 3), "black: loss; red: validation; tenths of t: yellow 0 to violet 1", "black")
     for step in np.linspace(0, steps.max(), 6):
         draw.text(place(step, low), f"{step:.0f}", "black", anchor="mt")
     for loss in np.geomspace(low, high, 8):
         draw.line([place(0, loss), place(steps.max(), loss)], "lightgray")
-        draw.text((50, place(0, loss)[1]), f"{loss:.2g}", "black", anchor="rm")
-    for color, points in curves.items():
-        width = 3 if color in ("black", "red") else 1
-        draw.line([place(*point) for point in points], color, width)
+        draw.text(place(0, loss), f"{loss:.2g}  ", "black", anchor="rm")
+    for color, points in sorted(curves.items(), reverse=True):                     # Black is last.
+        draw.line([place(*point) for point in points], color, 3 if color in ("black", "red") else 1)
     return image
 
 
 # --- A run of MM-DiT ------------------------------------------------------------------------------
-@dataclass
-class Inputs:
-    """What MM-DiT is trained on, the frozen networks that encoded it, and the sizes that fit."""
-    batches: Batches                 # batches(step) is the batch of a step
-    unseen: Batches                  # unseen.validation(count) has what is never trained on
-    training: EncodedFolder
-    held_out: EncodedFolder
-    vae: torch.nn.Module
-    text: torch.nn.Module
-    sizes: MMDiTConfig
+# What it is trained on: batches(step), the Batches `unseen` to validate on, the EncodedFolders of
+# both, the frozen networks that encoded them, and the MMDiTConfig that fits all that.
+Inputs = namedtuple("Inputs", "batches unseen training held_out vae text sizes")
 
 
 def read_inputs(config, world, start=None) -> Inputs:
-    """Encodes pictures and captions where no earlier run has done so, and opens them. start: the
-    model whose weights will be the first."""
+    """Encodes what no earlier run has encoded, and opens it. start: the model of --init."""
     count = config.steps * config.batch_size or int(2000 * config.minutes)
     count = min(config.num_scenes, max(64, count))               # No more than the run needs.
     until = math.inf if config.steps else STARTED + 15 * config.minutes          # a quarter of them
     training, held_out = encoded(config, world, count, until)
+    config = replace(config, resolution=training.resolution)
     precision = pick_precision(config.precision, world.device)
     frozen = load_components(find_model_file(config.encoders), ("vae", "text"), precision)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
@@ -468,75 +430,60 @@ def report(average, step, pipeline, unseen, prompts):
 
 def departures(config) -> str:
     """Where a run leaves the paper's numbers. (Sec. 5.3.3 has batches of 4096.)"""
-    found = []
     paper = {**PRESETS["paper"], "encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
-    for name, value in paper.items():
-        ours = getattr(config, name)
-        if ours != value:
-            found.append(f"{name} {ours} ({value})")
+    ours = asdict(config)
+    found = [f"{name} {ours[name]} ({paper[name]})" for name in paper if ours[name] != paper[name]]
     return f"not as in the paper (App. B.3): {', '.join(found) or 'nothing'}"
 
 
 def read_config(arguments=None):
-    """A TrainConfig, and the config.json of the run that --out goes on with, or {}."""
+    """The TrainConfig of a new run, or of the run that --out goes on with."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_options(parser, TrainConfig)
     parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
     options = parser.parse_args(arguments)
     given = given_options(options, TrainConfig)
     if given.get("data"):
-        data = Path(given["data"]).resolve()                     # It holds in any working folder.
-        given["data"] = str(data)
-        if (data / "index.json").is_file():
-            index = read_json(data / "index.json", {"resolution": int})
-            given.setdefault("resolution", index["resolution"])
+        given["data"] = str(Path(given["data"]).resolve())       # It holds in any working folder.
     folder = Path(given.get("out") or "runs/none")
     if not checkpoints_of(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
             raise ValueError(f"--out {folder} is no run folder; choose another")
         default = "paper" if given.get("depth", 0) >= 15 else "tiny"
-        return TrainConfig(**PRESETS[options.preset or default] | given), {}
-    stored = read_json(folder / "config.json", {"train": dict, "model": dict, "encoders": dict})
+        return TrainConfig(**PRESETS[options.preset or default] | given)
+    stored = read_json(folder / "config.json", {"train": dict, "encoders": dict})
     given = PRESETS.get(options.preset, {}) | given
     try:
         for name in FIXED:
             if given.get(name, stored["train"][name]) != stored["train"][name]:
                 raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
-        kept = {"num_scenes": stored["train"]["num_scenes"]}     # The same pictures come again.
-        return TrainConfig(**stored["train"] | given | kept), stored
+        given["num_scenes"] = stored["train"]["num_scenes"]      # The same pictures come again.
+        given["encoders"] = str(run_encoders(folder)[0])
+        return TrainConfig(**stored["train"] | given)
     except (TypeError, KeyError) as problem:
         raise ValueError(f"{folder}/config.json is of another version: {problem}") from None
 
 
-def free_folder(depth) -> Path:
-    """runs/dDEPTH-1, or with the first number that is free."""
-    number = 1
-    while Path(f"runs/d{depth}-{number}").exists():
-        number += 1
-    return Path(f"runs/d{depth}-{number}")
-
-
 def main(arguments=None):
     """A whole run, from pictures to the score."""
-    config, stored = read_config(arguments)
+    config = read_config(arguments)
     world = World(config.device, config.parallel, count_parameters(MMDiTConfig(config.depth)))
     if world.parallel != "ddp" and config.optimizer == "muon":
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     if config.batch_size % (world.size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of ranks x --accumulate")
-    folder = world.same(Path(config.out or free_folder(config.depth)))
-    start = None
-    if stored:
-        config = replace(config, encoders=str(run_encoders(folder)[0]))
-    elif config.init:
-        start = load_components(config.init, ("mmdit",)).mmdit
+    number = 1
+    while Path(f"runs/d{config.depth}-{number}").exists():
+        number += 1
+    folder = world.same(Path(config.out or f"runs/d{config.depth}-{number}"))
+    start = load_components(config.init, ("mmdit",)).mmdit if config.init else None
     inputs = read_inputs(config, world, start)
     frozen = find_model_file(config.encoders)
-    config = replace(config, num_scenes=max(64, len(inputs.training)), encoders=portable(frozen))
+    config = replace(config, num_scenes=max(64, len(inputs.training)), encoders=portable(frozen),
+                     resolution=inputs.training.resolution)
 
-    sizes = MMDiTConfig(**stored["model"]) if stored else inputs.sizes
-    model = make_model(sizes, config, world, trained=True)
-    average = make_model(sizes, config, world, trained=False)
+    model = make_model(inputs.sizes, config, world, trained=True)
+    average = make_model(inputs.sizes, config, world, trained=False)
     model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
     if start:
         load_weights(model, start, devices.assign)
@@ -554,10 +501,11 @@ def main(arguments=None):
         times=lambda batch: shift_time(t_density.quantile(batch.uniform), config.timestep_shift),
         report=partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts),
         metadata={"sampling": sampling, "words": () if config.data else sorted(vocabulary())},
-        about={"model": asdict(sizes), "encoders": {
+        about={"model": asdict(inputs.sizes), "encoders": {
             "path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}})
-    run.say(f"{count_parameters(sizes) / 1e6:.1f} M parameters; {len(inputs.training)} pictures; "
-            f"{world.size} x {world.device}, {precision}, {world.parallel}\n{departures(config)}")
+    millions = count_parameters(inputs.sizes) / 1e6
+    run.say(f"{millions:.1f} M parameters; {len(inputs.training)} pictures; {world.size} x "
+            f"{world.device}, {precision}, {world.parallel}\n{departures(config)}")
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
     fit(model, loss, inputs.batches, config, run)
     conclude(run, pipeline, prompts[0])
@@ -566,8 +514,8 @@ def main(arguments=None):
 def conclude(run, pipeline, prompt):
     """The score, if a run on scenes has none yet, and what to do next."""
     count = min(50, run.done // 20)                  # It takes less than a tenth of the training.
-    scored = run.stopping or any("geneval" in entry for entry in run.entries)
-    if count and not run.config.data and not scored:
+    scored = any("geneval" in entry for entry in run.entries)
+    if count and not (run.config.data or run.stopping or scored):
         size = run.config.resolution
         scores = geneval(draw_with(pipeline, HELD_OUT_SEED), count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)

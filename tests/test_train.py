@@ -25,7 +25,7 @@ from torch import nn
 
 import devices
 import train
-from checkpoints import SHIPPED
+from checkpoints import FROZEN, SHIPPED, fingerprint
 from data import Batch, Batches
 from encode import encoded
 from flow import density
@@ -186,7 +186,10 @@ def test_checkpoints_come_every_tenth_or_as_often_as_told_and_the_last_two_stay(
         every, steps, last, tmp_path):
     made = []
     model, config = small_model(), settings(steps=steps, every=every)
-    run = Run(tmp_path / "run", config, report=lambda average, step: made.append(step) or ({}, None))
+    def report(average, step):
+        made.append(step)
+        return {}, None
+    run = Run(tmp_path / "run", config, report=report)
     fit(model, line_loss, line_batches, config, run)
     assert steps_of(tmp_path / "run") == last
     assert made == [*range(every or 3, steps, every or 3), steps]
@@ -232,9 +235,8 @@ def nan_from(step):
 def test_a_run_whose_loss_is_not_finite_ends_with_an_error(steps, start, tmp_path):
     """Also one of less than ten steps. What was saved before is whole."""
     with pytest.raises(RuntimeError, match="not finite at step .*lower --lr"):
-        experiment(tmp_path / "run", batches=nan_from(start), steps=steps, every=max(1, steps // 20))
-    assert steps_of(tmp_path / "run") == list(range(1, start + 1))[-2:][:2 if steps > 3 else 1] \
-        or steps_of(tmp_path / "run")[-1] <= start
+        experiment(tmp_path / "run", batches=nan_from(start), steps=steps, every=1)
+    assert steps_of(tmp_path / "run") == list(range(1, start + 1))[-2:]
     model = small_model()
     run = Run(tmp_path / "run", settings(steps=max(1, start)))
     average = fit(model, line_loss, line_batches, run.config, run)
@@ -273,17 +275,19 @@ def test_ruined_weights_are_neither_averaged_nor_saved(tmp_path):
 def test_a_log_line_sorts_losses_by_tenth_of_t_and_counts_pictures(tmp_path):
     config = settings(steps=2, batch_size=3)
     run = Run(tmp_path / "run", config, times=lambda batch: torch.tensor([0.05, 0.07, 0.95]))
-    loss = lambda model, batch: model(batch).sum() * 0 + torch.tensor([1.0, 3.0, 5.0])
+    def loss(model, batch):
+        return model(batch).sum() * 0 + torch.tensor([1.0, 3.0, 5.0])
     fit(small_model(), loss, lambda step: torch.ones(1, 3), config, run)
     first, second = log_of(tmp_path / "run")
     assert first["loss"] == 3 and first["loss_by_t"] == [2, *[None] * 8, 5]
     assert [first["images_seen"], second["images_seen"]] == [3, 6]
-    assert first["grad_norm"] == 0 and 0 <= first["data_wait"] <= 1
+    assert first["grad_norm"] == 0
     assert {"memory_gb", "images_per_second", "skipped"} <= first.keys()
 
 
 def test_lines_are_means_over_twenty_steps_after_the_first_twenty(tmp_path):
-    loss = lambda model, step: model(torch.ones(1, 3))[0] * 0 + step
+    def loss(model, step):
+        return model(torch.ones(1, 3))[0] * 0 + step
     experiment(tmp_path / "run", batches=lambda step: float(step), loss=loss, steps=45)
     entries = log_of(tmp_path / "run")
     assert [entry["step"] for entry in entries] == [*range(1, 21), 40, 45]
@@ -344,16 +348,16 @@ def test_minutes_are_kept_whatever_a_step_takes(seconds, minutes, least, most, t
 
 def test_the_papers_preset_is_appendix_b3_and_the_default_of_large_models():
     for arguments in (["--depth", "38"], ["--depth", "15"], ["--preset", "paper"]):
-        config, stored = read_config(arguments)
-        assert PAPER.items() <= dataclasses.asdict(config).items() and not stored
+        config = read_config(arguments)
+        assert PAPER.items() <= dataclasses.asdict(config).items()
         assert train.departures(config).endswith("nothing")
-    assert read_config(["--depth", "14"])[0].optimizer == "muon"
-    assert read_config(["--depth", "38", "--lr", "3e-4"])[0].lr == 3e-4
+    assert read_config(["--depth", "14"]).optimizer == "muon"
+    assert read_config(["--depth", "38", "--lr", "3e-4"]).lr == 3e-4
     assert "lr 0.0003 (0.0001)" in train.departures(TrainConfig(lr=3e-4))
 
 
 def test_the_tiny_preset_is_what_a_config_is_without_one():
-    assert read_config([])[0] == TrainConfig() == TrainConfig(**train.PRESETS["tiny"])
+    assert read_config([]) == TrainConfig() == TrainConfig(**train.PRESETS["tiny"])
     assert "optimizer muon (adamw)" in train.departures(TrainConfig())
 
 
@@ -527,7 +531,8 @@ def test_longer_gradients_are_scaled_to_the_limit():
     """By hand: the gradient of w is (3, 4), its norm 5, and a rate of 1 moves w by (.6, .8)."""
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data.zero_()
-    loss = lambda model, batch: model(torch.tensor([[3.0, 4.0]]))[0]
+    def loss(model, batch):
+        return model(torch.tensor([[3.0, 4.0]]))[0]
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     _, norm = train.train_step(layer, [optimizer], loss, None, settings())
     assert norm == pytest.approx(5)
@@ -623,10 +628,10 @@ def test_compilation_and_recomputation_change_no_gradient(monkeypatch):
 # --- The command line -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words", [
-    "--lr inf", "--lr nan", "--lr -1", "--ema nan", "--ema 1", "--full-captions 7", "--every -1", "--cooldown -3", "--minutes inf",
-    "--minutes 0", "--depth 0", "--depth 100000", "--batch-size 0", "--steps -1",
-    "--timestep-shift nan",
-    "--resolution 100", "--precision fp16", "--parallel tp", "--optimizer sgd",
+    "--lr inf", "--lr nan", "--lr -1", "--ema nan", "--ema 1", "--full-captions 7", "--every -1",
+    "--cooldown -3", "--minutes inf", "--minutes 0", "--depth 0", "--depth 100000",
+    "--batch-size 0", "--steps -1", "--timestep-shift nan", "--resolution 100",
+    "--precision fp16", "--parallel tp", "--optimizer sgd",
     "--encoder-dropout 1.1", "--density eps/linear", "--density mode(9)", "--qk-norm maybe"])
 def test_settings_that_cannot_work_are_refused_by_name(words, capsys):
     name, value = words.split()
@@ -640,23 +645,25 @@ def test_help_says_what_going_on_with_a_run_does(capsys):
     with pytest.raises(SystemExit):
         read_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "unpickles" in text and "only do it with your own" in text and "--timestep-shift" in text
+    assert "unpickles, so give only your own" in text and "--timestep-shift" in text
 
 
 def finished_run(folder, **train_values):
     """A run folder with a checkpoint that nobody will open."""
     (folder / "checkpoints" / "00000002").mkdir(parents=True)
     stored = dataclasses.asdict(TrainConfig(steps=2, depth=3)) | train_values
-    content = {"train": stored, "model": {}, "encoders": {}}
+    file = SHIPPED / "model.safetensors"
+    encoders = {"path": str(file), "fingerprint": fingerprint(file, FROZEN)}
+    content = {"train": stored, "encoders": encoders}
     (folder / "config.json").write_text(json.dumps(content))
     return folder
 
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
     folder = finished_run(tmp_path / "run", lr=2e-4, num_scenes=100)
-    config, stored = read_config(["--out", str(folder), "--steps", "9", "--num-scenes", "999"])
+    config = read_config(["--out", str(folder), "--steps", "9", "--num-scenes", "999"])
     assert (config.depth, config.lr, config.steps, config.num_scenes) == (3, 2e-4, 9, 100)
-    assert config.out == str(folder) and stored["train"]["depth"] == 3
+    assert config.out == str(folder) and config.encoders == str(SHIPPED / "model.safetensors")
     for words in ("--depth 4", "--seed 1", "--batch-size 2", "--optimizer adamw",
                   "--qk-norm false", "--resolution 128", "--preset paper"):
         with pytest.raises(ValueError, match="cannot change within a run"):
@@ -666,16 +673,16 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path):
 def test_a_folder_without_checkpoints_does_not_bind_the_next_command(tmp_path):
     folder = finished_run(tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
-    assert read_config(["--out", str(folder), "--depth", "1"])[0].depth == 1
+    assert read_config(["--out", str(folder), "--depth", "1"]).depth == 1
     with pytest.raises(ValueError, match="is no run folder"):
         read_config(["--out", str(ROOT / "tests")])
 
 
 @pytest.mark.parametrize("text", [
-    "", "[]", "{}", '{"train": 5, "model": {}, "encoders": {}}', '{"train": {"de', "[" * 100000,
-    '{"train": {}, "model": {}, "encoders": {}}',
-    '{"train": {"num_scenes": 64, "colour": 1}, "model": {}, "encoders": {}}',
-    '{"train": {"num_scenes": "64"}, "model": {}, "encoders": {}}'])
+    "", "[]", "{}", '{"train": 5, "encoders": {}}', '{"train": {"de', "[" * 100000,
+    '{"train": {}, "encoders": {}}',
+    '{"train": {"num_scenes": 64, "colour": 1}, "encoders": {}}',
+    '{"train": {"num_scenes": "64"}, "encoders": {}}'])
 def test_a_damaged_config_is_named(text, tmp_path):
     folder = finished_run(tmp_path / "run")
     (folder / "config.json").write_text(text)
@@ -848,15 +855,12 @@ def test_two_processes_have_the_losses_of_one(tmp_path, optimizer, steps, strate
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_another_strategy(tmp_path):
     """2 FSDP -> 1 -> 2 DDP, 20 steps each, against one process throughout."""
-    options = ("--steps", 60, "--every", 20, "--optimizer", "adamw")
-    assert run_main("--out", tmp_path / "one", *options).returncode == 0
-    two = run_main("--out", tmp_path / "run", "--parallel", "fsdp", *options, processes=2)
-    assert two.returncode == 0, two.stderr
-    for number, processes in ((1, 1), (2, 2)):
-        for late in train.checkpoints_of(tmp_path / "run")[number:]:
-            shutil.rmtree(late)
-        resumed = run_main("--out", tmp_path / "run", "--parallel", "ddp", processes=processes)
-        assert resumed.returncode == 0, resumed.stderr
+    options = ("--warmup-steps", 1, "--cooldown", 0, "--optimizer", "adamw")
+    assert run_main("--out", tmp_path / "one", "--steps", 60, *options).returncode == 0
+    for steps, parallel, processes in ((20, "fsdp", 2), (40, "ddp", 1), (60, "ddp", 2)):
+        part = run_main("--out", tmp_path / "run", "--steps", steps, "--parallel", parallel,
+                        *options, processes=processes)
+        assert part.returncode == 0, part.stderr
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
 
 
@@ -878,7 +882,7 @@ def test_nodes_start_again_together_when_a_process_of_one_of_them_dies(tmp_path)
     assert [node.wait(timeout=600) for node in nodes] == [0, 0]
     nodes = start_nodes(1, "--out", tmp_path / "run", *options)
     for count, victim in ((1, nodes[0]), (3, nodes[1])):
-        wait_for(lambda: max(steps_of(tmp_path / "run"), default=0) >= 12 * count, nodes[0])
+        wait_for(lambda: max(steps_of(tmp_path / "run"), default=0) >= 12 * count, nodes[0])  # noqa: B023
         found = subprocess.run(["pgrep", "-P", str(victim.pid)], capture_output=True, text=True)
         os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
     assert [node.wait(timeout=600) for node in nodes] == [0, 0]
