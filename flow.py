@@ -53,19 +53,19 @@ def validate(model, samples, precision, loss=rectified_flow_loss, levels=8):
 
     samples: (latent, context, pooled, noise) for each picture size, the same every time.
     """
-    rows = [[] for _ in range(levels)]
+    columns = []
+    mixed = precision != torch.float32
     for latent, context, pooled, noise in samples:
-        device = latent.device
-        times = torch.linspace(0, 1, levels, device=device)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            for row, t in zip(rows, times, strict=True):
-                t = t.expand(len(latent))                             # (B,)
-                row.append(loss(model, latent, context, pooled, t, noise))
-    return torch.stack([torch.cat(row).mean() for row in rows]).cpu()
+        rows = []
+        with torch.autocast(latent.device.type, precision, enabled=mixed):
+            for t in torch.linspace(0, 1, levels):
+                t = t.expand(len(latent)).to(latent)                  # (B,)
+                rows.append(loss(model, latent, context, pooled, t, noise))
+        columns.append(torch.stack(rows))                             # (levels, B)
+    return torch.cat(columns, dim=1).mean(dim=1).cpu()                # (levels,)
 
 
 # --- Densities of t in training (Sec. 3.1, Eq. 19 to 22) ------------------------------------------
-#
 # Each has pdf(t), the density, and quantile(u), which makes t from uniform u: (B,) -> (B,) both.
 
 @dataclass(frozen=True)
@@ -237,16 +237,14 @@ def make_schedule(name, num_steps, timestep_shift):
 
 def velocity_at(velocity, z, t):
     """velocity(z, t (B,)) with one number t for the whole batch. (B, C, H, W)"""
-    times = torch.full((len(z),), t, dtype=z.dtype, device=z.device)  # (B,)
+    times = z.new_full((len(z),), t)                                  # (B,)
     return velocity(z, times).to(z.dtype)
 
 
 def euler_step(velocity, z, t, t_next, before=None):
     """A step of Euler's method for Eq. 1, dz = v dt: the paper's solver (App. B.3).
-
     z (B, C, H, W) at time t, and t_next < t. Returns z at t_next, and the velocity at t. `before`
-    is (z, t, velocity) of the last step, for solvers that look back.
-    """
+    is (z, t, velocity) of the last step, for solvers that look back."""
     v = velocity_at(velocity, z, t)
     return z + (t_next - t) * v, v
 
@@ -259,7 +257,8 @@ def solve(velocity, noise, times, step=euler_step):
     points = [noise]
     velocities = []
     before = None
-    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
+    times = times.tolist()
+    for t, t_next in zip(times[:-1], times[1:]):
         z, v = step(velocity, points[-1], t, t_next, before)
         before = (points[-1], t, v)
         points.append(z)
@@ -274,13 +273,10 @@ def guide(velocity_cond, velocity_uncond, guidance_scale):
 
 def path_length(velocities, times):
     """Table 6: the sum of ||v dt|| over the steps. velocities: N of (B, C, H, W) -> (B,).
-
-    On a straight path it is the distance from noise to sample. Larger models come closer to that.
-    """
-    steps = (times[:-1] - times[1:]).tolist()
+    On a straight path it is the distance from noise to sample. Larger models come closer to it."""
     length = 0
-    for v, dt in zip(velocities, steps):
-        length = length + dt * v.flatten(1).norm(dim=1)               # (B,)
+    for v, t, t_next in zip(velocities, times[:-1], times[1:]):
+        length = length + (t - t_next).item() * v.flatten(1).norm(dim=1)
     return length
 
 
@@ -288,9 +284,7 @@ def path_length(velocities, times):
 
 def heun_step(velocity, z, t, t_next, before=None):
     """Heun's method, second order: the mean of the velocities at both ends of the step.
-
-    The step to 0 is Euler's: at t = 0 there is no noise left that a network could predict.
-    """
+    The step to 0 is Euler's: at t = 0 there is no noise left that a network could predict."""
     z_euler, v = euler_step(velocity, z, t, t_next)
     if t_next == 0:
         return z_euler, v

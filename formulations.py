@@ -31,14 +31,19 @@ class Scales:
         return 2 * torch.log(self.a / self.b)
 
     @property
+    def a_rate(self):
+        """a'_t / a_t."""
+        return self.a_slope / self.a
+
+    @property
     def log_snr_slope(self):
         """lambda'_t = 2 (a'_t / a_t - b'_t / b_t). It is negative."""
-        return 2 * (self.a_slope / self.a - self.b_slope / self.b)
+        return 2 * (self.a_rate - self.b_slope / self.b)
 
     def to(self, latent):
         """The same in the precision and on the device of the latent."""
-        parts = (self.a, self.b, self.a_slope, self.b_slope)
-        return Scales(*(part.to(latent) for part in parts))
+        parts = [part.to(latent) for part in vars(self).values()]
+        return Scales(*parts)
 
 
 def mean_square(x):
@@ -99,18 +104,19 @@ def conditional_flow_matching_loss(velocity_pred, latent, noise, at):
 
 def conditional_velocity_by_scales(z, noise, at):
     """Eq. 9: u_t(z | eps) = a'/a z - eps b (a'/a - b'/b). (B, ...)"""
-    difference = at.a_slope / at.a - at.b_slope / at.b
-    return at.a_slope / at.a * z - noise * at.b * difference
+    difference = at.a_rate - at.b_slope / at.b
+    return at.a_rate * z - noise * at.b * difference
 
 
 def conditional_velocity_by_log_snr(z, noise, at):
     """Eq. 10: u_t(z | eps) = a'/a z - b/2 lambda' eps. (B, ...)"""
-    return at.a_slope / at.a * z - at.b / 2 * at.log_snr_slope * noise
+    return at.a_rate * z - at.b / 2 * at.log_snr_slope * noise
 
 
 def loss_by_log_snr(velocity_pred, z, noise, at):
     """Eq. 11: |v_Theta - a'/a z + b/2 lambda' eps|^2, which is Eq. 8 with Eq. 10 in it. (B,)"""
-    return mean_square(velocity_pred - at.a_slope / at.a * z + at.b / 2 * at.log_snr_slope * noise)
+    noise_part = at.b / 2 * at.log_snr_slope * noise
+    return mean_square(velocity_pred - at.a_rate * z + noise_part)
 
 
 def loss_by_noise(noise_pred, noise, at):
@@ -120,16 +126,15 @@ def loss_by_noise(noise_pred, noise, at):
 
 def noise_from_velocity(velocity_pred, z, at):
     """Below Eq. 12: eps_Theta = -2 / (lambda' b) (v_Theta - a'/a z). (B, ...)"""
-    return -2 / (at.log_snr_slope * at.b) * (velocity_pred - at.a_slope / at.a * z)
+    factor = -2 / (at.log_snr_slope * at.b)
+    return factor * (velocity_pred - at.a_rate * z)
 
 
 def weighted_loss(noise_pred, noise, at, weight):
     """L_w (no number): -1/2 w_t lambda'_t |eps_Theta - eps|^2, for t ~ U(0, 1). (B,)
-
-    weight, shaped like at.a, is w_t. With -1/2 lambda'_t b_t^2 for w_t it is Eq. 12.
-    """
-    factor = -weight / 2 * at.log_snr_slope
-    return (factor * (noise_pred - noise).square()).flatten(1).mean(dim=1)
+    weight, shaped like at.a, is w_t. With -1/2 lambda'_t b_t^2 for w_t it is Eq. 12."""
+    error = (noise_pred - noise).square()
+    return (-weight / 2 * at.log_snr_slope * error).flatten(1).mean(dim=1)
 
 
 # --- Sec. 3: the paths and their weights (Eq. 13 to 18) -------------------------------------------
@@ -176,18 +181,15 @@ def edm_log_snr_density(log_snr, log_mean, log_std):
 
 def edm_weight(log_snr, log_mean, log_std, sigma_data=0.5):
     """Eq. 16: N(lambda; -2 P_m, (2 P_s)^2) (e^-lambda + 0.5^2).
-
     N is -1 / lambda' for uniform t and cancels lambda' in L_w. What is left is the plain square
-    error of F (see `output_parts`), so training applies neither factor again.
-    """
-    return edm_log_snr_density(log_snr, log_mean, log_std) * (torch.exp(-log_snr) + sigma_data**2)
+    error of F (see `output_parts`), so training applies neither factor again."""
+    density = edm_log_snr_density(log_snr, log_mean, log_std)
+    return density * (torch.exp(-log_snr) + sigma_data**2)
 
 
 class Cosine:
     """Eq. 17: z_t = cos(pi t / 2) x_0 + sin(pi t / 2) eps.
-
-    The plain loss of eps is L_w with w_t = sech(lambda / 2), that of v with e^(-lambda / 2).
-    """
+    The plain loss of eps is L_w with w_t = sech(lambda / 2), that of v with e^(-lambda / 2)."""
     first, last = 0.0, 1.0
 
     def at(self, t):
@@ -201,15 +203,13 @@ class Cosine:
 
 class Linear:
     """LDM-linear: a_t = (prod over s <= t of (1 - beta_s))^(1/2) over 1000 steps, a^2 + b^2 = 1.
-
     sqrt(beta) rises evenly from sqrt(.00085) to sqrt(.012). Step s ends at t = (s + 1) / 1000 and
-    log a_t is linear within it. t = 0 is the data. At t = 1, a is .068 and not 0.
-    """
+    log a_t is linear within it. t = 0 is the data. At t = 1, a is .068 and not 0."""
     first, last = 0.001, 1.0
 
     def at(self, t):
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=t.dtype).square()
-        changes = torch.log1p(-betas)                                 # of log a^2, in each step
+        roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=t.dtype)
+        changes = torch.log1p(-roots.square())                        # of log a^2, in each step
         step = (1000 * t).ceil().long().clamp(min=1) - 1              # the step that t is in
         log_a2 = changes.cumsum(0)[step] - changes[step] * (step + 1 - 1000 * t)
         a = torch.exp(log_a2 / 2)
@@ -228,17 +228,16 @@ def density_weight(t, density):
 @dataclass(frozen=True)
 class MatchedEDM:
     """edm/rf and edm/cos: z_t = x_0 + b_t eps with b_t = exp(-lambda_t / 2) of another path.
-
     The paper matches "the log-SNR weighting" of rf or v/cos. By log-SNR both weights are one,
-    e^(-lambda / 2), but Table 1 ranks the two apart. So we match the log-SNR at every t.
-    """
+    e^(-lambda / 2), but Table 1 ranks the two apart. So we match the log-SNR at every t."""
     other: Straight | Cosine
     first, last = 1e-5, 1 - 1e-5                                      # b is infinite at 1
 
     def at(self, t):
         other = self.other.at(t)
         b = other.b / other.a
-        return Scales(torch.ones_like(t), b, torch.zeros_like(t), -b / 2 * other.log_snr_slope)
+        b_slope = -b / 2 * other.log_snr_slope
+        return Scales(torch.ones_like(t), b, torch.zeros_like(t), b_slope)
 
     def time_at(self, ratio):
         return self.other.time_at(ratio)
@@ -251,7 +250,6 @@ def input_size(at, sigma_data):
 
 def output_parts(output, at, sigma_data):
     """The network learns latent_part x_0 + noise_part eps. Returns both parts, shaped like at.a.
-
     velocity    a' x_0 + b' eps (Eq. 5);   eps: the noise
     v           a eps - b x_0, the velocity per angle of a path with a^2 + b^2 = 1
     F           EDM's (x_0 - c_skip z) / c_out with c_skip = sigma_data^2 / (b^2 + sigma_data^2) and
@@ -272,11 +270,9 @@ def output_parts(output, at, sigma_data):
 @dataclass(frozen=True)
 class Formulation:
     """A path, what the network predicts, and a density of t.
-
     sigma_data is the standard deviation of the latents, 1 (App. B.2). So F and its input have unit
     size. Differs from the paper: Eq. 16 prints EDM's 0.5. With it, our targets would grow from size
-    1 to 2 with b, and our inputs shrink from 2 to 1.
-    """
+    1 to 2 with b, and our inputs shrink from 2 to 1."""
     process: Straight | EDM | Cosine | Linear | MatchedEDM
     output: str = "velocity"
     density: object = Uniform()
@@ -298,11 +294,11 @@ class Formulation:
 
     def loss(self, model, latent, context, pooled, t, noise):
         """The mean square error of the output, not weighted: for rf it is `rectified_flow_loss`.
-
         model(z_t, t, context, pooled) -> output. latent, noise (B, C, H, W); t (B,) -> (B,) fp32.
         """
         t = self.clamp(t)                                             # (B,)
-        at = self.process.at(per_sample(t, latent.dim())).to(latent)  # (B, 1, 1, 1) each
+        at = self.process.at(per_sample(t, latent.dim()))             # (B, 1, 1, 1) each
+        at = at.to(latent)
         z_t = diffuse(latent, noise, at)                              # (B, C, H, W)  Eq. 2
         latent_part, noise_part = output_parts(self.output, at, self.sigma_data)
         target = latent_part * latent + noise_part * noise            # (B, C, H, W)
@@ -330,7 +326,6 @@ class Formulation:
 
     def sample(self, predict, noise, times, literal=False):
         """From noise (B, ...) to data in N steps. predict(z_t, t (B,)) -> output; times (N + 1,).
-
         App. B.3 samples by "a Euler discretization of Equation 1". In EDM's own t that diverges:
         b' is infinite at t = 1. So a step holds x_0 and eps fixed and changes a and b only, like
         DDIM. That is Euler's step along the straight path. literal=True takes it in the path's own
@@ -338,7 +333,8 @@ class Formulation:
         """
         if literal and self.process.last < 1:
             raise ValueError(f"{self.name} has no finite Eq. 1; sample without literal=True")
-        z = noise * input_size(self.process.at(self.clamp(times[0])), self.sigma_data)
+        at = self.process.at(self.clamp(times[0]))
+        z = noise * input_size(at, self.sigma_data)
         for t, t_next in zip(times[:-1], times[1:]):
             t = self.clamp(t)                                         # one number for all samples
             at = self.process.at(t)
@@ -410,10 +406,12 @@ def main():
     for name in ("rf", "v/cos", "eps/linear", "edm(-1.20, 1.20)", "edm/rf"):
         form = formulation(name)
         predict = gaussian_network(form, 0.5)
-        samples = [form.sample(predict, noise, form.schedule(5)).item()]
+        times = form.schedule(5)
+        print(f"{name:18} {form.sample(predict, noise, times).item():.3f}", end="")
         if form.process.last == 1:
-            samples.append(form.sample(predict, noise, form.schedule(5), literal=True).item())
-        print(f"{name:18}", *(f"{sample:.3f}" for sample in samples))
+            sample = form.sample(predict, noise, times, literal=True)
+            print(f" {sample.item():.3f}", end="")
+        print()
 
 
 if __name__ == "__main__":
