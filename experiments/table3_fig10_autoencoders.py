@@ -1,24 +1,33 @@
-"""table3_fig10_autoencoders.py: how well do latents of 4, 8 and 16 channels keep a picture?
+"""table3_fig10_autoencoders.py: how many channels should a latent have? (SD3, Sec. 5.2.1)
 
-SD3, Sec. 5.2.1, Table 3. For each number of channels an autoencoder is trained on drawn scenes with
-all else equal, and measured on scenes that it has not seen: FID and perceptual similarity on the
-features of the CLIP that ships (the paper has others, so compare the order), SSIM and PSNR. --gan 1
-adds the adversary of Rombach et al. 2022. Fig. 10 trains MM-DiTs of several depths on such
-latents: `train.py --encoders` takes each of these autoencoders; no figure of ours is there yet.
+Table 3   autoencoders of 4, 8 and 16 channels, all else equal, measured on unseen pictures: FID and
+          perceptual distance on the features of the CLIP image tower, SSIM, PSNR; each without and
+          with the adversary of Rombach et al. 2022
+Fig. 10   MM-DiTs of several depths on the latents of each, without the adversary: FID of samples
+Differs   The paper's measures have other features (Inception, LPIPS), its data are photographs and
+          its depths reach 22: compare the order. Autoencoders are trained on square crops.
 
-Given pictures, the autoencoder of a checkpoint is measured on them instead, and the originals stand
-beside their reconstructions in --picture.
+Verdicts: "better" holds if it does in every pair of neighbours (4 and 8, 8 and 16 channels): for
+SSIM, PSNR and perceptual distance by the paired 95 % interval over pictures, for FID in every seed.
+"16 channels need depth" holds if the FID of 16 channels minus that of 8 falls from the smallest to
+the greatest depth in every seed. A claim did not hold if the opposite is so everywhere. Each
+autoencoder has one seed.
 
-Run   python experiments/table3_fig10_autoencoders.py             three small autoencoders
-      python experiments/table3_fig10_autoencoders.py --quick     twenty steps each
-      python experiments/table3_fig10_autoencoders.py photo.jpg   the autoencoder that ships
+Run   python experiments/table3_fig10_autoencoders.py --quick             scenes, one CPU core
+      python experiments/table3_fig10_autoencoders.py --full              one GPU
+      python experiments/table3_fig10_autoencoders.py --data FOLDER       captioned pictures
 """
 
 import argparse
 import json
+import math
 import shlex
+import shutil
+import statistics
 import sys
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,33 +37,50 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import (
-    SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
-from data import from_tensor, read_image, resize_and_crop, to_tensor
-from devices import command
-from evaluate import frechet_distance, load_image_tower, psnr
+    SHIPPED, add_options, check_options, find_model_file, given_options, load_components, option,
+    portable, save_networks, write_atomically)
+from data import Batches, ImageFiles, from_tensor, to_tensor
+from devices import World, command, pick_precision
+from evaluate import PictureMeasures, frechet_distance, load_image_tower, psnr
+from flow import density
+from mmdit import MMDiT
+from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, Scenes
-from train import Run, TrainConfig, fit
+from train import Run, TrainConfig, fit, flow_loss, read_inputs
 from vae import VAE, VAEConfig, VAELossConfig, group_norm, perceptual_loss, vae_loss
 
+MEASURES = ("fid", "perceptual", "ssim", "psnr")                      # the columns of Table 3
 PAPER = {4: (2.41, 0.85, 0.75, 25.12), 8: (1.56, 0.68, 0.79, 26.40), 16: (1.06, 0.45, 0.86, 28.62)}
-MEASURES = ("fid", "perceptual", "ssim", "psnr")                      # the columns of PAPER
+SIZE = 64                                                             # px per side
+SAMPLING = {"num_steps": 25, "guidance_scale": 2.5, "schedule": "shifted", "timestep_shift": 1.0,
+            "unconditional": "zeros", "height": SIZE, "width": SIZE}
 
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str = option(str(SHIPPED), "whose autoencoder reconstructs the given pictures")
-    picture: str = option("reconstruction.png", "originals beside reconstructions, if pictures are")
+    data: str = option("", "folder of captioned pictures; empty: drawn scenes")
+    encoders: str = option(str(SHIPPED), "model with the text encoders and the image tower")
     channels: tuple[int, ...] = option((4, 8, 16), "latent channels to compare", 1, 256)
-    steps: int = option(2000, "training steps of each autoencoder", 1, 10**8)
-    batch_size: int = option(16, "pictures in a step", 1, 4096)
-    gan: float = option(0.0, "weight of the adversary, times its adaptive weight", 0.0, 1e3)
-    num_test: int = option(512, "held-out scenes to measure on", 2, 10**6)
-    seed: int = option(0, "of weights, scenes and noise", 0, 2**31)
-    quick: bool = option(False, "20 steps and 32 scenes: shows that it runs")
-    out: str = option(str(ROOT / "results" / "table3_autoencoders.json"), "where the numbers go")
+    gan: tuple[float, ...] = option((0.0, 0.5), "weights of the adversary", 0.0, 1e3)
+    steps: int = option(4000, "training steps of each autoencoder", 1, 10**8)
+    crop: int = option(64, "px per side of the crops that it trains on", 16, SIZE)
+    batch_size: int = option(16, "crops in a step", 1, 4096)
+    num_train: int = option(8192, "pictures to train on", 2, 10**6)
+    num_test: int = option(512, "unseen pictures to measure on", 11, 10**5)
+    depths: tuple[int, ...] = option((2, 4, 6), "of the MM-DiTs; none: no Fig. 10", 1, 64)
+    flow_steps: int = option(4000, "training steps of each MM-DiT", 1, 10**8)
+    seeds: int = option(2, "repetitions of each MM-DiT", 1, 100)
+    out: str = option(str(ROOT / "results" / "table3_fig10_autoencoders.json"), "for the numbers")
 
     def __post_init__(self):
         check_options(self)
+        if self.crop % 8:
+            raise ValueError(f"--crop {self.crop} must be a multiple of the VAE's 8 px")
+
+
+QUICK = {"steps": 300, "crop": 32, "batch_size": 8, "num_train": 1024, "num_test": 128,
+         "depths": (1, 2), "flow_steps": 150}
+FULL = {"steps": 8000, "num_train": 20000, "flow_steps": 6000}
 
 
 # ---- The adversary (Rombach et al. 2022, App. G) -------------------------------------------------
@@ -106,13 +132,17 @@ class Objective:
     def __call__(self, vae, batch):
         image, noise = batch
         config = VAELossConfig(perceptual_weight=0.1)
-        loss, _, reconstruction = vae_loss(vae, image, noise, config, self.features)
+        loss, _, reconstruction = vae_loss(vae, image, noise, config, self.features_of)
         if self.gan:
             self.train_discriminator(image, reconstruction.detach())
             fooling = generator_hinge_loss(self.discriminator(reconstruction))
             balance = adaptive_gan_weight(loss, fooling, vae.decoder.conv_out.weight)
             loss = loss + self.gan * balance * fooling
         return loss.expand(len(image))                                # (B,)
+
+    def features_of(self, image):
+        """The features of an image in fp32: torch cannot resize a bf16 reconstruction."""
+        return self.features(image.float())
 
     def train_discriminator(self, image, reconstruction):
         """One step of the discriminator, without gradients that the decoder left in it."""
@@ -122,32 +152,60 @@ class Objective:
         self.optimizer.step()
 
 
-# ---- Training and measuring ----------------------------------------------------------------------
+# ---- Table 3 -------------------------------------------------------------------------------------
 
-def scene_images(seed, indices):
-    """Drawn scenes of 64 x 64 px: (B, 3, 64, 64)."""
-    scenes = Scenes(10**9, seed)
-    return torch.stack([to_tensor(scenes.image(index, 64, 64)) for index in indices])
+def read_pictures(options):
+    """(training pictures, unseen ones), both (N, 3, 64, 64), and the captions of the unseen."""
+    source, unseen = Scenes(options.num_train), Scenes(options.num_test, HELD_OUT_SEED)
+    first = 0
+    if options.data:
+        source = unseen = ImageFiles(options.data)
+        first = len(source) - options.num_test
+        if first < 2:
+            raise ValueError(f"{options.data} has {len(source)} pictures; --num-test "
+                             f"{options.num_test} leaves too few to train on")
+    training, test, captions = [], [], []
+    for index in range(min(options.num_train, first or len(source))):
+        training.append(to_tensor(source.image(index, SIZE, SIZE)))
+    for index in range(first, first + options.num_test):
+        test.append(to_tensor(unseen.image(index, SIZE, SIZE)))
+        captions.append(unseen.captions(index)[-1])
+    return torch.stack(training), torch.stack(test), captions
 
 
-def train(latent_channels, options, features):
+def train_autoencoder(channels, gan, pictures, features, options, world):
     """An autoencoder of that many channels, trained by the project's loop."""
-    config = VAEConfig(latent_channels, channels=(32, 64, 64, 64), norm_groups=8)
-    torch.manual_seed(options.seed)
-    vae = VAE(config)
-    discriminator = PatchDiscriminator(32, groups=8)
-    B = options.batch_size
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(channels, channels=(16, 32, 64, 64), norm_groups=8)).to(world.device)
+    discriminator = PatchDiscriminator(32, groups=8).to(world.device)
+    B, side = options.batch_size, options.crop
 
     def batches(step):
-        image = scene_images(options.seed, range(step * B, (step + 1) * B))
-        rng = torch.Generator().manual_seed(options.seed + step)
-        return image, torch.randn(B, latent_channels, 8, 8, generator=rng)
+        rng = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(pictures), (B,), generator=rng)
+        top, left = torch.randint(SIZE - side + 1, (2,), generator=rng).tolist()
+        crops = pictures[chosen, :, top : top + side, left : left + side]     # (B, 3, side, side)
+        noise = torch.randn(B, channels, side // 8, side // 8, generator=rng)
+        return crops.to(world.device), noise.to(world.device)
 
-    training = TrainConfig(steps=options.steps, batch_size=B, lr=1e-3, optimizer="adamw",
-                           device="cpu", precision="fp32", seed=options.seed)
-    name = f"table3-{latent_channels}-{options.gan:g}-{options.steps}-{options.seed}"
-    run = Run(ROOT / "runs" / name, training)
-    return fit(vae, Objective(features, options.gan, discriminator), batches, training, run)
+    config = TrainConfig(steps=options.steps, every=options.steps, batch_size=B, lr=2e-3,
+                         optimizer="adamw")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), config, world)
+        vae = fit(vae, Objective(features, gan, discriminator), batches, config, run)
+    return normalised(vae, pictures[:512].to(world.device))
+
+
+@torch.no_grad()
+def normalised(vae, pictures):
+    """The autoencoder with the mean and deviation of its own latents (App. B.2)."""
+    codes = []
+    for part in pictures.split(32):
+        codes.append(vae.encode_moments(part)[0])
+    codes = torch.cat(codes)                                          # (N, C, H, W)
+    vae.config = replace(vae.config, vae_shift=codes.mean().item(),
+                         vae_scale=1 / codes.std().item())
+    return vae
 
 
 def ssim(image, reconstruction):
@@ -175,62 +233,197 @@ def ssim(image, reconstruction):
 
 @torch.no_grad()
 def measure(vae, images, tower):
-    """The columns of Table 3 over a list of images (1, 3, H, W), and the reconstructions."""
-    reconstructions = [vae.decode(vae.encode(image)).clamp(-1, 1) for image in images]
+    """(the columns of Table 3, {measure: of each picture (N,)}, reconstructions of (N, 3, H, W))"""
+    reconstructions, distances, real, fake = [], [], [], []
+    for image in images.split(1):
+        reconstruction = vae.decode(vae.encode(image)).clamp(-1, 1)
+        distances.append(perceptual_loss(image, reconstruction, tower.features))
+        real.append(tower(image))
+        fake.append(tower(reconstruction))
+        reconstructions.append(reconstruction)
+    reconstructions = torch.cat(reconstructions)
+    by_picture = {"perceptual": torch.stack(distances), "ssim": ssim(images, reconstructions),
+                  "psnr": psnr(images, reconstructions)}
+    numbers = {"fid": frechet_distance(torch.cat(real), torch.cat(fake)).item()}
+    for name, values in by_picture.items():
+        numbers[name] = values.mean().item()
+    return numbers, by_picture, reconstructions
+
+
+# ---- Fig. 10 -------------------------------------------------------------------------------------
+
+def save_model(vae, name, options):
+    """A model folder with this autoencoder, for train.py --encoders."""
+    file = find_model_file(options.encoders)
+    text = load_components(file, ("text",)).text
+    folder = ROOT / "runs" / "table3" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    save_networks(folder / "model.safetensors", {"vae": vae, **text.encoders}, text.config)
+    shutil.copytree(file.parent / "tokenizers", folder / "tokenizers", dirs_exist_ok=True)
+    return folder
+
+
+def flow_fids(vae, channels, test, captions, options, world):
+    """{depth: [FID of each seed]} of MM-DiTs on this autoencoder's latents."""
+    folder = save_model(vae, f"{channels}-channels", options)
+    config = TrainConfig(data=options.data, encoders=str(folder), steps=options.flow_steps,
+                         every=options.flow_steps, num_scenes=max(64, options.num_train))
+    inputs = read_inputs(config, world)
+    pipeline = Pipeline(None, inputs.vae, inputs.text, SAMPLING, world.device,
+                        pick_precision(config.precision, world.device))
+    pictures = []
+    for image in test:
+        pictures.append(from_tensor(image))
+    tower = find_model_file(options.encoders).parent
+    measures = PictureMeasures(pictures, captions, inputs.text, tower, world.device)
+    loss = partial(flow_loss, density=density(config.density), timestep_shift=1.0)
+    fids = {}
+    for depth in options.depths:
+        fids[depth] = []
+        for seed in range(options.seeds):
+            seeded = replace(config, seed=seed)
+            model = MMDiT(replace(inputs.sizes, depth=depth))
+            model.initialize(torch.Generator().manual_seed(seed))
+            batches = Batches(inputs.training, inputs.vae.config, inputs.text.config, seeded, world)
+            with tempfile.TemporaryDirectory() as place:
+                run = Run(Path(place), seeded, world)
+                pipeline.mmdit = fit(model.to(world.device), loss, batches, seeded, run)
+            drawn = generate(pipeline, captions, seed=1, batch_size=128)
+            fids[depth].append(measures(drawn)["fid"])
+        print(f"{channels:3} channels, depth {depth}: FID of samples", *fids[depth], flush=True)
+    return fids
+
+
+# ---- Claims, figure, command line ----------------------------------------------------------------
+
+def judge(claim, paper, here, leads):
+    """A row of the claims table. leads: (low, high) above 0 where the claim is right; all agree."""
+    lows, highs = zip(*leads, strict=True)
+    verdict = "cannot be told"
+    if min(lows) > 0:
+        verdict = "held"
+    elif max(highs) < 0:
+        verdict = "did not hold at this size"
+    print(f"{verdict}: {claim}: {here}; the paper: {paper}")
+    return {"claim": claim, "paper": paper, "here": here,
+            "interval": [round(min(lows), 4), round(max(highs), 4)], "verdict": verdict}
+
+
+def lead(worse, better, sign):
+    """The paired 95 % interval by which `better` leads; sign: 1 where a high number is good."""
+    difference = sign * (better - worse)                              # (N,)
+    middle = difference.mean().item()
+    reach = 1.96 * difference.std().item() / math.sqrt(len(difference))
+    return middle - reach, middle + reach
+
+
+def channel_claims(table, by_picture, channels):
+    """More channels reconstruct better, by each measure. by_picture: {channels: {measure: (N,)}}"""
     rows = []
-    for image, reconstruction in zip(images, reconstructions, strict=True):
-        distance = perceptual_loss(image, reconstruction, tower.features)
-        rows.append([distance, ssim(image, reconstruction), psnr(image, reconstruction)])
-    means = torch.tensor(rows).mean(dim=0).tolist()
-    fid = float("nan")                                                # it needs many pictures
-    if len(images) > 1:
-        real = torch.cat([tower(image) for image in images])
-        fake = torch.cat([tower(reconstruction) for reconstruction in reconstructions])
-        fid = float(frechet_distance(real, fake))
-    return dict(zip(MEASURES, [fid, *means], strict=True)), reconstructions
+    for place, name in enumerate(MEASURES):
+        sign = -1 if name in ("fid", "perceptual") else 1
+        leads, here, paper = [], [], []
+        for few, many in zip(channels, channels[1:], strict=False):
+            gain = sign * (table[many][name] - table[few][name])
+            if name == "fid":
+                leads.append((gain, gain))
+            else:
+                leads.append(lead(by_picture[few][name], by_picture[many][name], sign))
+        for count in channels:
+            here.append(f"{table[count][name]:.3g}")
+            paper.append(f"{PAPER[count][place]:g}" if count in PAPER else "-")
+        claim = f"more channels reconstruct better, by {name}: {', '.join(map(str, channels))}"
+        rows.append(judge(claim, " / ".join(paper), " / ".join(here), leads))
+    return rows
 
 
-def reconstruct(options, pictures, tower):
-    """Measure a checkpoint's autoencoder on picture files, and write them side by side."""
-    vae = load_components(options.checkpoint, ("vae",)).vae
-    step = vae.config.downsampling
-    images = []
-    for picture in pictures:
-        image = read_image(picture)
-        height, width = image.height // step * step, image.width // step * step
-        images.append(to_tensor(resize_and_crop(image, max(step, height), max(step, width)))[None])
-    for image, picture in zip(images, pictures, strict=True):
-        numbers, reconstruction = measure(vae, [image], tower)
-        print(f"{picture}: {image.shape[3]}x{image.shape[2]} px, PSNR {numbers['psnr']:.2f} dB, "
-              f"SSIM {numbers['ssim']:.3f}, perceptual {numbers['perceptual']:.3f}")
-    both = from_tensor(torch.cat([images[-1], *reconstruction], dim=3)[0])
-    write_atomically(options.picture, lambda partial: both.save(partial, "PNG"))
-    print(f"{pictures[-1]} is beside its reconstruction in {options.picture}")
+def depth_claim(fids, channels):
+    """The gap between the two largest numbers of channels shrinks as depth grows."""
+    few, many = channels[-2:]
+    gaps, here, shrinks = {}, [], []
+    for depth in fids[many]:
+        gaps[depth] = []
+        for theirs, ours in zip(fids[few][depth], fids[many][depth], strict=True):
+            gaps[depth].append(ours - theirs)
+        here.append(f"{statistics.mean(gaps[depth]):+.3g} at depth {depth}")
+    for before, after in zip(gaps[min(gaps)], gaps[max(gaps)], strict=True):
+        shrinks.append((before - after, before - after))
+    claim = f"{many} channels need depth: FID of samples above that of {few} channels"
+    return judge(claim, "it shrinks with depth, negligible at 22", ", ".join(here), shrinks)
 
 
-def main():
+def draw_figure(shown, fids, file):
+    """Pictures (first row) and their reconstructions {name: (n, 3, 64, 64)}; Fig. 10 below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 13 if fids else 8), layout="constrained")
+    upper, lower = figure, None
+    if fids:
+        upper, lower = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+    columns = len(shown["pictures"])
+    axes = upper.subplots(len(shown), columns)
+    for row, (name, images) in enumerate(shown.items()):
+        axes[row, 0].set_ylabel(name, fontsize=8)
+        for column, image in enumerate(images):
+            axes[row, column].imshow(from_tensor(image))
+            axes[row, column].set(xticks=[], yticks=[])
+    if fids:
+        axis = lower.subplots()
+        for number, (channels, by_depth) in enumerate(fids.items()):
+            means = [statistics.mean(values) for values in by_depth.values()]
+            axis.plot(list(by_depth), means, color=f"C{number}", label=f"{channels} channels")
+            for depth, values in by_depth.items():
+                axis.plot([depth] * len(values), values, ".", color=f"C{number}")
+        axis.set(xlabel="depth of MM-DiT", ylabel="FID of samples", title="Fig. 10; dots: seeds")
+        axis.legend()
+    write_atomically(file, partial(figure.savefig, dpi=90, format="png"))
+
+
+def read_options(arguments=None):
+    """The Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("pictures", nargs="*", help="files to reconstruct with --checkpoint")
     add_options(parser, Options)
-    arguments = parser.parse_args()
-    options = Options(**given_options(arguments, Options))
-    tower = load_image_tower()
-    if arguments.pictures:
-        return reconstruct(options, arguments.pictures, tower)
-    if options.quick:
-        options = replace(options, steps=20, num_test=32)
-    images = scene_images(HELD_OUT_SEED, range(options.num_test)).split(1)
-    table = {}
-    for latent_channels in options.channels:
-        vae = train(latent_channels, options, tower.features)
-        table[latent_channels], _ = measure(vae, images, tower)
-        print(f"{latent_channels:3} channels", table[latent_channels],
-              "the paper:", PAPER.get(latent_channels))
+    for name, preset in (("--quick", QUICK), ("--full", FULL)):
+        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
+                            help=f"{preset}")
+    words = parser.parse_args(arguments)
+    return Options(**words.preset | given_options(words, Options))
+
+
+def main(arguments=None):
+    """Train the autoencoders and measure them (Table 3), then MM-DiTs on top (Fig. 10)."""
+    options = read_options(arguments)
+    world = World()
+    tower = load_image_tower(find_model_file(options.encoders).parent).to(world.device)
+    pictures, test, captions = read_pictures(options)
+    shown = {"pictures": test[:8]}
+    table, by_picture, fids = {}, {}, {}
+    print("FID, perceptual distance, SSIM, PSNR")
+    for gan in options.gan:
+        table[gan], by_picture[gan] = {}, {}
+        for channels in options.channels:
+            vae = train_autoencoder(channels, gan, pictures, tower.features, options, world)
+            found = measure(vae, test.to(world.device), tower)
+            table[gan][channels], by_picture[gan][channels], reconstructions = found
+            shown[f"{channels} channels\nadversary {gan:g}"] = reconstructions[:8].cpu()
+            numbers = " / ".join(f"{value:.3f}" for value in table[gan][channels].values())
+            print(f"{channels:3} channels, adversary {gan:g}: {numbers}; the paper:",
+                  *PAPER.get(channels, ("-",)), flush=True)
+            if options.depths and gan == options.gan[0]:
+                fids[channels] = flow_fids(vae, channels, test, captions, options, world)
+    first = options.gan[0]
+    rows = channel_claims(table[first], by_picture[first], options.channels)
+    if len(options.channels) > 1 and len(options.depths) > 1:
+        rows.append(depth_claim(fids, options.channels))
     words = ["python", "experiments/table3_fig10_autoencoders.py", *sys.argv[1:]]
-    result = {"command": shlex.join(words), "torch": torch.__version__,
-              "measures": MEASURES, "paper": PAPER, "table": table}
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomically(options.out, lambda partial: partial.write_text(text))
+    settings = asdict(options) | {"encoders": portable(find_model_file(options.encoders)),
+                                  "data": Path(options.data).name, "sampling": SAMPLING}
+    record = {"command": shlex.join(words), "settings": settings, "device": str(world.device),
+              "measures": MEASURES, "paper": PAPER, "table": table, "fid_of_samples": fids,
+              "claims": rows}
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(options.out, partial(Path.write_text, data=text))
+    draw_figure(shown, fids, Path(options.out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
+from checkpoints import load_components
+from text_encoders import ENCODERS
 from vae import VAE, VAEConfig, kl_loss, perceptual_loss
 
 FILE = Path(__file__).parent.parent / "experiments" / "table3_fig10_autoencoders.py"
@@ -144,35 +147,113 @@ def test_measures_are_those_of_the_reconstructions():
     vae = VAE(SMALL).requires_grad_(False)
     vae.decoder.conv_out.weight.zero_()
     vae.decoder.conv_out.bias.fill_(0.2)
-    images = [torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 24)]
-    numbers, reconstructions = table3.measure(vae, images, Tower())
-    assert [x.shape for x in reconstructions] == [x.shape for x in images]
+    images = torch.zeros(2, 3, 16, 24)
+    images[1] += 0.4                                                          # 0.2 on either side
+    numbers, by_picture, reconstructions = table3.measure(vae, images, Tower())
+    assert reconstructions.shape == images.shape
+    assert by_picture["psnr"].tolist() == pytest.approx([20, 20], abs=1e-3)
     assert numbers["psnr"] == pytest.approx(20, abs=1e-3)
-    assert numbers["ssim"] == pytest.approx((0.6 + 1e-4) / (0.61 + 1e-4), abs=1e-5)
-    assert numbers["fid"] == pytest.approx(3 * 0.2**2, rel=1e-3)              # squared distance
-    alone, _ = table3.measure(vae, images[:1], Tower())
-    assert math.isnan(alone["fid"]) and alone["psnr"] == pytest.approx(20, abs=1e-3)
+    brightness = [(0.6 + 1e-4) / (0.61 + 1e-4), (0.84 + 1e-4) / (0.85 + 1e-4)]
+    assert by_picture["ssim"].tolist() == pytest.approx(brightness, abs=1e-5)
+    assert numbers["fid"] == pytest.approx(3 * 2 * 0.2**2, rel=1e-3)          # trace of the first
 
 
-def test_quick_writes_the_table(tmp_path, monkeypatch, capsys):
+def test_latents_are_normalised_by_their_own_mean_and_deviation():
+    """App. B.2. The code is the mean colour of 8 x 8 px here, times 3, plus 2."""
+    class Encoder(nn.Module):
+        def forward(self, image):
+            code = 3 * F.avg_pool2d(image, 8) + 2                             # (B, 3, H, W)
+            return torch.cat([code, torch.zeros_like(code)], dim=1)
+
+    vae = VAE(VAEConfig(3, channels=(8, 8, 8, 8), norm_groups=4))
+    vae.encoder = Encoder()
+    pictures = torch.rand(40, 3, 16, 16, generator=rng(0))
+    latent = table3.normalised(vae, pictures).encode(pictures)
+    assert latent.mean().item() == pytest.approx(0, abs=1e-5)
+    assert latent.std().item() == pytest.approx(1, abs=1e-5)
+    assert vae.config.vae_shift == pytest.approx(2 + 3 * pictures.mean().item(), abs=1e-4)
+
+
+def test_unseen_pictures_are_not_trained_on(tmp_path):
+    """Scenes have two seeds; of a folder, the last pictures are kept apart."""
+    options = table3.Options(num_train=12, num_test=11)
+    training, test, captions = table3.read_pictures(options)
+    assert len(training) == 12 and len(test) == len(captions) == 11
+    assert not (training[:11] == test).flatten(1).all(dim=1).any()
+    for index in range(14):
+        picture = Image.new("RGB", (8, 8), (10 * index, 0, 0))
+        picture.save(tmp_path / f"{index:02}.png")
+        (tmp_path / f"{index:02}.txt").write_text(f"red {index}")
+    training, test, captions = table3.read_pictures(table3.replace(options, data=str(tmp_path)))
+    reds = ((training[:, 0, 0, 0] + 1) * 127.5).round().tolist()
+    assert reds == [0, 10, 20] and captions == [f"red {index}" for index in range(3, 14)]
+    assert test[0, 0, 0, 0].item() == pytest.approx(30 / 127.5 - 1)
+    with pytest.raises(ValueError, match="14 pictures; --num-test 13 leaves too few"):
+        table3.read_pictures(table3.replace(options, data=str(tmp_path), num_test=13))
+
+
+def numbers(fid, perceptual, ssim, psnr):
+    return dict(zip(table3.MEASURES, (fid, perceptual, ssim, psnr), strict=True))
+
+
+def test_channel_claims_by_hand():
+    """Less FID and distance, more SSIM and PSNR; a pair that contradicts decides nothing alone."""
+    table = {4: numbers(3.0, 0.5, 0.7, 20.0), 8: numbers(2.0, 0.4, 0.8, 22.0),
+             16: numbers(2.5, 0.3, 0.9, 21.0)}
+    by_picture = {}
+    for channels, row in table.items():
+        by_picture[channels] = {}
+        for name in ("perceptual", "ssim", "psnr"):
+            spread = torch.tensor([-1.0, 1.0]).repeat(50) * 1e-3 * channels
+            by_picture[channels][name] = row[name] + spread
+    verdicts = []
+    for row in table3.channel_claims(table, by_picture, (4, 8, 16)):
+        verdicts.append(row["verdict"])
+    assert verdicts == ["cannot be told", "held", "held", "cannot be told"]
+    row = table3.channel_claims(table, by_picture, (4, 8, 16))[0]
+    assert (row["paper"], row["here"]) == ("2.41 / 1.56 / 1.06", "3 / 2 / 2.5")
+    falling = {8: table[8], 4: table[4]}
+    assert table3.channel_claims(falling, by_picture, (8, 4))[3]["verdict"] == (
+        "did not hold at this size")
+
+
+def test_the_lead_is_a_paired_interval():
+    """Differences 1 and 3: mean 2, deviation sqrt 2, so 2 +- 1.96."""
+    worse, better = torch.tensor([5.0, 7.0]), torch.tensor([4.0, 4.0])
+    assert table3.lead(worse, better, -1) == pytest.approx((0.04, 3.96))
+    assert table3.lead(worse, better, 1) == pytest.approx((-3.96, -0.04))
+
+
+@pytest.mark.parametrize("deep, verdict", [
+    ([10.5, 11.0], "held"),                       # gaps 5, 4 become .5, 1
+    ([16.0, 17.0], "did not hold at this size"),  # 6, 7
+    ([10.5, 17.0], "cannot be told"),
+])
+def test_the_gap_at_small_depth_must_shrink_in_every_seed(deep, verdict):
+    fids = {4: {2: [9.0, 9.0], 6: [9.0, 9.0]}, 8: {2: [20.0, 20.0], 6: [10.0, 10.0]},
+            16: {2: [25.0, 24.0], 6: deep}}
+    row = table3.depth_claim(fids, (4, 8, 16))
+    assert row["verdict"] == verdict and row["here"].startswith("+4.5 at depth 2")
+
+
+def test_a_tiny_run_measures_all_and_ships_autoencoders_that_train_py_takes(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table3, "ROOT", tmp_path)
-    monkeypatch.setattr(table3, "load_image_tower", Tower)
-    arguments = ["table3", "--quick", "--channels", "4", "--batch-size", "2", "--gan", "0.5"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "table3.json")])
-    table3.main()
-    result = json.loads((tmp_path / "table3.json").read_text())
-    assert set(result["table"]["4"]) == set(table3.MEASURES)
-    assert result["paper"]["16"] == [1.06, 0.45, 0.86, 28.62]
-    assert "channels" in capsys.readouterr().out
-
-
-def test_given_pictures_are_reconstructed_by_the_shipped_autoencoder(tmp_path, monkeypatch, capsys):
-    """The drawn world is what it was trained on: over 20 dB."""
-    picture, out = tmp_path / "scene.png", tmp_path / "both.png"
-    table3.from_tensor(table3.scene_images(7, [3])[0]).save(picture)
-    monkeypatch.setattr(table3, "load_image_tower", Tower)
-    monkeypatch.setattr("sys.argv", ["table3", str(picture), "--picture", str(out)])
-    table3.main()
-    said = capsys.readouterr().out
-    assert "64x64 px" in said and float(said.split("PSNR ")[1].split(" dB")[0]) > 20
-    assert table3.read_image(out).size == (128, 64)
+    monkeypatch.setitem(table3.SAMPLING, "num_steps", 1)
+    out = tmp_path / "table3.json"
+    table3.main(["--quick", "--channels", "4", "8", "--steps", "2", "--batch-size", "2",
+                 "--num-train", "64", "--num-test", "12", "--flow-steps", "1", "--seeds", "1",
+                 "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert set(record["table"]) == {"0.0", "0.5"}
+    for by_channels in record["table"].values():
+        assert list(by_channels) == ["4", "8"]
+        for row in by_channels.values():
+            assert tuple(row) == table3.MEASURES
+    assert list(record["fid_of_samples"]["8"]) == ["1", "2"]
+    assert len(record["fid_of_samples"]["8"]["2"]) == 1 and len(record["claims"]) == 5
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    parts = load_components(tmp_path / "runs" / "table3" / "8-channels", ("vae", "text"))
+    assert parts.vae.config.latent_channels == 8 and set(parts.text.encoders) == set(ENCODERS)
+    assert "28.62" not in capsys.readouterr().out              # 16 channels were not asked for
