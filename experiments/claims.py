@@ -44,12 +44,14 @@ def rows() -> list[str]:
         file = ROOT / "results" / f"{name}.json"
         if not file.is_file():
             continue
-        for entry in json.loads(file.read_text())["claims"]:
+        for entry in json.loads(file.read_text()).get("claims", ()):
             if entry["verdict"] not in VERDICTS:
                 raise ValueError(f"{file} has the verdict {entry['verdict']!r}; use {VERDICTS}")
-            here = str(entry["here"])
-            if entry.get("interval"):
-                here += f" ({entry['interval']})"
+            here, interval = str(entry["here"]), entry.get("interval")
+            if isinstance(interval, list):
+                interval = f"{interval[0]:.3g} to {interval[1]:.3g}"
+            if interval:
+                here += f" ({interval})"
             cells = (place, entry["claim"], entry["paper"], here, entry["verdict"])
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines

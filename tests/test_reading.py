@@ -69,3 +69,11 @@ def test_every_named_option_exists(script):
 def test_every_exercise_is_in_the_reading_order():
     named = set(re.findall(r"`(\d\d_\w+\.py)`", (ROOT / "READING.md").read_text()))
     assert named == {path.name for path in (ROOT / "exercises").glob("[0-9]*.py")}
+
+
+def test_the_claims_are_those_of_the_results():
+    """READING.md has the table that experiments/claims.py makes of results/*.json, no other."""
+    command = [sys.executable, "experiments/claims.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() in (ROOT / "READING.md").read_text()
