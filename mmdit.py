@@ -49,7 +49,6 @@ class MMDiTConfig:
 
 
 # ---- Embeddings of time and place ----------------------------------------------------------------
-
 def timestep_embedding(t):
     """Sinusoids of 1000 t in fp32, cosines first: (B,) -> (B, 256)."""
     steps = torch.arange(128, dtype=torch.float32, device=t.device)
@@ -61,9 +60,8 @@ def timestep_embedding(t):
 def paper_positions(resolution, longest):
     """The grid of Sec. 5.3.2, (p - (h_max - s) / 2) * 256 / S for p = 0 ... h_max - 1. (longest,)
 
-    resolution: S in pixels, so s = S / 16 tokens. longest: h_max or w_max, the longest side of any
-    bucket in tokens. The s tokens at the centre have the positions of a 256 x 256 picture.
-    """
+    resolution: S in px, so s = S / 16 tokens. longest: h_max or w_max, the longest side of any
+    bucket in tokens. The s tokens at the centre have the positions of a 256 x 256 picture."""
     s = resolution / 16
     p = torch.arange(longest, dtype=torch.float64)
     return (p - (longest - s) / 2) * 256 / resolution
@@ -107,7 +105,6 @@ def embedder(input_size, hidden_size):
 
 
 # ---- The MM-DiT block (Fig. 2b) ------------------------------------------------------------------
-
 class Modulation(NamedTuple):
     """What one column of Fig. 2b gets from cond, (B, 1, D) each, in the order of released files."""
     shift_attn: torch.Tensor         # beta
@@ -153,7 +150,6 @@ def merge_heads(x):
 
 class HeadNorm(nn.RMSNorm):
     """QK-norm (Sec. 5.3.2): RMSNorm over the 64 channels of each head, with a learned scale."""
-
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):             # as in modulate
             return F.rms_norm(x, (64,), self.weight.to(x.dtype), eps=1e-6)
@@ -161,7 +157,6 @@ class HeadNorm(nn.RMSNorm):
 
 class Attention(nn.Module):
     """The linear layers of one column before and after the joint attention."""
-
     def __init__(self, config, with_output=True):
         super().__init__()
         D = config.hidden_size
@@ -183,7 +178,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """(B, n, D) -> (B, n, D) through 4 D channels."""
-
     def __init__(self, hidden_size):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
@@ -197,9 +191,7 @@ class StreamBlock(nn.Module):
     """The weights of one column of Fig. 2b.
 
     last: nothing reads the text after the last block. So its column has no output projection, no
-    MLP, and only shift_attn and scale_attn. dual: SD3.5-medium's second attention, attn2.
-    """
-
+    MLP, and only shift_attn and scale_attn. dual: SD3.5-medium's second attention, attn2."""
     def __init__(self, config, last=False, dual=False):
         super().__init__()
         D = config.hidden_size
@@ -223,7 +215,6 @@ class StreamBlock(nn.Module):
 
 class JointBlock(nn.Module):
     """Fig. 2b: text and image keep their own weights and meet in one attention over all tokens."""
-
     def __init__(self, config, last=False, dual=False):
         super().__init__()
         self.last = last
@@ -258,7 +249,6 @@ class JointBlock(nn.Module):
 
 class FinalLayer(nn.Module):
     """Fig. 2a, the last "Modulation" and "Linear": (B, N, D) -> (B, N, p * p * C)."""
-
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
@@ -271,10 +261,8 @@ class FinalLayer(nn.Module):
 
 
 # ---- The model (Fig. 2a) -------------------------------------------------------------------------
-
 class MMDiT(nn.Module):
     """(z_t, t, context, pooled) -> velocity (Fig. 2a). It keeps no state between calls."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -299,8 +287,7 @@ class MMDiT(nn.Module):
         """Xavier weights and zero biases. adaLN and the output start at 0: a block is the identity.
 
         Each weight is drawn whole, on the CPU, and given to assign(parameter, value): the numbers
-        are the same on any device and for shards, and only one whole weight exists at a time.
-        """
+        are the same on any device and for shards, and only one whole weight exists at a time."""
         for name, module in self.named_modules():
             if isinstance(module, HeadNorm):
                 assign(module.weight, torch.ones(64))
@@ -339,8 +326,7 @@ class MMDiT(nn.Module):
     def forward(self, latent, t, context, pooled, skip_layers=()):
         """The velocity (B, C, H, W) at z_t = latent and t (B,) in [0, 1].
 
-        context (B, L, context_dim), pooled (B, pooled_dim). skip_layers: blocks to leave out.
-        """
+        context (B, L, context_dim), pooled (B, pooled_dim). skip_layers: blocks to leave out."""
         p = self.config.patch_size
         H, W = latent.shape[-2:]
         cond = self.embed_cond(t, pooled)                              # (B, D)
@@ -372,13 +358,11 @@ def main():
 
 
 # ---- The model of a new run (Sec. 5.3.2) ---------------------------------------------------------
-
 def model_sizes(config, vae, text, longest_side, start=None):
     """Sizes of a model that will be trained, with the paper's positions.
 
     config: resolution in px, depth, qk_norm. longest_side: of all pictures, in px. start: the model
-    that gives the first weights. A released one, whose positions begin at 0, gives them too.
-    """
+    that gives the first weights. A released one, whose positions begin at 0, gives them too."""
     longest = max(2 * config.resolution, longest_side) // 16           # tokens
     first, second, *_ = paper_positions(config.resolution, longest).tolist()
     grid = MMDiTConfig(
@@ -394,12 +378,11 @@ def load_weights(model, weights, assign=torch.Tensor.copy_):
     """Copies another model's weights. A new QK-norm keeps its 1. ValueError: other sizes."""
     theirs = dict(weights.named_parameters())
     for name, parameter in model.named_parameters():
-        if ".ln_" in name and name not in theirs:
-            continue
-        value = theirs.pop(name, None)
-        if value is None or value.shape != parameter.shape:
-            raise ValueError(f"--init has another {name}; give its --depth and its --encoders")
-        assign(parameter, value)
+        if name in theirs or ".ln_" not in name:
+            value = theirs.pop(name, torch.empty(0))
+            if value.shape != parameter.shape:
+                raise ValueError(f"--init has another {name}; give its --depth and --encoders")
+            assign(parameter, value)
     if theirs:
         raise ValueError(f"--init has {min(theirs)}; give its --depth and --qk-norm true")
     if weights.config.position_start == 0:
@@ -407,7 +390,6 @@ def load_weights(model, weights, assign=torch.Tensor.copy_):
 
 
 # ---- Faster in bf16 on a CPU ---------------------------------------------------------------------
-
 def attend(q, k, v):
     """softmax(q k^T / 8) v for each head, (B, heads, n, 64) each. Torch's backward pass is slow in
     bf16 on a CPU: written out, training is 1.3 (1,180 tokens) to 3 times (70 tokens) as fast."""
