@@ -3,50 +3,46 @@
 Table 1, Table 2 and Fig. 3. Every formulation trains with all else equal: network, first weights,
 order of the data, noise, number of steps. The step with the lowest validation loss of the averaged
 weights is kept. From it, both kinds of weights draw samples with the six samplers of App. B.3. CLIP
-score and FID, both on the features of the CLIP that ships, rank the formulations by non-dominated
-sorting in each setting; Table 1 has the mean ranks.
+score and FID rank the formulations by non-dominated sorting in each setting; Table 1 has the means.
 
 The sampler holds x_0 and eps fixed over a step (like DDIM), because Euler's method on Eq. 1, which
 App. B.3 names, diverges in EDM's own t. It matters with few steps: see `Formulation.sample`. Where
-Eq. 1 is finite and gives other samples, those of the averaged weights are a column of their own.
+Eq. 1 is finite and gives other samples, their FID is a column of its own ("literal").
 
-Ranks among 16 formulations are not ranks among 61: compare the order. The CLIP that ships is tiny;
-its numbers mean nothing elsewhere. What is done is stored, and the same command goes on from there.
+Differs from the paper: AdamW's rate is 1e-3 and falls at the end. Scores are those of the CLIP that
+lies beside the encoders. With --data, FID compares with the first pictures there. Few ranks are not
+ranks among 61: compare the order. What is done is stored, and the same command goes on from there.
 
-Run   python experiments/table1_2_fig3_formulations.py --quick     4 formulations, two CPU cores
-      python experiments/table1_2_fig3_formulations.py --full --data PATH     two datasets, a GPU
+Run   python experiments/table1_2_fig3_formulations.py --quick     seven minutes on one CPU core
+      python experiments/table1_2_fig3_formulations.py --full      a GPU
 """
 
 import argparse
 import copy
-import itertools
 import json
 import math
-import random
 import shlex
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import Module
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import (
-    SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
-from data import Batches, ImageFiles, to_tensor
+    SHIPPED, add_options, check_options, given_options, option, write_atomically)
+from data import ImageFiles, from_tensor
 from devices import World, autocast, command, pick_precision
-from encode import encode_folder
-from evaluate import clip_score, frechet_distance, load_image_tower
-from flow import guide
+from evaluate import PictureMeasures
+from flow import validate
 from formulations import FORMULATIONS, formulation
 from mmdit import MMDiT
-from scenes import PLAIN, Scenes, caption, make_scene
-from train import Run, TrainConfig, fit, model_sizes, validate
+from sample import guided_velocity
+from scenes import HELD_OUT_SEED, Scenes
+from train import Run, TrainConfig, fit, read_inputs
 
 SAMPLERS = [(50, 1.0), (50, 2.5), (50, 5.0), (5, 5.0), (10, 5.0), (25, 5.0)]      # steps, guidance
 LITERAL = ("eps/linear", "v/linear", "eps/cos", "v/cos")    # For rf, the two samplers agree.
@@ -82,15 +78,15 @@ PAPER_METRICS = {                                                      # Table 2
     "rf/lognorm(-0.50, 1.00)": (0.248, 45.64, 0.219, 89.70),
     "rf/lognorm(0.00, 1.00)": (0.250, 45.78, 0.224, 89.91),
 }
-PHOTO_SEED = 5_000_000        # The encoded scenes of train.py have other captions and seeds.
-QUICK = ("rf/lognorm(0.00, 1.00)", "rf", "eps/linear", "edm(-1.20, 1.20)")
+CLAIM = ("claim", "paper", "here", "interval", "verdict")
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class Options:
     """What is compared, and how long it trains."""
     formulations: tuple[str, ...] = option(tuple(PAPER_RANKS), "names as in the paper, or all")
-    data: str = option("", "a second dataset of captioned pictures; empty: drawn scenes only")
+    data: str = option("", "captioned pictures in place of drawn scenes")
+    encoders: str = option(str(SHIPPED), "model with the frozen VAE, text encoders, image tower")
     steps: int = option(2000, "training steps of each formulation", 1, 10**8)
     batch_size: int = option(64, "pictures in a step (App. B.3: 1024)", 1, 10**5)
     depth: int = option(4, "size of the network", 1, 64)
@@ -106,12 +102,10 @@ class StudyConfig:
             formulation(name)                                          # Its ValueError explains.
 
 
-PRESETS = {
-    "quick": {"formulations": QUICK, "steps": 150, "batch_size": 32, "depth": 3, "samples": 64,
-              "num_scenes": 2048},
-    "full": {"steps": 20000, "batch_size": 256, "num_scenes": 65536, "seeds": 3},
-}
-EQUAL = ("steps", "batch_size", "depth", "num_scenes", "samples")      # within one record
+QUICK = {"formulations": ("rf/lognorm(0.00, 1.00)", "rf", "eps/linear", "edm(-1.20, 1.20)"),
+         "steps": 150, "batch_size": 32, "depth": 3, "samples": 64, "num_scenes": 2048, "seeds": 2}
+FULL = {"steps": 3000, "batch_size": 256, "num_scenes": 65536}
+EQUAL = ("data", "steps", "batch_size", "depth", "num_scenes", "samples")      # within one record
 
 
 # --- Ranks (Sec. 5.1) -----------------------------------------------------------------------------
@@ -122,34 +116,27 @@ def beats(first, second):
 
 
 def non_dominated_ranks(points):
-    """The rank of each (CLIP score, FID): 1 where nobody beats it, 2 where only rank 1 does, ...
-
-    Samples that are not finite are beaten by all others.
-    """
-    finite = []
-    for point in points:
-        good = math.isfinite(point[0]) and math.isfinite(point[1])
-        finite.append(tuple(point) if good else (-math.inf, math.inf))
+    """The rank of each (CLIP score, FID): 1 where nobody beats it, 2 where only rank 1 does, ..."""
     ranks = [0] * len(points)
     rank = 0
     while 0 in ranks:
         rank += 1
         left = [i for i in range(len(points)) if ranks[i] == 0]
         for i in left:
-            if not any(beats(finite[j], finite[i]) for j in left):
+            if not any(beats(points[j], points[i]) for j in left):
                 ranks[i] = rank
     return ranks
 
 
 def settings_of(runs):
-    """{(dataset, seed, weights, steps, guidance): {name: (CLIP, FID)}}, settings that all have."""
+    """{(seed, weights, steps, guidance): {name: (CLIP, FID)}}, of the settings that all have."""
     scores = {}
     for key, run in runs.items():
-        dataset, name, seed = key.split(" | ")
+        name, seed = key.split(" | ")
         for sampler, values in run["metrics"].items():
             if not sampler.endswith("literal"):
                 weights, steps, guidance = sampler.split()
-                setting = (dataset, seed, weights, int(steps), float(guidance))
+                setting = (seed, weights, int(steps), float(guidance))
                 scores.setdefault(setting, {})[name] = tuple(values)
     most = max((len(row) for row in scores.values()), default=0)
     return {setting: row for setting, row in scores.items() if len(row) == most}
@@ -160,7 +147,7 @@ def mean_ranks(scores):
     collected = {}
     for setting, row in scores.items():
         for name, rank in zip(row, non_dominated_ranks(list(row.values()))):
-            collected.setdefault(name, []).append((setting[3], rank))
+            collected.setdefault(name, []).append((setting[2], rank))
     means = {}
     for name, ranks in collected.items():
         columns = []
@@ -171,38 +158,7 @@ def mean_ranks(scores):
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def agreement(ranks):
-    """How many pairs come in the paper's order: (number, of how many). By chance it is one half."""
-    shared = []
-    for name, ours in ranks.items():
-        if name in PAPER_RANKS:
-            shared.append((ours[0], PAPER_RANKS[name][0]))
-    agreeing, total = 0, 0
-    for first, second in itertools.combinations(shared, 2):
-        if first[0] != second[0]:
-            total += 1
-            agreeing += (first[0] < second[0]) == (first[1] < second[1])
-    return agreeing, total
-
-
-# --- One dataset ----------------------------------------------------------------------------------
-
-class PhotoScenes(Scenes):
-    """Drawn scenes with the captions that App. B.3 gives ImageNet: "a photo of a <class name>"."""
-
-    def captions(self, index):
-        scene = make_scene(self.seed, index)
-        said = ("color", "relation")
-        return (f"a photo of {caption(scene, said, PLAIN, random.Random(0))}",)
-
-
-def training_config(config, seed):
-    """What fit needs to know, as App. B.3 where a short run allows it."""
-    return TrainConfig(
-        encoders=str(SHIPPED), resolution=64, depth=config.depth, steps=config.steps,
-        batch_size=config.batch_size, optimizer="adamw", lr=1e-3, cooldown=0.4, seed=seed,
-        device=config.device)
-
+# --- Training and sampling ------------------------------------------------------------------------
 
 def formulation_loss(model, batch, form):
     """The formulation's loss of a batch, with t from its density. (B,)"""
@@ -211,16 +167,15 @@ def formulation_loss(model, batch, form):
 
 
 class BestWeights:
-    """Keeps the weights at the step with the lowest validation loss of the average (Sec. 5.1)."""
+    """A report for fit: keeps the weights where the average has its lowest validation loss."""
 
-    def __init__(self, model, held_out, form, precision):
-        self.model, self.held_out = model, held_out
+    def __init__(self, model, unseen, form, precision):
+        self.model, self.unseen = model, unseen
         self.form, self.precision = form, precision
         self.loss, self.step, self.weights = math.inf, 0, {}
 
     def __call__(self, average, step):
-        """The hook of fit at every tenth of the run."""
-        levels = validate(average, self.held_out.validation(64), self.precision, self.form.loss)
+        levels = validate(average, self.unseen.validation(64), self.precision, self.form.loss)
         loss = levels[:-1].mean().item()                               # without t = 1
         if loss < self.loss:
             self.loss, self.step = loss, step
@@ -230,173 +185,175 @@ class BestWeights:
 
 
 class Study:
-    """What all formulations share on one dataset: encoded pictures, prompts, features, network."""
+    """What all formulations share with one seed: inputs, prompts, measures, network."""
 
-    def __init__(self, dataset, config, seed, world):
-        self.world, self.config = world, training_config(config, seed)
+    def __init__(self, options, seed, world):
+        self.world = world
         self.precision = pick_precision("auto", world.device)
-        parts = load_components(SHIPPED, ("vae", "text"))
-        self.vae = parts.vae.to(world.device)
-        self.text = parts.text.to(world.device)
-        self.tower = load_image_tower().to(world.device)
-        training, held_out, pictures = self.encode(dataset, config)
-        make = partial(Batches, vae_config=self.vae.config, text_config=self.text.config,
-                       config=self.config, world=world)
-        self.batches, self.held_out = make(training), make(held_out)
-        self.real = self.features(torch.stack([to_tensor(picture) for picture in pictures]))
-        self.prompts = []
-        for i in range(config.samples):
-            self.prompts.append(held_out.captions(int(held_out.groups[0][i % len(held_out)]))[0])
-        self.context, self.pooled = self.text(self.prompts)
-        ids = self.text.tokenize(self.prompts)["clip_l"]
-        self.caption_features = self.text.encoders["clip_l"](ids.to(world.device))[1]
-        sizes = model_sizes(self.config, self.vae.config, self.text.config, training.longest_side)
-        self.model: Module = MMDiT(sizes).to(world.device)
-
-    def encode(self, dataset, config):
-        """(training shards, held-out shards, the held-out pictures) of "scenes" or of a path."""
-        size, count = self.config.resolution, config.samples
-        encode = partial(encode_folder, folder="", encoders_file=SHIPPED, resolution=size,
-                         world=self.world)
-        if dataset == "scenes":
-            seen = PhotoScenes(config.num_scenes, PHOTO_SEED + 1 + self.config.seed)
-            unseen = PhotoScenes(count, PHOTO_SEED)
-            training = encode(seen).split(len(seen))[1]
-            held_out = encode(unseen).split(count)[1]
-            return training, held_out, [unseen.image(i, size, size) for i in range(count)]
-        files = ImageFiles(dataset)
-        training, held_out = encode(files).split(min(count, len(files) // 5))
-        if len(training) + len(held_out) != len(files):
-            raise ValueError(f"{dataset} has pictures that cannot be read; take them out first")
-        pictures = [files.image(int(i), size, size) for i in held_out.groups[0]]
-        return training, held_out, pictures
-
-    @torch.no_grad()
-    def features(self, images):
-        """(N, 3, H, W) -> CLIP-L's features (N, d)."""
-        return torch.cat([self.tower(part.to(self.world.device)) for part in images.split(64)])
+        self.config = TrainConfig(
+            data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
+            depth=options.depth, steps=options.steps, batch_size=options.batch_size,
+            optimizer="adamw", lr=1e-3, cooldown=0.4, seed=seed, device=options.device)
+        self.inputs = read_inputs(self.config, world)
+        source = Scenes(options.samples, HELD_OUT_SEED)
+        if options.data:
+            source = ImageFiles(options.data)
+        real, prompts = [], []
+        for i in range(options.samples):
+            real.append(source.image(i % len(source), 64, 64))
+            prompts.append(source.captions(i % len(source))[0])
+        text = self.inputs.text
+        self.measures = PictureMeasures(real, prompts, text, options.encoders, world.device)
+        self.texts = []
+        with torch.no_grad(), autocast(world.device, self.precision):
+            for first in range(0, len(prompts), 64):
+                part = prompts[first : first + 64]
+                pairs = zip(text(part), text.unconditional(len(part)))
+                self.texts.append([torch.cat(pair) for pair in pairs])
+        self.model = MMDiT(self.inputs.sizes).to(world.device)
 
     def train(self, form):
         """Trains the network from the first weights. Returns its `BestWeights`."""
         self.model.initialize(torch.Generator().manual_seed(self.config.seed))
-        best = BestWeights(self.model, self.held_out, form, self.precision)
+        best = BestWeights(self.model, self.inputs.unseen, form, self.precision)
+        loss = partial(formulation_loss, form=form)
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder) / "run", self.config, self.world, report=best)
-            fit(self.model, partial(formulation_loss, form=form), self.batches, self.config, run)
+            fit(self.model, loss, self.inputs.batches, self.config, run)
         if not best.weights:
             raise RuntimeError(f"{form.name}: the validation loss was never finite; use a lower lr")
         return best
 
-    def guided(self, part, guidance_scale):
-        """predict(z, t) -> output for the prompts of a slice, with classifier-free guidance."""
-        context, pooled = self.context[part], self.pooled[part]
-        no_context, no_pooled = self.text.unconditional(len(context))
-        both = torch.cat([context, no_context]), torch.cat([pooled, no_pooled])
-
-        def predict(z, t):
-            with autocast(self.world.device, self.precision):
-                if guidance_scale == 1:
-                    return self.model(z, t, context, pooled).float()
-                outputs = self.model(torch.cat([z, z]), torch.cat([t, t]), *both)
-            cond, uncond = outputs.float().chunk(2)
-            return guide(cond, uncond, guidance_scale)
-        return predict
-
     @torch.no_grad()
     def measure(self, form, num_steps, guidance_scale, literal=False):
         """(CLIP score, FID) of the network as it is. All formulations begin at the same noise."""
-        channels, side = self.vae.config.latent_channels, self.config.resolution // 8
         rng = torch.Generator().manual_seed(1)
-        noise = torch.randn(len(self.prompts), channels, side, side, generator=rng)
-        found = []
-        for start in range(0, len(noise), 100):
-            part = slice(start, start + 100)
-            predict = self.guided(part, guidance_scale)
-            times = form.schedule(num_steps)
-            latents = form.sample(predict, noise[part].to(self.world.device), times, literal)
-            for piece in latents.split(16):
-                with autocast(self.world.device, self.precision):
-                    images = self.vae.decode(piece)
-                found.append(self.features(images.float().clamp(-1, 1)))
-        found = torch.cat(found)
-        score = clip_score(found, self.caption_features)
-        return float(score), float(frechet_distance(found, self.real))
+        pictures = []
+        for context, pooled in self.texts:                             # (2 B, L, D) and (2 B, P)
+            B = len(context) // 2
+            if guidance_scale == 1:
+                context, pooled = context[:B], pooled[:B]
+            predict = partial(guided_velocity, self.model, context, pooled, guidance_scale, ())
+            noise = torch.randn(B, self.inputs.sizes.latent_channels, 8, 8, generator=rng)
+            noise = noise.to(self.world.device)
+            with autocast(self.world.device, self.precision):
+                latents = form.sample(predict, noise, form.schedule(num_steps), literal)
+                images = self.inputs.vae.decode(latents).float().cpu()         # (B, 3, 64, 64)
+            pictures += [from_tensor(image) for image in images.nan_to_num()]
+        found = self.measures(pictures)
+        return found["clip_score"], found["fid"]
 
     def run(self, name):
-        """Everything about one formulation: its best step, the time it took, its metrics."""
-        form, started = formulation(name), time.time()
+        """Everything about one formulation: its best step and loss, its metrics."""
+        form = formulation(name)
         best = self.train(form)
-        trained, metrics = time.time(), {}
+        metrics = {}
         for kind, weights in best.weights.items():
             self.model.load_state_dict(weights)
             for num_steps, scale in SAMPLERS:
                 metrics[f"{kind} {num_steps} {scale:g}"] = self.measure(form, num_steps, scale)
-                if kind == "ema" and scale == 5 and name in LITERAL:
-                    literal = self.measure(form, num_steps, scale, literal=True)
-                    metrics[f"{kind} {num_steps} {scale:g} literal"] = literal
-        return {"step": best.step, "validation": best.loss, "metrics": metrics,
-                "training_seconds": round(trained - started, 1),
-                "sampling_seconds": round(time.time() - trained, 1)}
+        if name in LITERAL:
+            self.model.load_state_dict(best.weights["ema"])
+            for num_steps in (5, 10, 25, 50):
+                literal = self.measure(form, num_steps, 5.0, literal=True)
+                metrics[f"ema {num_steps} 5 literal"] = literal
+        return {"step": best.step, "validation": best.loss, "metrics": metrics}
 
 
-# --- Tables and figure ----------------------------------------------------------------------------
+# --- Claims, tables, figure -----------------------------------------------------------------------
+
+def gains(ranks, slopes):
+    """Yields (claim, the paper's numbers, by how much it holds) where its formulations are there.
+
+    ranks: {name: (all, 5 steps, 50 steps)}; slopes: {name: log2 of FID at 5 steps by FID at 50}.
+    """
+    rank = {name: columns[0] for name, columns in ranks.items()}
+    flows = {name for name in rank if name.startswith("rf")}
+    first, last, narrow = "rf/lognorm(0.00, 1.00)", "edm(-1.20, 1.20)", "rf/lognorm(0.50, 0.60)"
+    others = rank.keys() - flows
+    if {first, "rf"} <= flows:
+        yield "logit-normal ranks before uniform", "Table 1: 1.54, 5.67", rank["rf"] - rank[first]
+    if first in rank and len(rank) > 1:
+        next_best = min(rank[name] for name in rank.keys() - {first})
+        yield f"{first} ranks first", "Table 1: 1.54, then 2.08", next_best - rank[first]
+    if {first, "rf", "eps/linear"} <= rank.keys():
+        better = min(rank[name] for name in flows - {"rf"})
+        worse = min(rank[name] for name in rank.keys() - flows | {"rf"} if name != "eps/linear")
+        gain = min(rank["eps/linear"] - better, worse - rank["eps/linear"])
+        yield "only reweighted rf ranks before eps/linear", "Table 1: 1.54 < 2.88 < 5.67", gain
+    if flows and others:
+        gain = min(slopes[name] for name in others) - max(slopes[name] for name in flows)
+        yield "rectified flows degrade least with few steps", "Fig. 3", gain
+    if narrow in rank:
+        gain = ranks[narrow][1] - ranks[narrow][2]
+        yield f"{narrow} is better with 50 steps than with 5", "Table 1: 1.00, 8.50", gain
+    if last in rank and len(rank) > 1:
+        before = max(rank[name] for name in rank.keys() - {last})
+        yield f"{last} ranks last", "Table 1: 15.58 of these 16", rank[last] - before
+
+
+def claims(runs):
+    """Rows of the claims table. A gain is a difference of mean ranks, or of log2 FID for few steps.
+    A claim holds if its gain is above 0 with every seed, and does not if below 0 with every one.
+    Intervals are ranges over seeds."""
+    found = {}
+    scores = settings_of(runs)
+    for seed in sorted({setting[0] for setting in scores}):
+        own = {setting: row for setting, row in scores.items() if setting[0] == seed}
+        few, many = own[seed, "ema", 5, 5.0], own[seed, "ema", 50, 5.0]
+        slopes = {name: math.log2(few[name][1] / many[name][1]) for name in few}
+        for claim, paper, gain in gains(mean_ranks(own), slopes):
+            found.setdefault((claim, paper), []).append(round(gain, 3))
+    table = []
+    for (claim, paper), values in found.items():
+        verdict = "cannot be told"
+        if len(values) > 1 and min(values) > 0:
+            verdict = "held"
+        if len(values) > 1 and max(values) < 0:
+            verdict = "did not hold at this size"
+        here = f"by {sum(values) / len(values):+.2f}"
+        row = (claim, paper, here, [min(values), max(values)], verdict)
+        table.append(dict(zip(CLAIM, row, strict=True)))
+    return table
+
 
 def mean_metrics(runs, name, sampler):
-    """The mean (CLIP, FID) of a formulation and sampler over datasets and seeds, or None."""
-    found = []
+    """The mean (CLIP, FID) of a formulation and sampler over seeds, or nan."""
+    rows = [[math.nan, math.nan]]
     for key, run in runs.items():
-        if key.split(" | ")[1] == name and sampler in run["metrics"]:
-            found.append(run["metrics"][sampler])
-    if not found:
-        return None
-    return tuple(sum(column) / len(found) for column in zip(*found))
+        if key.startswith(f"{name} | ") and sampler in run["metrics"]:
+            rows.append(run["metrics"][sampler])
+    return torch.tensor(rows).nanmean(dim=0).tolist()
 
 
-def tables(runs):
-    """Table 1, Table 2 and the numbers of Fig. 3 beside the paper's, as lines of markdown."""
+def print_tables(runs):
+    """Tables 1 and 2 and the numbers of Fig. 3, with the paper's."""
     scores = settings_of(runs)
-    ranks = mean_ranks(scores)
-    agreeing, total = agreement(ranks)
-    lines = [f"{len(ranks)} formulations, {len(scores)} settings; {agreeing} of {total} pairs come "
-             f"in the paper's order", "", "Table 1: mean ranks (the paper's are among 61)",
-             "| variant | all | 5 steps | 50 steps | paper: all | 5 steps | 50 steps |",
-             "|---" * 7 + "|"]
-    for name, ours in ranks.items():
-        paper = PAPER_RANKS.get(name, ("", "", ""))
-        cells = [f"{x:.2f}" for x in ours] + [f"{x:.2f}" if x else "" for x in paper]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "Table 2 (25 steps) and Fig. 3: guidance 5, averaged weights; the last four FIDs "
-              "are those of Euler's method on Eq. 1",
-              "| variant | CLIP 25 | FID 25 | FID 5 | FID 10 | FID 50 | literal 25 | literal 5 | "
-              "literal 10 | literal 50 | paper: CLIP, FID on ImageNet, CC12M |", "|---" * 11 + "|"]
-    for name in ranks:
-        cells = [f"{mean_metrics(runs, name, 'ema 25 5')[0]:.3f}"]
-        for ending in ("", " literal"):
-            for steps in (25, 5, 10, 50):
-                metrics = mean_metrics(runs, name, f"ema {steps} 5{ending}")
-                cells.append(f"{metrics[1]:.4g}" if metrics else "")
-        cells.append(", ".join(str(x) for x in PAPER_METRICS.get(name, ())))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    print(f"{len(scores)} settings. Guidance 5 and averaged weights for CLIP score and FID")
+    print("variant, ranks (all, 5 steps, 50 steps), the paper's, CLIP score with 25 steps, FID "
+          "with 5, 10, 25, 50, literal with 5, the paper's CLIP and FID on ImageNet and CC12M")
+    for name, ours in mean_ranks(scores).items():
+        cells = [f"{name:23}"]
+        for ranks in (ours, PAPER_RANKS.get(name, (math.nan,) * 3)):
+            cells.append(" ".join(f"{rank:5.2f}" for rank in ranks))
+        cells.append(f"{mean_metrics(runs, name, 'ema 25 5')[0]:.3f}")
+        for sampler in ("ema 5 5", "ema 10 5", "ema 25 5", "ema 50 5", "ema 5 5 literal"):
+            cells.append(f"{mean_metrics(runs, name, sampler)[1]:6.4g}")
+        print("  ".join(cells), *PAPER_METRICS.get(name, ()))
 
 
 def draw_figure(runs, file):
     """Fig. 3: FID by number of steps with guidance 5. Dashed lines are literal Euler."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure((9, 5), layout="constrained")
     axis = figure.subplots()
+    steps = [5, 10, 25, 50]
     for number, name in enumerate(mean_ranks(settings_of(runs))):
-        color = colormaps["tab20"].colors[number % 20]
         for ending, style in (("", "o-"), (" literal", "o--")):
-            points = []
-            for steps in (5, 10, 25, 50):
-                metrics = mean_metrics(runs, name, f"ema {steps} 5{ending}")
-                if metrics:
-                    points.append((steps, metrics[1]))
-            if points:
-                axis.plot(*zip(*points), style, color=color, label=name + ending)
+            heights = [mean_metrics(runs, name, f"ema {n} 5{ending}")[1] for n in steps]
+            if not math.isnan(heights[0]):
+                axis.plot(steps, heights, style, color=f"C{number % 10}", label=name + ending)
     axis.set(title="Fig. 3: FID on CLIP features, guidance 5", xlabel="sampling steps")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
@@ -404,53 +361,53 @@ def draw_figure(runs, file):
 
 # --- Command line ---------------------------------------------------------------------------------
 
-def read_config(arguments=None):
-    """The StudyConfig of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_options(parser, StudyConfig)
-    parser.add_argument("--quick", action="store_true", help="4 formulations on two CPU cores")
-    parser.add_argument("--full", action="store_true", help="16 formulations, 3 seeds, on a GPU")
-    options = parser.parse_args(arguments)
-    preset = PRESETS["quick"] if options.quick else PRESETS["full"] if options.full else {}
-    given = preset | given_options(options, StudyConfig)
+def read_options(arguments=None):
+    """The Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_options(parser, Options)
+    for name, preset in (("--quick", QUICK), ("--full", FULL)):
+        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
+                            help=f"{preset}")
+    words = parser.parse_args(arguments)
+    given = words.preset | given_options(words, Options)
     if "all" in given.get("formulations", ()):
         given["formulations"] = tuple(FORMULATIONS)
-    return StudyConfig(**given)
+    return Options(**given)
 
 
 def main(arguments=None):
     """Trains, samples and measures what is missing; then shows all there is."""
-    config = read_config(arguments)
-    out = Path(config.out)
+    options = read_options(arguments)
+    out = Path(options.out)
     record = {"runs": {}}
     if out.is_file():
         record = json.loads(out.read_text())
-    settings = {name: getattr(config, name) for name in EQUAL}
+    settings = {name: getattr(options, name) for name in EQUAL}
     if record.setdefault("settings", settings) != settings:
         raise ValueError(f"{out} was made with {record['settings']}, which is not {settings}. "
                          f"Give the same numbers or another --out")
-    world = World(config.device)
-    record |= {"command": shlex.join(["python", *sys.argv]), "device": str(world.device)}
-    datasets = ["scenes", config.data] if config.data else ["scenes"]
-    for seed, dataset in itertools.product(range(config.seeds), datasets):
+    world = World(options.device)
+    words = ["python", "experiments/table1_2_fig3_formulations.py", *sys.argv[1:]]
+    record |= {"command": shlex.join(words), "device": str(world.device)}
+    for seed in range(options.seeds):
         study = None
-        for name in config.formulations:
-            key = f"{Path(dataset).name} | {name} | {seed}"
+        for name in options.formulations:
+            key = f"{name} | {seed}"
             if key in record["runs"]:
                 continue
-            study = study or Study(dataset, replace(config, device=str(world.device)), seed, world)
+            study = study or Study(options, seed, world)
             record["runs"][key] = result = study.run(name)
             record["ranks"] = mean_ranks(settings_of(record["runs"]))
-            text = json.dumps(record, indent=1)
-            write_atomically(out, lambda partial, text=text: partial.write_text(text + "\n"))
-            seconds = result["training_seconds"], result["sampling_seconds"]
-            print(f"{key}: best step {result['step']}; {seconds[0]:.0f} s of training and "
-                  f"{seconds[1]:.0f} s of sampling", flush=True)
-    print("\n".join(tables(record["runs"])))
-    try:
-        draw_figure(record["runs"], out.with_suffix(".png"))
-    except ImportError:
-        print("no figure: matplotlib is not installed")
+            record["claims"] = claims(record["runs"])
+            text = json.dumps(record, indent=1) + "\n"
+            write_atomically(out, lambda partial, text=text: partial.write_text(text))
+            print(f"{key}: best step {result['step']}, its loss {result['validation']:.4f}",
+                  flush=True)
+    print_tables(record["runs"])
+    for row in record["claims"]:
+        print(f"{row['verdict']}: {row['claim']} ({row['paper']}); here {row['here']}, with the "
+              f"seeds from {row['interval'][0]} to {row['interval'][1]}")
+    draw_figure(record["runs"], out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -73,33 +73,56 @@ def test_fronts_are_peeled_off_one_by_one(table1):
     assert ranks([(1, 3), (2, 2), (3, 1)]) == [3, 2, 1]
     assert ranks([(1, 2), (1, 1), (2, 2)]) == [2, 1, 1]
     assert ranks([(1, 1), (1, 1)]) == [1, 1] and ranks([]) == []
-    assert ranks([(float("nan"), 1), (1, 2), (0.5, float("inf"))]) == [2, 1, 2]
 
 
 def test_ranks_are_means_over_settings_and_over_those_with_5_and_50_steps(table1):
-    scores = {("scenes", "0", "ema", 5, 5.0): {"a": (1, 2), "b": (2, 1)},
-              ("scenes", "0", "ema", 50, 5.0): {"a": (2, 1), "b": (1, 2)},
-              ("scenes", "0", "ema", 10, 5.0): {"a": (2, 1), "b": (1, 2)}}
+    scores = {("0", "ema", 5, 5.0): {"a": (1, 2), "b": (2, 1)},
+              ("0", "ema", 50, 5.0): {"a": (2, 1), "b": (1, 2)},
+              ("0", "ema", 10, 5.0): {"a": (2, 1), "b": (1, 2)}}
     ranks = table1.mean_ranks(scores)
     assert list(ranks) == ["a", "b"]
     assert ranks["a"] == pytest.approx((4 / 3, 2, 1)) and ranks["b"] == pytest.approx((5 / 3, 1, 2))
 
 
-def test_the_order_is_compared_with_the_papers_pair_by_pair(table1):
-    """Paper: rf/lognorm(0.00, 1.00), eps/linear, rf. Here rf is first, so one of 3 pairs agrees."""
-    ranks = {"rf": (1,), "rf/lognorm(0.00, 1.00)": (2,), "eps/linear": (3,), "eps/cos": (4,)}
-    assert table1.agreement(ranks) == (1, 3)
-    assert table1.agreement({"rf": (1,), "eps/linear": (1,)}) == (0, 0)
+# Ranks (all, 5 steps, 50 steps) in the order of the paper's Table 1.
+AS_IN_THE_PAPER = {"rf/lognorm(0.00, 1.00)": (1.5, 1, 1.5), "rf/lognorm(0.50, 0.60)": (2.5, 5, 1),
+                   "eps/linear": (3, 4, 3), "rf": (4, 3, 4), "edm(-1.20, 1.20)": (6, 6, 6)}
+SLOPES = {"rf/lognorm(0.00, 1.00)": 0.1, "rf/lognorm(0.50, 0.60)": 0.2, "rf": 0.3,
+          "eps/linear": 0.7, "edm(-1.20, 1.20)": 2.0}
 
 
-def test_captions_are_those_that_app_b3_gives_imagenet(table1):
-    source = table1.PhotoScenes(40)
-    for index in range(40):
-        caption, = source.captions(index)
-        assert caption.startswith("a photo of ")
-        scene = table1.make_scene(0, index)
-        for thing in scene.things:
-            assert thing.shape in caption and thing.color in caption
+def test_the_gains_of_the_claims_by_hand(table1):
+    gains = {claim: gain for claim, _, gain in table1.gains(AS_IN_THE_PAPER, SLOPES)}
+    assert gains == {
+        "logit-normal ranks before uniform": 4 - 1.5,
+        "rf/lognorm(0.00, 1.00) ranks first": 2.5 - 1.5,
+        "only reweighted rf ranks before eps/linear": min(3 - 1.5, 4 - 3),
+        "rectified flows degrade least with few steps": pytest.approx(0.7 - 0.3),
+        "rf/lognorm(0.50, 0.60) is better with 50 steps than with 5": 5 - 1,
+        "edm(-1.20, 1.20) ranks last": 6 - 4}
+    turned = AS_IN_THE_PAPER | {"rf": (1, 1, 1), "edm(-1.20, 1.20)": (2, 2, 2)}
+    gains = [gain for _, _, gain in table1.gains(turned, SLOPES | {"rf": 0.9})]
+    assert gains == pytest.approx([-0.5, -0.5, -2, -0.2, 4, -1])
+    assert list(table1.gains({"rf": (1, 1, 1)}, {"rf": 0})) == []
+
+
+def test_a_verdict_needs_two_seeds_that_agree(table1):
+    """FID doubles with 5 steps for rf and quadruples for eps/cos: the gain is one doubling."""
+    def run(few):
+        metrics = {f"ema {steps} {scale:g}": (0.3, 10) for steps, scale in table1.SAMPLERS}
+        return {"metrics": metrics | {"ema 5 5": (0.3, few)}}
+    runs = {"rf | 0": run(20), "eps/cos | 0": run(40)}
+    claim, = table1.claims(runs)
+    assert claim["claim"] == "rectified flows degrade least with few steps"
+    assert (claim["here"], claim["interval"], claim["verdict"]) == ("by +1.00", [1, 1],
+                                                                   "cannot be told")
+    claim, = table1.claims(runs | {"rf | 1": run(10), "eps/cos | 1": run(80)})
+    assert (claim["interval"], claim["verdict"]) == ([1, 3], "held")
+    claim, = table1.claims(runs | {"rf | 1": run(20), "eps/cos | 1": run(10)})
+    assert (claim["interval"], claim["verdict"]) == ([-1, 1], "cannot be told")
+    runs = {"eps/cos | 0": run(20), "rf | 0": run(40), "eps/cos | 1": run(20), "rf | 1": run(80)}
+    claim, = table1.claims(runs)
+    assert (claim["interval"], claim["verdict"]) == ([-2, -1], "did not hold at this size")
 
 
 def test_the_loss_draws_t_from_the_density_of_the_formulation(table1):
@@ -131,8 +154,8 @@ def test_the_weights_kept_are_those_of_the_lowest_loss_of_the_average(table1):
         return network.value.detach() + at_the_end + 0 * t
     model, average = Constant(), Constant()
     latent = torch.zeros(2, 1, 2, 2)
-    held_out = SimpleNamespace(validation=lambda count: [(latent, None, None, latent)])
-    best = table1.BestWeights(model, held_out, SimpleNamespace(loss=loss), torch.float32)
+    unseen = SimpleNamespace(validation=lambda count: [(latent, None, None, latent)])
+    best = table1.BestWeights(model, unseen, SimpleNamespace(loss=loss), torch.float32)
     for step, mean, raw in ((10, 3.0, 0.5), (20, 1.0, 7.0), (30, 2.0, 0.1)):
         average.value.data.fill_(mean)
         model.value.data.fill_(raw)
@@ -142,32 +165,32 @@ def test_the_weights_kept_are_those_of_the_lowest_loss_of_the_average(table1):
     assert best.weights["ema"]["value"] == 1 and best.weights["raw"]["value"] == 7
 
 
-def test_tables_leave_out_settings_that_some_formulation_lacks(table1):
+def test_tables_leave_out_settings_that_some_formulation_lacks(table1, capsys):
     metrics = {}
     for weights in ("ema", "raw"):
         for steps, scale in table1.SAMPLERS:
             metrics[f"{weights} {steps} {scale:g}"] = [0.3, 40.0]
     better = {sampler: [0.4, 30.0] for sampler in metrics} | {"ema 5 5 literal": [0.4, 12.5]}
-    runs = {"scenes | rf | 0": {"metrics": metrics}, "scenes | eps/cos | 0": {"metrics": better},
-            "x | rf | 0": {"metrics": metrics}}
-    text = "\n".join(table1.tables(runs))
-    assert "2 formulations, 12 settings; 0 of 0 pairs" in text
-    assert "| eps/cos | 1.00 | 1.00 | 1.00 |  |  |  |" in text
-    assert "| rf | 2.00 | 2.00 | 2.00 | 5.67 | 6.50 | 5.75 |" in text
-    assert "| eps/cos | 0.400 | 30 | 30 | 30 | 30 |  | 12.5 |  |  |  |" in text
-    assert "| rf | 0.300 | 40 | 40 | 40 | 40 |  |  |  |  | 0.247, 49.7, 0.217, 94.9 |" in text
+    runs = {"rf | 0": {"metrics": metrics}, "eps/cos | 0": {"metrics": better},
+            "rf | 1": {"metrics": metrics}}
+    assert len(table1.settings_of(runs)) == 12
+    table1.print_tables(runs)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.split() == ["eps/cos", *["1.00"] * 3, *["nan"] * 3, "0.400", *["30"] * 4, "12.5"]
+    assert second.split() == ["rf", *["2.00"] * 3, "5.67", "6.50", "5.75", "0.300", *["40"] * 4,
+                              "nan", "0.247", "49.7", "0.217", "94.9"]
 
 
 def test_the_command_line(table1):
-    assert table1.read_config([]).formulations == tuple(table1.PAPER_RANKS)
-    assert table1.read_config(["--quick", "--steps", "7"]).steps == 7
-    assert table1.read_config(["--quick"]).formulations == table1.QUICK
-    assert len(table1.read_config(["--formulations", "all"]).formulations) == 61
-    assert table1.read_config(["--full"]).seeds == 3
+    assert table1.read_options([]).formulations == tuple(table1.PAPER_RANKS)
+    assert table1.read_options(["--quick", "--steps", "7"]).steps == 7
+    assert table1.read_options(["--quick"]).formulations == table1.QUICK["formulations"]
+    assert len(table1.read_options(["--formulations", "all"]).formulations) == 61
+    assert table1.read_options(["--full"]).batch_size == 256
     with pytest.raises(ValueError, match="no formulation is called 'rf/magic'"):
-        table1.read_config(["--formulations", "rf/magic"])
+        table1.read_options(["--formulations", "rf/magic"])
     with pytest.raises(ValueError, match="--samples 1 must be"):
-        table1.read_config(["--samples", "1"])
+        table1.read_options(["--samples", "1"])
 
 
 @pytest.mark.slow
@@ -180,12 +203,12 @@ def test_a_tiny_run_trains_samples_ranks_and_goes_on_where_it_stopped(tmp_path):
     result = run("v/cos")
     assert result.returncode == 0, result.stderr
     first = json.loads((tmp_path / "t.json").read_text())["runs"]
-    assert len(first["scenes | v/cos | 0"]["metrics"]) == 12 + 4      # and 4 by literal Euler
+    assert len(first["v/cos | 0"]["metrics"]) == 12 + 4      # and 4 by literal Euler
     result = run("v/cos", "edm(0.00, 0.60)")
-    assert result.returncode == 0 and "scenes | edm(0.00, 0.60) | 0: best step" in result.stdout
-    assert "scenes | v/cos" not in result.stdout
+    assert result.returncode == 0 and "edm(0.00, 0.60) | 0: best step" in result.stdout
+    assert "v/cos | 0: best" not in result.stdout
     second = json.loads((tmp_path / "t.json").read_text())["runs"]
-    assert second["scenes | v/cos | 0"] == first["scenes | v/cos | 0"] and len(second) == 2
+    assert second["v/cos | 0"] == first["v/cos | 0"] and len(second) == 2
     assert (tmp_path / "t.png").read_bytes()[1:4] == b"PNG"
     result = run("rf", steps=3)
     assert result.returncode == 1 and "another --out" in result.stderr
