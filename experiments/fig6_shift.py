@@ -66,7 +66,7 @@ class Options:
     def __post_init__(self):
         check_options(self)
         if len(self.trained) < 2 or not set(self.trained) <= set(self.shifts):
-            raise ValueError(f"--trained {self.trained}: give two or more of --shifts {self.shifts}")
+            raise ValueError(f"--trained {self.trained}: two or more of --shifts {self.shifts}")
         if min(self.shifts) > LOW or max(self.shifts) <= LOW:
             raise ValueError(f"--shifts {self.shifts}: give some up to {LOW} and some above it")
 
