@@ -1,4 +1,4 @@
-"""fig4_backbones.py: the networks that Fig. 4 compares (SD3, arXiv:2403.03206v1, Sec. 5.2.3).
+"""fig4_backbones.py: which backbone learns best? (SD3, arXiv:2403.03206v1, Sec. 5.2.3, Fig. 4)
 
     DiT        one set of weights for text and image tokens, joined to one sequence
     CrossDiT   DiT over the image tokens, which attend across to the text (Chen et al., 2023)
@@ -6,19 +6,28 @@
     MM-DiT     two sets of weights: mmdit.MMDiT
     3 sets     MM-DiT with different weights for the tokens of CLIP and of T5
 
-All have the same signature, (latent, t, context, pooled) -> velocity. They have the same depth,
-width (64 depth) and number of heads (depth), t and pooled modulate every block, and the first
-velocity is 0. So their parameters and FLOPs differ; the paper gives neither.
+All have one signature, (latent, t, context, pooled) -> velocity, and the same depth and width. All
+train with AdamW on the same batches, noise and t. After each quarter the average of the weights is
+validated (App. B.3) and draws the same prompts from the same noise.
 
-Not here    losses (flow.py), training (train.py)
+Differs from the paper: drawn scenes, or the pictures of --data, in place of CC12M; small models and
+short runs; the CLIP beside the encoders. FID compares with held-out scenes, or with the first
+pictures of --data, which are also trained on.
+
+Rule        a claim held if it is true with every seed, and did not if with none; its interval goes
+            from the smallest to the largest lead of a seed
 Shapes      B batch   C latent channels   H W latent height, width   L text tokens   N image tokens
-            D hidden_size
-Run         python experiments/fig4_backbones.py --depth 8     prints parameters and FLOPs
+Run         python experiments/fig4_backbones.py --quick     minutes on one CPU core; --full: a GPU
 """
 
 import argparse
+import json
+import shlex
 import sys
+import tempfile
 from collections import OrderedDict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,20 +37,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from mmdit import (
-    HeadNorm,
-    JointBlock,
-    MMDiT,
-    MMDiTConfig,
-    StreamBlock,
-    add_gated,
-    attend,
-    crop_center,
-    joint_attention,
-    merge_heads,
-    modulate,
-)
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import train
+from checkpoints import (SHIPPED, add_options, check_options, find_model_file, given_options,
+                         option, portable, write_atomically)
+from data import Batches, ImageFiles
+from devices import World, command, pick_precision
+from evaluate import PictureMeasures
+from flow import density
+from mmdit import (HeadNorm, JointBlock, MMDiT, MMDiTConfig, StreamBlock, add_gated, attend,
+                   crop_center, joint_attention, merge_heads, modulate)
+from sample import Pipeline, generate
+from scenes import HELD_OUT_SEED, Scenes
+from train import Run, TrainConfig, fit, flow_loss, read_inputs
 
 
 def into_attention(column: StreamBlock, x, mod):
@@ -49,13 +58,9 @@ def into_attention(column: StreamBlock, x, mod):
     return column.attn.queries_keys_values(modulate(x, mod.shift_attn, mod.scale_attn))
 
 
-def add_attended(column: StreamBlock, x, attended, mod):
-    """The first residual branch of a column: x, attended (B, n, D) -> x."""
-    return add_gated(x, mod.gate_attn, column.attn.proj(attended))
-
-
-def add_mlp(column: StreamBlock, x, mod):
-    """The second residual branch of a column: x (B, n, D) -> x."""
+def out_of_attention(column: StreamBlock, x, attended, mod):
+    """Both residual branches of a column: x, attended (B, n, D) -> x."""
+    x = add_gated(x, mod.gate_attn, column.attn.proj(attended))
     return add_gated(x, mod.gate_mlp, column.mlp(modulate(x, mod.shift_mlp, mod.scale_mlp)))
 
 
@@ -70,12 +75,12 @@ class DiTBlock(nn.Module):
 
     def forward(self, context, x, cond):
         """context (B, L, D), x (B, N, D), cond (B, D) -> context, x."""
-        L, column = context.shape[1], self.column
-        mod = column.modulation(cond)
+        L = context.shape[1]
+        mod = self.column.modulation(cond)
         tokens = torch.cat([context, x], dim=1)                   # (B, L+N, D)
-        q, k, v = into_attention(column, tokens, mod)             # (B, heads, L+N, 64) each
-        tokens = add_attended(column, tokens, merge_heads(attend(q, k, v)), mod)
-        tokens = add_mlp(column, tokens, mod)
+        q, k, v = into_attention(self.column, tokens, mod)        # (B, heads, L+N, 64) each
+        attended = merge_heads(attend(q, k, v))                   # (B, L+N, D)
+        tokens = out_of_attention(self.column, tokens, attended, mod)
         return tokens[:, :L], tokens[:, L:]
 
 
@@ -84,16 +89,15 @@ class DiT(MMDiT):
 
     def __init__(self, config: MMDiTConfig):
         super().__init__(config)
-        self.joint_blocks = nn.ModuleList()
-        for _ in range(config.depth):
-            self.joint_blocks.append(DiTBlock(config))
+        for i in range(config.depth):
+            self.joint_blocks[i] = DiTBlock(config)
         self.initialize()
 
 
 # ---- CrossDiT: attention across to the text ------------------------------------------------------
 
 class CrossAttention(nn.Module):
-    """Image tokens ask, text tokens answer."""
+    """Image tokens ask, text tokens answer: context (B, L, D), x (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -106,7 +110,6 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, context, x):
-        """context (B, L, D), x (B, N, D) -> (B, N, D)."""
         q = self.q(x).unflatten(-1, (self.num_heads, 64))         # (B, N, heads, 64)
         kv = self.kv(context).unflatten(-1, (2, self.num_heads, 64))
         k, v = kv.unbind(2)                                       # (B, L, heads, 64) each
@@ -116,7 +119,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """A DiT block over the image, with attention to the text between its two branches (PixArt)."""
+    """DiT's block for the image. Its tokens attend to each other and, as in PixArt, to the text."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -127,9 +130,10 @@ class CrossBlock(nn.Module):
         """context (B, L, D), x (B, N, D), cond (B, D) -> context as it was, x."""
         mod = self.column.modulation(cond)
         q, k, v = into_attention(self.column, x, mod)             # (B, heads, N, 64) each
-        x = add_attended(self.column, x, merge_heads(attend(q, k, v)), mod)
+        x = add_gated(x, mod.gate_attn, self.column.attn.proj(merge_heads(attend(q, k, v))))
         x = x + self.cross(context, x)                            # no gate: its proj starts at 0
-        return context, add_mlp(self.column, x, mod)
+        x_in = modulate(x, mod.shift_mlp, mod.scale_mlp)
+        return context, add_gated(x, mod.gate_mlp, self.column.mlp(x_in))
 
 
 class CrossDiT(MMDiT):
@@ -137,9 +141,8 @@ class CrossDiT(MMDiT):
 
     def __init__(self, config: MMDiTConfig):
         super().__init__(config)
-        self.joint_blocks = nn.ModuleList()
-        for _ in range(config.depth):
-            self.joint_blocks.append(CrossBlock(config))
+        for i in range(config.depth):
+            self.joint_blocks[i] = CrossBlock(config)
         self.initialize()
 
     @torch.no_grad()
@@ -174,25 +177,21 @@ class ResidualBlock(nn.Module):
 
 
 class UViT(CrossDiT):
-    """A U-Net of two levels: convolutions at the latent's size, then CrossDiT's blocks at half of
-    it, on as many tokens as 2 x 2 patches would give.
-
-    The width at the latent's size is D / 4, with `blocks` residual blocks on each side. The paper
-    gives no sizes and does not say how its UViT reads the text; here it attends across to it.
+    """A U-Net of two levels: convolutions of width D / 4, and CrossDiT's blocks at half the size, on
+    N tokens. The paper gives no sizes, and does not say how its UViT reads the text.
     """
 
-    def __init__(self, config: MMDiTConfig, blocks=2):
+    def __init__(self, config: MMDiTConfig):
         super().__init__(config)
         D, C = config.hidden_size, config.latent_channels
         width = D // 4
         self.x_embedder = nn.Conv2d(C, width, 3, padding=1)
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for _ in range(blocks):
-            self.down_blocks.append(ResidualBlock(width, width, D))
-            self.up_blocks.append(ResidualBlock(2 * width, width, D))
+        self.down_blocks = nn.ModuleList([ResidualBlock(width, width, D) for _ in range(2)])
+        self.up_blocks = nn.ModuleList([ResidualBlock(2 * width, width, D) for _ in range(2)])
         self.down = nn.Conv2d(width, D, 2, stride=2)
         self.up = nn.Conv2d(D, 4 * width, 1)
-        norm, linear = nn.GroupNorm(16, width, affine=False), nn.Conv2d(width, C, 3, padding=1)
+        norm = nn.GroupNorm(16, width, affine=False)
+        linear = nn.Conv2d(width, C, 3, padding=1)                # It starts at 0 by its name.
         self.final_layer = nn.Sequential(OrderedDict(norm=norm, silu=nn.SiLU(), linear=linear))
         self.initialize()
 
@@ -200,7 +199,8 @@ class UViT(CrossDiT):
         """As MMDiT.forward: the velocity (B, C, H, W) at z_t = latent and t (B,)."""
         cond = self.embed_cond(t, pooled)                         # (B, D)
         context = self.context_embedder(context)                  # (B, L, D)
-        image, kept = self.x_embedder(latent), []                 # (B, D/4, H, W)
+        image = self.x_embedder(latent)                           # (B, D/4, H, W)
+        kept = []
         for block in self.down_blocks:
             image = block(image, cond)
             kept.append(image)
@@ -210,8 +210,8 @@ class UViT(CrossDiT):
         x = (crop_center(self.pos_embed, height, width) + x).to(x.dtype)
         for block in self.joint_blocks:
             context, x = block(context, x, cond)
-        image = self.up(x.transpose(1, 2).unflatten(2, (height, width)))          # (B, D, H/2, W/2)
-        image = F.pixel_shuffle(image, 2)                         # (B, D/4, H, W)
+        x = x.transpose(1, 2).unflatten(2, (height, width))       # (B, D, H/2, W/2)
+        image = F.pixel_shuffle(self.up(x), 2)                    # (B, D/4, H, W)
         for block in self.up_blocks:
             image = block(torch.cat([image, kept.pop()], dim=1), cond)
         return self.final_layer(image)                            # (B, C, H, W)
@@ -234,23 +234,16 @@ class ThreeSetBlock(JointBlock):
         clip_mod = self.context_block.modulation(cond)
         t5_mod = self.t5_block.modulation(cond)
         x_mod = self.x_block.modulation(cond)
-
-        clip_q, clip_k, clip_v = into_attention(self.context_block, clip, clip_mod)
-        t5_q, t5_k, t5_v = into_attention(self.t5_block, t5, t5_mod)
-        q = torch.cat([clip_q, t5_q], dim=2)                      # (B, heads, L, 64)
-        k = torch.cat([clip_k, t5_k], dim=2)
-        v = torch.cat([clip_v, t5_v], dim=2)
+        clip_qkv = into_attention(self.context_block, clip, clip_mod)
+        t5_qkv = into_attention(self.t5_block, t5, t5_mod)
         x_qkv = into_attention(self.x_block, x, x_mod)
-        text_out, x_out = joint_attention((q, k, v), x_qkv)       # (B, L, D) and (B, N, D)
-
-        x = add_attended(self.x_block, x, x_out, x_mod)
-        x = add_mlp(self.x_block, x, x_mod)
+        text_qkv = [torch.cat(pair, dim=2) for pair in zip(clip_qkv, t5_qkv)]
+        text_out, x_out = joint_attention(text_qkv, x_qkv)        # (B, L, D) and (B, N, D)
+        x = out_of_attention(self.x_block, x, x_out, x_mod)
         if self.last:
             return None, x
-        clip = add_attended(self.context_block, clip, text_out[:, :n], clip_mod)
-        clip = add_mlp(self.context_block, clip, clip_mod)
-        t5 = add_attended(self.t5_block, t5, text_out[:, n:], t5_mod)
-        t5 = add_mlp(self.t5_block, t5, t5_mod)
+        clip = out_of_attention(self.context_block, clip, text_out[:, :n], clip_mod)
+        t5 = out_of_attention(self.t5_block, t5, text_out[:, n:], t5_mod)
         return torch.cat([clip, t5], dim=1), x
 
 
@@ -269,19 +262,15 @@ class ThreeSetText(nn.Module):
 
 
 class ThreeSetMMDiT(MMDiT):
-    """MM-DiT with three sets of weights; the first clip_tokens of the text come from CLIP."""
+    """MM-DiT with three sets of weights. The first clip_tokens of the text come from CLIP."""
 
     def __init__(self, config: MMDiTConfig, clip_tokens=77):
         super().__init__(config)
         self.context_embedder = ThreeSetText(config, clip_tokens)
-        self.joint_blocks = nn.ModuleList()
         for i in range(config.depth):
-            last = i == config.depth - 1
-            self.joint_blocks.append(ThreeSetBlock(config, clip_tokens, last))
+            self.joint_blocks[i] = ThreeSetBlock(config, clip_tokens, last=i == config.depth - 1)
         self.initialize()
 
-
-# ---- Sizes ---------------------------------------------------------------------------------------
 
 NAMES = ("DiT", "CrossDiT", "UViT", "MM-DiT", "MM-DiT, 3 sets")
 
@@ -294,10 +283,8 @@ def make_backbone(name, config: MMDiTConfig, clip_tokens=77):
 
 
 def measure(name, config: MMDiTConfig, side, text_tokens=154, clip_tokens=77):
-    """Parameters, and FLOPs of one sample's forward pass as torch counts them, without computing.
-
-    side: latent pixels of a side. A multiply and an add are 2 FLOPs.
-    """
+    """Parameters, and FLOPs of a sample's forward pass as torch counts them: 2 for a multiply and
+    an add. Nothing is computed. side: latent pixels of a side."""
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = make_backbone(name, config, clip_tokens)
         latent = torch.zeros(1, config.latent_channels, side, side)
@@ -307,19 +294,159 @@ def measure(name, config: MMDiTConfig, side, text_tokens=154, clip_tokens=77):
     return parameters, counter.get_total_flops()
 
 
-def main():
-    """Print what each backbone costs at one depth."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--resolution", type=int, default=256, help="px per side")
-    options = parser.parse_args()
-    config = MMDiTConfig(options.depth)
-    print(f"depth {options.depth}, {options.resolution} px, 77 CLIP and 77 T5 tokens")
-    print("backbone          parameters   GFLOP forward")
+# ---- The experiment ------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared, and how long it trains."""
+    data: str = option("", "folder of captioned pictures; empty: drawn scenes")
+    encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
+    num_scenes: int = option(16384, "scenes to train on", 64, 10**8)
+    depth: int = option(4, "blocks of every backbone", 1, 64)
+    steps: int = option(2000, "training steps of every backbone", 4, 10**8)
+    batch_size: int = option(64, "pictures in a step", 1, 10**5)
+    seeds: int = option(2, "repetitions with other weights, batches and noise", 1, 100)
+    num_pictures: int = option(256, "drawn each time for CLIP score and FID", 2, 10**5)
+    out: str = option("results/fig4_backbones.json", "what is measured; the figure lies beside it")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+PRESETS = {
+    "quick": {"depth": 2, "steps": 250, "num_scenes": 4096, "num_pictures": 96},
+    "full": {"depth": 8, "steps": 2500, "batch_size": 256, "num_scenes": 65536,
+             "num_pictures": 1000},
+}
+RESOLUTION = 64                      # px per side
+SAMPLING = {"num_steps": 25, "guidance_scale": 4.0, "schedule": "shifted", "timestep_shift": 1.0,
+            "unconditional": "zeros", "height": RESOLUTION, "width": RESOLUTION}
+
+
+def reference(options):
+    """Real pictures, uint8 (64, 64, 3), and their captions, which are the prompts."""
+    source = Scenes(options.num_pictures, HELD_OUT_SEED)
+    if options.data:
+        source = ImageFiles(options.data)
+    indices = range(min(options.num_pictures, len(source)))
+    pictures = [source.image(index, RESOLUTION, RESOLUTION) for index in indices]
+    return pictures, [source.captions(index)[-1] for index in indices]
+
+
+def report(average, step, pipeline, unseen, prompts, measures):
+    """The report of `fit`: that of train.py, and CLIP score, FID and KID."""
+    pipeline.mmdit = average
+    entries, grid = train.report(average, step, pipeline, unseen, prompts[:8])
+    return entries | measures(generate(pipeline, prompts, seed=1, batch_size=64)), grid
+
+
+def learn(name, config, inputs, world, measure_average):
+    """The curve of one backbone: [{"step", "validation", "clip_score", "fid", "kid"}, ...]."""
+    batches = Batches(inputs.training, inputs.vae.config, inputs.text.config, config, world)
+    model = make_backbone(name, inputs.sizes, inputs.text.config.clip_length)
+    model.initialize(torch.Generator().manual_seed(config.seed))
+    loss = partial(flow_loss, density=density("lognorm(0, 1)"), timestep_shift=1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), config, world, report=measure_average)
+        fit(model.to(world.device), loss, batches, config, run)
+    return [entry for entry in run.entries if "validation" in entry]
+
+
+CLAIMS = (                           # Sec. 5.2.3: better, worse, in what, at which point
+    ("MM-DiT", "CrossDiT", "validation", -1),
+    ("CrossDiT", "UViT", "validation", -1),
+    ("UViT", "DiT", "validation", -1),
+    ("UViT", "CrossDiT", "validation", 0),
+    ("MM-DiT", "CrossDiT", "clip_score", -1),
+    ("MM-DiT", "CrossDiT", "fid", -1),
+    ("MM-DiT, 3 sets", "MM-DiT", "validation", -1))
+
+
+def judge(curves, better, worse, measure, place):
+    """A row of the claims table. curves: {name: [curve of seed 0, of seed 1, ...]}"""
+    ours = [curve[place][measure] for curve in curves[better]]
+    theirs = [curve[place][measure] for curve in curves[worse]]
+    sign = 1 if measure == "clip_score" else -1                   # The others are to be low.
+    leads = [sign * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    verdict = "cannot be told"
+    if len(leads) > 1 and min(leads) > 0:
+        verdict = "held"
+    if len(leads) > 1 and max(leads) <= 0:
+        verdict = "did not hold at this size"
+    when = "at the end" if place else "after a quarter of the steps"
+    here = f"{sum(ours) / len(ours):.4f} against {sum(theirs) / len(theirs):.4f}"
+    return {"claim": f"{better} has a better {measure} than {worse} {when}", "paper": "yes, Fig. 4",
+            "here": here, "interval": [round(min(leads), 4), round(max(leads), 4)],
+            "verdict": verdict}
+
+
+def draw_figure(curves, file):
+    """Fig. 4: validation loss, CLIP score and FID over training; a line for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((13, 4), layout="constrained")
+    for axis, measure in zip(figure.subplots(1, 3), ("validation", "clip_score", "fid")):
+        for number, name in enumerate(curves):
+            for curve in curves[name]:
+                steps = [entry["step"] for entry in curve]
+                values = [entry[measure] for entry in curve]
+                axis.plot(steps, values, ".-", color=f"C{number}")
+        axis.set(title=measure, xlabel="training steps")
+    axis.legend(axis.lines[:: len(curves[name])], curves)
+    write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
+
+
+def read_options(arguments=None):
+    """The Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_options(parser, Options)
+    for name, preset in PRESETS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"{preset}")
+    words = parser.parse_args(arguments)
+    given = given_options(words, Options)
+    for name, preset in PRESETS.items():
+        if getattr(words, name):
+            given = preset | given
+    return Options(**given)
+
+
+def main(arguments=None):
+    """Train and compare the five backbones."""
+    options = read_options(arguments)
+    config = TrainConfig(
+        data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
+        resolution=RESOLUTION, depth=options.depth, steps=options.steps, every=options.steps // 4,
+        batch_size=options.batch_size, optimizer="adamw", lr=1e-3, cooldown=0.4)
+    world = World(config.device)
+    inputs = read_inputs(config, world)
+    file = find_model_file(options.encoders)
+    pictures, prompts = reference(options)
+    pipeline = Pipeline(None, inputs.vae, inputs.text, SAMPLING, world.device,
+                        pick_precision(config.precision, world.device))
+    measures = PictureMeasures(pictures, prompts, inputs.text, file.parent, world.device)
+    measure_average = partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts,
+                              measures=measures)
+    clip_tokens, t5_tokens = inputs.text.config.clip_length, inputs.text.config.t5_length
+    curves, sizes = {}, {}
     for name in NAMES:
-        parameters, flops = measure(name, config, options.resolution // 8)
-        print(f"{name:16} {parameters / 1e6:9.1f} M {flops / 1e9:15.1f}")
+        sizes[name] = measure(name, inputs.sizes, RESOLUTION // 8, clip_tokens + t5_tokens,
+                              clip_tokens)
+        curves[name] = []
+        for seed in range(options.seeds):
+            curve = learn(name, replace(config, seed=seed), inputs, world, measure_average)
+            curves[name].append(curve)
+            print(f"{name:15} seed {seed}  {sizes[name][0] / 1e6:.2f} M parameters  "
+                  f"{sizes[name][1] / 1e6:.0f} MFLOP  loss {curve[-1]['validation']:.4f}  "
+                  f"CLIP score {curve[-1]['clip_score']:.4f}  FID {curve[-1]['fid']:.2f}")
+    rows = [judge(curves, *words) for words in CLAIMS]
+    for row in rows:
+        print(f"{row['verdict']}: {row['claim']} ({row['paper']}): {row['here']}")
+    settings = asdict(options) | {"encoders": portable(file), "sampling": SAMPLING}
+    record = {"command": shlex.join(["python", "experiments/fig4_backbones.py", *sys.argv[1:]]),
+              "settings": settings, "parameters_and_flops": sizes, "curves": curves, "claims": rows}
+    write_atomically(options.out, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
+    draw_figure(curves, Path(options.out).with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

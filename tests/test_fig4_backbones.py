@@ -1,5 +1,6 @@
 """fig4_backbones.py: what the five backbones share, what tells them apart, and their costs."""
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from mmdit import MMDiT, MMDiTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import fig4_backbones as fig4
-from fig4_backbones import NAMES, DiT, ThreeSetMMDiT, UViT, make_backbone, measure
+from fig4_backbones import NAMES, ThreeSetMMDiT, UViT, make_backbone, measure
 
 SMALL = MMDiTConfig(depth=2, latent_channels=4, context_dim=24, pooled_dim=12,
                     pos_embed_max_size=8, position_step=0.5)
@@ -256,9 +257,39 @@ def test_flops_of_dit_by_hand():
     assert measure("DiT", SMALL, 8, L)[1] == blocks + ends
 
 
-def test_main_prints_a_row_for_each_backbone(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["fig4_backbones.py", "--depth", "2", "--resolution", "64"])
-    fig4.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:16].strip() for line in lines[2:]] == list(NAMES)
-    assert isinstance(make_backbone("DiT", SMALL), DiT)
+# ---- The experiment ------------------------------------------------------------------------------
+
+def curves(losses):
+    """{name: a curve of two points for each seed}; CLIP score is 1 - loss. losses: {name: [...]}"""
+    found = {}
+    for name in losses:
+        found[name] = []
+        for loss in losses[name]:
+            last = {"validation": loss, "clip_score": 1 - loss, "fid": loss}
+            found[name].append([{"validation": 0.9, "clip_score": 0, "fid": 1}, last])
+    return found
+
+
+@pytest.mark.parametrize("better, worse, verdict, interval", [
+    ([0.5, 0.6], [0.6, 0.63], "held", [0.03, 0.1]),
+    ([0.6, 0.63], [0.5, 0.6], "did not hold at this size", [-0.1, -0.03]),
+    ([0.5, 0.7], [0.6, 0.6], "cannot be told", [-0.1, 0.1]),
+    ([0.5], [0.6], "cannot be told", [0.1, 0.1])])
+@pytest.mark.parametrize("measure", ["validation", "clip_score", "fid"])
+def test_a_backbone_is_better_if_it_is_with_every_seed(better, worse, verdict, interval, measure):
+    """A low loss and FID are good, and a high CLIP score."""
+    row = fig4.judge(curves({"UViT": better, "DiT": worse}), "UViT", "DiT", measure, -1)
+    assert row["verdict"] == verdict and row["interval"] == pytest.approx(interval)
+
+
+def test_main_compares_all_backbones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fig4.main("--depth 1 --steps 4 --seeds 1 --batch-size 4 --num-scenes 64 --num-pictures 2 "
+              "--out found.json".split())
+    found = json.loads(Path("found.json").read_text())
+    assert tuple(found["curves"]) == tuple(found["parameters_and_flops"]) == NAMES
+    assert [point["step"] for point in found["curves"]["UViT"][0]] == [1, 2, 3, 4]
+    assert [row["verdict"] for row in found["claims"]] == ["cannot be told"] * len(fig4.CLAIMS)
+    assert found["settings"]["encoders"] == "pretrained/tiny/model.safetensors"
+    assert Path("found.png").stat().st_size > 10000
+    assert [line[:15].strip() for line in capsys.readouterr().out.splitlines()[:5]] == list(NAMES)
