@@ -25,36 +25,36 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module")
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name. "auto" takes CUDA or Apple's MPS if there is one, or the CPU."""
+def pick_device(name="auto"):
+    """The torch.device of that name. "auto": CUDA or Apple's MPS if there is one, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    here = [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
-    if name not in ("auto", "cpu", *here):
-        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu, {here[-1]}")
-    return torch.device(found.type if name == "auto" else name)
+    numbered = [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())]
+    if name not in ("auto", "cpu", found.type, *numbered):
+        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu, {found.type}")
+    return found if name == "auto" else torch.device(name)
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products. "auto" takes bf16 where the hardware multiplies it fast."""
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    choices = PRECISIONS | {"auto": PRECISIONS["bf16" if fast else "fp32"]}
-    if name not in choices:
-        raise ValueError(f"--precision {name}: choose one of {', '.join(choices)}")
-    return choices[name]
+def pick_precision(name, device):
+    """The type of matrix products. "auto": bf16 where the hardware multiplies it fast."""
+    if name == "auto":
+        found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        fast = found.get("avx512_bf16") or found.get("amx_bf16")
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if fast else "fp32"
+    if name not in PRECISIONS:
+        raise ValueError(f"--precision {name}: choose one of auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
 
 
-def autocast(device: torch.device, precision: torch.dtype):
+def autocast(device, precision):
     """A context in which matrix products are computed in `precision`."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 class World:
     """Process `rank` of `size`. "fsdp" shards a model over all, "hsdp" in a node, "ddp" never."""
-
-    def __init__(self, device: str = "auto", parallel: str = "auto", parameters: int = 0):
+    def __init__(self, device="auto", parallel="auto", parameters=0):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
@@ -62,24 +62,24 @@ class World:
             if self.size > 1 or self.device.index is None:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        if parallel == "auto":
-            parallel = "fsdp" if self.size > 1 and parameters > 10**9 else "ddp"
-        if parallel not in ("ddp", "fsdp", "hsdp") or (self.size == 1 and parallel != "ddp"):
-            raise ValueError(f"--parallel {parallel}: choose auto, ddp; under torchrun fsdp, hsdp")
         self.parallel = parallel
+        if parallel == "auto":
+            self.parallel = "fsdp" if self.size > 1 and parameters > 10**9 else "ddp"
+        if self.size == 1 and self.parallel != "ddp":
+            raise ValueError(f"--parallel {parallel} needs several processes: use torchrun")
         if self.size == 1:
             return
         shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            warnings.warn("processes may not meet again after a restart; give "
-                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...", stacklevel=2)
+            warnings.warn("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun",
+                          stacklevel=2)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
         shards = int(os.environ["LOCAL_WORLD_SIZE"]) if parallel == "hsdp" else self.size
-        shape, names = (self.size // shards, shards), ("copies", "shards")
-        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.mesh = dist.init_device_mesh(self.device.type, (self.size // shards, shards),
+                                          mesh_dim_names=("copies", "shards"))
 
-    def shard(self, model, precision: torch.dtype):
+    def shard(self, model, precision):
         """Makes fp32 shards of each block, gathered in `precision`, and then of the rest."""
         for module in (*getattr(model, "joint_blocks", ()), model):
             dtype = torch.float32 if module is model else precision
@@ -92,8 +92,8 @@ class World:
         alone = self.size == 1 or self.parallel != "ddp"
         return model if alone else torch.nn.parallel.DistributedDataParallel(model)
 
-    def gather(self, value) -> list:
-        """The values of all ranks, by rank. All ranks wait for each other here."""
+    def gather(self, value):
+        """The list of all ranks' values, by rank. All ranks wait for each other here."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -103,13 +103,14 @@ class World:
         """Rank 0's value, on every rank."""
         return self.gather(value)[0]
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag):
         """True if the flag is true on some rank."""
         return any(self.gather(flag))
 
     def close(self):
         """Leaves the other processes, once all have come here."""
-        if self.any(True) and self.size > 1:
+        self.gather(None)
+        if self.size > 1:
             dist.destroy_process_group()
 
 
@@ -126,14 +127,14 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def synchronized(model, last: bool):
+def synchronized(model, last):
     """A context in which backward() averages over processes only in the last part of a step."""
     if hasattr(model, "set_requires_all_reduce"):
         model.set_requires_all_reduce(last)                  # FSDP2 adds copies of shards once.
     return model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext()
 
 
-def save_state(state: dict, folder: Path, world: World):
+def save_state(state, folder, world):
     """Writes a dict of state dicts, all ranks together. OSError if it cannot be written."""
     try:
         dcp.save(state, checkpoint_id=folder, no_dist=world.size == 1)
@@ -142,7 +143,7 @@ def save_state(state: dict, folder: Path, world: World):
         raise OSError(f"could not save {folder}; older ones are untouched ({problem})") from None
 
 
-def load_state(state: dict, folder: Path, world: World):
+def load_state(state, folder, world):
     """Reads it in place. OSError if it is damaged. It unpickles metadata: read only your own."""
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
@@ -152,7 +153,9 @@ def load_state(state: dict, folder: Path, world: World):
 
 def command(main):
     """Runs a verb. What a user can get wrong ends in one sentence and exit code 1; Ctrl-C, 130."""
-    name = Path(sys.argv[0]).name + (f": rank {os.environ['RANK']}" if "RANK" in os.environ else "")
+    name = Path(sys.argv[0]).name
+    if "RANK" in os.environ:
+        name += f": rank {os.environ['RANK']}"
     try:
         main()
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:

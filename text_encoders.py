@@ -112,6 +112,7 @@ class TextEncoders(nn.Module):
         are cut. The first time, a note says how many and which is the longest."""
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
+        "".join(prompts).encode()                         # ValueError for what is not UTF-8
         ids = {}
         for name in self.encoders:
             if name in without:

@@ -93,7 +93,7 @@ class Both:
         """(B, C, H, W)"""
         ours = self.ours
         with autocast(ours.device, ours.precision):
-            context, pooled = encode(ours.text, prompts, self.settings)
+            context, pooled = encode(ours, prompts, self.settings)
             noise = self.noise(prompts)
             return sample_latents(ours.mmdit, context, pooled, noise, self.settings)[0]
 

@@ -2,7 +2,7 @@
 
 Random fp16 files of the released sizes and names are written, measured and deleted:
   memory   everything (16 GB: MM-DiT 2.0 B, CLIP-L, CLIP-G, T5-XXL, VAE), one step at 64 px with
-           networks that take turns: load(..., memory="one"). The peak is that of RssAnon in
+           networks that take turns as in sample.py's main. The peak is that of RssAnon in
            /proc/self/status, looked at every 5 ms. It leaves out mapped pages of files, which the
            kernel may drop at any time
   speed    the MM-DiT alone (4 GB), read as it is stored, from the page cache: bytes over seconds,
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoints import NAMES, PREFIXES, open_model, read_network, rename
 from mmdit import MMDiT, MMDiTConfig
-from sample import generate, load
+from sample import Settings, draw, encode, load
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder
 from vae import VAE, VAEConfig
 
@@ -135,16 +135,16 @@ def load_speed(file: Path, shapes: dict, trials: int) -> dict:
 def peak_memory(file: Path, tokenizers: str, precision: str) -> dict:
     """One step of one picture, and the peak in each network's turn."""
     before = anonymous_memory()
-    pipeline = load(file, device="cpu", precision=precision, tokenizers=tokenizers, memory="one")
+    settings = Settings(height=64, width=64, num_steps=1)
     peaks = Peaks()
-    read = pipeline.read
-
-    def watched(name):
-        peaks.current = name
-        return read(name)
-    pipeline.read = watched
     start = time.perf_counter()
-    generate(pipeline, "a red circle left of a blue square", height=64, width=64, num_steps=1)
+    peaks.current = "text"
+    pipeline = load(file, "cpu", precision, networks=("text",), tokenizers=tokenizers)
+    context, pooled = encode(pipeline, ["a red circle left of a blue square"], settings)
+    del pipeline
+    peaks.current = "mmdit and vae"
+    pipeline = load(file, "cpu", precision, networks=("mmdit", "vae"))
+    draw(pipeline, context, pooled, [0], settings)
     by_network = peaks.stop()
     return {"precision": precision, "peak_gigabytes": max(by_network.values()),
             "by_network": by_network, "before_loading": round(before, 2),
