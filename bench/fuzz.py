@@ -97,19 +97,17 @@ def shard_kinds(folder: Path) -> list[Kind]:
         opened = EncodedFolder(folder)
         everything = str(opened.resolution)
         for index in range(len(opened)):
-            arrays = opened.read([index], [opened.caption_rows(index)[0]], {})
+            arrays = opened.read([index], [opened.caption_rows(index)[0]])
             everything += digest(arrays) + str(opened.captions(index))
         return everything
-    shard = Kind("shard", folder / "shard-00000.safetensors", read, sealed=True)
+    shard = Kind("shard", min(folder.glob("shard-*")), read, sealed=True)
     return [shard, Kind("index.json", folder / "index.json", read)]
 
 
 def png_kind(folder: Path) -> Kind:
     """The settings that sample.py stores in a PNG."""
     file = folder / "picture.png"
-    options = sample.Options(prompt=("a red circle",))
-    record = {name: getattr(options, name) for name in sample.RECORDED}
-    record |= {"model": "0123456789abcdef", "inputs": ["", ""]}
+    record = vars(sample.Recipe(prompt=("a red circle",), made_from="0123456789abcdef"))
     with contextlib.redirect_stdout(io.StringIO()):
         sample.save_png(Image.fromarray(Scenes(1).image(0, 64, 64)), file, record)
     return Kind("PNG record", file, lambda: str(sample.read_record(file)), sealed=True)

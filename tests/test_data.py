@@ -5,7 +5,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import tarfile
 import time
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 
 import data
 from data import (
-    MAX_PIXELS, MAX_TEXT, Batches, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
+    MAX_TEXT, Batches, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
     clean_captions, from_tensor, nearest_bucket, pick_caption, read_image, read_lines, readable,
     resize_and_crop, to_tensor)
 from text_encoders import TextConfig
@@ -134,7 +133,7 @@ def test_every_exif_orientation_comes_out_upright_and_headers_tell_the_size(tmp_
         content = encoded(stored, kind, exif=exif, **options)
         write_files(tmp_path, {f"a.{kind}": content, "a.txt": "a"})
         source = ImageFiles(tmp_path)
-        assert kind != "JPEG" or source.picture_size(0) == (16, 24)   # Cameras write no other.
+        assert source.picture_size(0) == (16, 24)
         assert distance(picture(source, 0), pattern()) <= (60 if kind == "JPEG" else 0), kind
         (tmp_path / f"a.{kind}").unlink()
 
@@ -158,8 +157,8 @@ def test_the_first_frame_of_an_animation_is_taken(read):
     (encoded(pattern(96, 64))[:150], "truncated"),
     (encoded(pattern(96, 64), "JPEG")[:700], "truncated"),
     (encoded(pattern(), "JPEG")[:24], "cannot be decoded|not a"),
-    (png_claiming(60000, 60000), "3600000000 pixels|60000x60000"),
-    (png_claiming(12000, 12000), f"12000x12000 is more than {MAX_PIXELS} pixels"),
+    (png_claiming(60000, 60000), "3600000000 pixels"),
+    (png_claiming(18000, 10000), "180000000 pixels"),                 # Pillow's limit is 178956970.
     (png_claiming(10_000, 9_500, depth=1, color=0), "cannot be decoded"),     # Pillow would warn.
     (encoded(Image.new("F", (4, 4)), "TIFF"), "not a PNG"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "begins with b'%!PS"),
@@ -240,9 +239,9 @@ def test_from_tensor_clamps_and_rounds():
 # ---- Aspect ratios -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resolution, step", [(64, 16), (256, 16), (256, 64), (1024, 64)])
+@pytest.mark.parametrize("resolution, step", [(64, 16), (256, 16), (512, 64), (1024, 64)])
 def test_buckets_have_about_the_same_area_in_both_orientations(resolution, step):
-    buckets = aspect_buckets(resolution, step)
+    buckets = aspect_buckets(resolution)
     assert (resolution, resolution) in buckets and len(set(buckets)) == len(buckets)
     assert max(max(size) / min(size) for size in buckets) > 2         # not squares alone
     for height, width in buckets:
@@ -363,7 +362,7 @@ def test_every_layout_gives_the_same_samples(tmp_path, kind):
         ("first",): 10, ('second, "quoted"',): 20, ("das dritte: größer",): 30}
     image = source.image(0, 4, 6)
     assert image.shape == (4, 6, 3) and image.dtype == np.uint8 and image.flags.writeable
-    assert picture(source, 0).size == (8, 8) and source.name(0).endswith("a.png")
+    assert picture(source, 0).size == (8, 8) and source.records[0].name.endswith("a.png")
 
 
 def test_shards_go_before_a_table_beside_them(tmp_path):
@@ -371,7 +370,7 @@ def test_shards_go_before_a_table_beside_them(tmp_path):
     write_tar(tmp_path / "a.tar", samples(3))
     write_files(tmp_path, {"metadata.jsonl": '{"file_name": "0000.png", "text": "number 0"}'})
     source = ImageFiles(str(tmp_path))
-    assert [source.name(i) for i in range(len(source))] == [
+    assert [source.records[i].name for i in range(len(source))] == [
         "a.tar/0000.png", "a.tar/0001.png", "a.tar/0002.png", "b.tar/0000.png", "b.tar/0001.png"]
     assert source.problems == []                            # A key may occur in another shard too.
 
@@ -403,8 +402,8 @@ def test_captions_are_cleaned():
 
 @pytest.mark.parametrize("files, problem", [
     ({"x.png": solid(1)}, "x.png: there is no caption"),
-    ({"x.png": solid(1), "x.txt": "caf\xe9".encode("latin-1")}, "x.txt: the caption 'caf\\udce9'"),
-    ({"x.png": solid(1), "x.txt": "hello".encode("utf-16")}, "x.txt: the caption"),
+    ({"x.png": solid(1), "x.txt": "caf\xe9".encode("latin-1")}, "x.txt: 'utf-8' codec"),
+    ({"x.png": solid(1), "x.txt": "hello".encode("utf-16")}, "x.txt: 'utf-8' codec"),
     ({"x.png": solid(1), "x.txt": "a\0b"}, "x.txt: the caption 'a\\x00b' is not text"),
     ({"x.png": solid(1), "x.txt": " \n"}, "x.txt: there is no caption"),
     ({"x.png": solid(1), "x.json": "{"}, "x.json: Expecting"),
@@ -428,27 +427,32 @@ def test_texts_without_a_picture_do_not_stop_a_small_set(tmp_path):
     assert source.problems == [] and len(list(readable(source, [(0, 4, 4)]))) == 1
 
 
-def test_linked_folders_are_named_and_circles_end(tmp_path):
-    write_files(tmp_path, {"else/b.png": solid(2), "set/a.png": solid(1), "set/a.txt": "a"})
+def test_linked_folders_are_entered_once_and_circles_end(tmp_path):
+    write_files(tmp_path, {"else/b.png": solid(2), "else/b.txt": "b", "set/a.png": solid(1),
+                           "set/a.txt": "a", "set/deep/c.png": solid(3), "set/deep/c.txt": "c"})
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "else")
-    (tmp_path / "set" / "circle").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "twice").symlink_to(tmp_path / "else")
+    (tmp_path / "set" / "deep" / "circle").symlink_to(tmp_path / "set")
+    (tmp_path / "else" / "back").symlink_to(tmp_path / "set" / "deep")
     source = ImageFiles(tmp_path / "set")
-    assert all_captions(source) == [("a",)]
-    assert [problem.split(":")[0] for problem in source.problems] == ["circle", "linked"]
+    names = [record.name for record in source.records]
+    assert names == ["a.png", "deep/c.png", "linked/b.png"] and source.problems == []
+    assert [source.image(i, 4, 4)[0, 0, 0] for i in range(3)] == [1, 3, 2]
 
 
 def test_what_is_no_file_is_named_and_the_rest_is_read(tmp_path):
     write_files(tmp_path / "a", {"a.png": solid(1), "a.txt": "a"})
     os.mkfifo(tmp_path / "a" / "pipe.txt")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "a" / "b.tar").mkdir()                                # a folder of this name
+    write_files(tmp_path / "a" / "b.tar", {"c.png": solid(1), "c.txt": "c"})     # A folder's name.
     source = ImageFiles(tmp_path / "a")
-    assert all_captions(source) == [("a",)]
+    assert all_captions(source) == [("a",), ("c",)]
     assert [problem.split(":")[0] for problem in source.problems] == ["gone.png", "pipe.txt"]
-    write_tar(tmp_path / "a.tar", samples(2))
-    (tmp_path / "b.tar").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(tmp_path / "c.tar")
-    source = ImageFiles(tmp_path)
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", samples(2))
+    (tmp_path / "tars" / "b.tar").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "tars" / "c.tar")
+    source = ImageFiles(tmp_path / "tars")
     assert len(source) == 2
     assert [problem.split(":")[0] for problem in source.problems] == ["b.tar", "c.tar"]
 
@@ -460,11 +464,11 @@ def test_what_is_no_file_is_named_and_the_rest_is_read(tmp_path):
     ('{"file_name": "a.png", "text": 42}', "42 is not text"),
     ('{"file_name": "a.png", "text": " "}', "there is no caption"),
     ('{"file_name": "a.png", "text": "half \\ud83d"}', "UTF-8"),
-    ('{"file_name": "b.png", "text": "b"}', "No such file"),
-    ('{"file_name": "../outside.png", "text": "b"}', "not in the subpath"),
-    ('{"file_name": "sub/../../outside.png", "text": "b"}', "not in the subpath"),
-    ('{"file_name": "OUTSIDE", "text": "b"}', "not in the subpath"),
-    ('{"file_name": "a\\u0000.png", "text": "b"}', "null byte"),
+    ('{"file_name": "b.png", "text": "b"}', "no file b.png"),
+    ('{"file_name": "../outside.png", "text": "b"}', "is below the folder"),
+    ('{"file_name": "sub/../../outside.png", "text": "b"}', "is below the folder"),
+    ('{"file_name": "OUTSIDE", "text": "b"}', "is below the folder"),
+    ('{"file_name": "a\\u0000.png", "text": "b"}', "no file a"),
     ('{"file_name": 7, "text": "b"}', "needs a .file_name."),
     ('["a.png", "text"]', "needs a .file_name."),
     ("[" * 100_000, "recursion"),
@@ -474,7 +478,7 @@ def test_a_bad_line_of_a_list_is_a_problem_with_its_number(tmp_path, line, reaso
     folder = write_files(tmp_path / "set", {"a.png": solid(5), "metadata.jsonl": "\n".join([
         '{"file_name": "a.png", "text": "good"}', "",
         line.replace("OUTSIDE", str(tmp_path / "outside.png")),
-        '{"file_name": "sub/../a.png", "text": "also\u2028good"}'])})
+        '{"file_name": "./a.png", "text": "also\u2028good"}'])})
     source = ImageFiles(folder)
     assert all_captions(source) == [("good",), ("also good",)]
     assert len(source.problems) == 1 and re.search(reason, source.problems[0])
@@ -568,27 +572,23 @@ def everything(source, side=4):
     return [(index, side, side) for index in range(len(source))]
 
 
-def test_up_to_one_per_cent_is_skipped_counted_and_named(tmp_path, capsys):
+def test_up_to_one_per_cent_is_left_out_and_named(tmp_path):
     source = ImageFiles(write_tar(tmp_path / "x.tar", samples(200, broken=(7, 70))))
     read = list(readable(source, everything(source)))
-    assert [index for index, _, _ in read] == list(range(200))
-    for index, image, captions in read:
-        assert captions == (f"number {index}",)
-        assert image is None if index in (7, 70) else image[0, 0, 0] == index
+    numbers = [int(image[0, 0, 0]) for image, _ in read]
+    assert numbers == [number for number in range(200) if number not in (7, 70)]
+    assert [captions for _, captions in read] == [(f"number {number}",) for number in numbers]
     assert [problem.split(":")[0] for problem in source.problems] == [
         "x.tar/0007.png", "x.tar/0070.png"]
-    message = capsys.readouterr().err
-    assert message.startswith("2 of 200 samples cannot be used, the first: x.tar/0007.png")
-    assert message.count("\n") == 1
 
 
 def test_more_than_one_per_cent_stops_early_with_the_names(tmp_path):
     source = ImageFiles(write_tar(tmp_path / "x.tar", samples(200, broken=(3, 5, 9, 150))))
     seen = []
     with pytest.raises(ValueError, match=r"3 of 200 .* over 1 %(.|\n)*0003.png(.|\n)*0009.png"):
-        for index, _, _ in readable(source, everything(source)):
-            seen.append(index)
-    assert max(seen) == 9
+        for image, _ in readable(source, everything(source)):
+            seen.append(int(image[0, 0, 0]))
+    assert max(seen) == 8
     source = ImageFiles(write_tar(tmp_path / "y.tar", samples(50, broken=(49,))))
     with pytest.raises(ValueError, match="1 of 50"):
         list(readable(source, everything(source)))
@@ -610,30 +610,14 @@ def test_a_picture_that_vanishes_after_the_scan_is_unreadable(tmp_path):
         picture(source, 0)
 
 
-def test_check_problems_speaks_up_only_when_there_are_some(capsys):
+def test_check_problems_allows_one_per_cent_and_names_ten(capsys):
     check_problems([], 0)
-    assert capsys.readouterr().err == ""
     check_problems(["a: b"], 100)
-    assert capsys.readouterr().err == "1 of 100 samples cannot be used, the first: a: b\n"
-    check_problems(["a: b"] * 20, 100, limit=0.2)
+    with pytest.raises(ValueError, match="1 of 99 samples cannot be used, over 1 %"):
+        check_problems(["a: b"], 99)
     with pytest.raises(ValueError) as caught:
         check_problems([f"file{i}: b" for i in range(30)], 100)
     assert "file9: b" in str(caught.value) and "file10" not in str(caught.value)
-
-
-def test_run_as_a_script_it_counts_and_names_and_writes_nothing(tmp_path):
-    large = [("large.png", png_claiming(10_000, 9_500)), ("large.txt", b"Pillow would warn.")]
-    write_tar(tmp_path / "x.tar", samples(29, broken=(4,)) + large + [("z.png", solid(1))])
-    before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, ROOT / "data.py", "x.tar"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "28 of 31 samples can be used" in result.stdout and "number 0" in result.stdout
-    assert "x.tar/0000.png | (4, 4) | number 0" in result.stdout and "PIL" not in result.stderr
-    assert re.search("x.tar/0004.png: not a(.|\n)*|x.tar/z.png: there is no", result.stdout)
-    assert sorted(tmp_path.rglob("*")) == before
-    result = subprocess.run([*command[:2], "nowhere"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.startswith("data.py: nowhere does not exist")
 
 
 # ---- Encoded shards and batches ------------------------------------------------------------------
@@ -765,14 +749,14 @@ def test_a_batch_holds_what_is_stored(mixed):
     for k, index in enumerate(indices):
         arrays, i = folder.find(index)
         row = folder.caption_rows(index)[1]
-        mean, logvar = torch.from_numpy(arrays["moments"][i]).float().chunk(2)
+        mean, logvar = arrays["moments"][i].float().chunk(2)
         noise = (batch.latent[k] / VAE.vae_scale + VAE.vae_shift - mean) / torch.exp(logvar / 2)
         assert noise.abs().max() < 6 and not torch.allclose(noise, batch.noise[k], atol=0.1)
         assert 0.5 < noise.std() < 1.5                                # The code is drawn.
         context = torch.zeros(9, 6)
-        context[:4, :3] = torch.from_numpy(arrays["clip_l"][row])
-        context[:4, 3:5] = torch.from_numpy(arrays["clip_g"][row])
-        context[4:] = torch.from_numpy(arrays["t5"][row])
+        context[:4, :3] = arrays["clip_l"][row]
+        context[:4, 3:5] = arrays["clip_g"][row]
+        context[4:] = arrays["t5"][row]
         assert torch.equal(batch.context[k], context)
         assert batch.pooled[k].tolist() == [*arrays["pooled_l"][row], *arrays["pooled_g"][row]]
 
@@ -826,7 +810,7 @@ def test_batches_mix_original_and_full_captions(tmp_path, share):
         for k, index in enumerate(batches.indices(step)):
             arrays, _ = folder.find(index)
             rows = folder.caption_rows(index)
-            texts = [torch.from_numpy(arrays["t5"][row]).float() for row in rows]
+            texts = [arrays["t5"][row].float() for row in rows]
             full += torch.equal(batch.context[k, 4:], texts[1])
     assert abs(full / 1280 - share) < 0.06                                        # 4 deviations
 
@@ -845,8 +829,8 @@ def test_validation_takes_full_captions_mean_codes_and_samples_of_every_size(mix
             arrays, i = folder.find(index)
             row = folder.caption_rows(index)[1]
             assert arrays["captions"][row].startswith("full")
-            assert np.array_equal(context[k, 4:].numpy(), arrays["t5"][row].astype(np.float32))
-            mean = torch.from_numpy(arrays["moments"][i, :2]).float()
+            assert torch.equal(context[k, 4:], arrays["t5"][row].float())
+            mean = arrays["moments"][i, :2].float()
             torch.testing.assert_close(latent[k], (mean - VAE.vae_shift) * VAE.vae_scale)
 
 
@@ -872,7 +856,7 @@ def test_a_flipped_byte_is_an_error_that_names_the_shard_and_the_mend(mixed, pla
     file.write_bytes(content)
     folder = EncodedFolder(mixed)
     assert folder.captions(0) == ("short 0.0", "full 0.0")
-    words = r"shard-00001.safetensors is damaged \(its bytes.*delete it and run .*encode.py --out x"
+    words = r"shard-00001.safetensors is damaged \(its bytes.*delete it and run the same command"
     with pytest.raises(ValueError, match=words) as error:
         folder.captions(10)
     assert "\n" not in str(error.value)
@@ -917,7 +901,7 @@ def test_a_damaged_index_is_named(mixed, change, words):
 
 
 def test_a_folder_without_index_says_how_to_go_on(tmp_path):
-    with pytest.raises(ValueError, match="is missing or damaged .*run the same encode.py command"):
+    with pytest.raises(ValueError, match="is missing or damaged .*run the same command again"):
         EncodedFolder(tmp_path)
 
 
@@ -962,7 +946,7 @@ def test_unusual_pictures_have_the_right_pixels():
 @needs_data
 def test_captions_behave_as_listed():
     source = ImageFiles(DATA / "bad" / "captions")
-    captions = {source.name(i): source.captions(i) for i in range(len(source))}
+    captions = {source.records[i].name: source.captions(i) for i in range(len(source))}
     bad = {problem.split(":")[0] for problem in source.problems}
     for entry in EXPECTED:
         folder, _, name = entry["file"].partition("/")
@@ -988,8 +972,8 @@ def test_a_broken_tar_behaves_as_listed(entry):
         assert entry["expect"] != "ok" and entry.get("samples", 0) == 0
         assert entry["file"] in str(error)
         return
-    read = [captions for _, image, captions in readable(source, everything(source), limit=1)
-            if image is not None]
+    source.found = 10**6                                    # as if nothing were too much
+    read = [captions for _, captions in readable(source, everything(source))]
     assert source.problems or entry["expect"] != "error"
     assert len(read) == entry.get("samples", entry.get("whole_samples", len(read)))
     if "whole_samples" in entry:
@@ -1002,7 +986,7 @@ def test_a_broken_tar_behaves_as_listed(entry):
 @needs_data
 def test_the_bad_list_gives_its_two_good_lines_and_names_the_others():
     source = ImageFiles(DATA / "bad" / "metadata_bad.jsonl")
-    assert [(source.name(i), source.captions(i)) for i in range(len(source))] == [
+    assert [(source.records[i].name, source.captions(i)) for i in range(len(source))] == [
         ("captions/good.png", ("a colour gradient",)), ("images/good.jpg", ("the last good line",))]
     assert [problem.split(" needs")[0] for problem in source.problems] == [
         f"metadata_bad.jsonl line {number}" for number in (2, 3, 4, 5, 6, 7, 8, 10)]
@@ -1018,7 +1002,7 @@ def test_the_real_sets_open_without_a_problem(folder, count, captions):
     assert len(source) == count == len(lines) and source.problems == []
     for index in range(0, count, count // 7):
         entry = json.loads(lines[index])
-        assert source.name(index) == f"{entry['shard']}/{entry['file_name']}"
+        assert source.records[index].name == f"{entry['shard']}/{entry['file_name']}"
         assert source.captions(index)[0] == " ".join(entry["text"].split())
         assert len(source.captions(index)) == captions
         size = (entry.get("width", 128), entry.get("height", 128))
