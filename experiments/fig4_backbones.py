@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,7 +49,6 @@ from mmdit import (HeadNorm, JointBlock, MMDiT, MMDiTConfig, StreamBlock, add_ga
                    crop_center, joint_attention, merge_heads, modulate)
 from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, Scenes
-from train import Run, TrainConfig, fit, flow_loss, read_inputs
 
 
 def into_attention(column: StreamBlock, x, mod):
@@ -177,9 +175,8 @@ class ResidualBlock(nn.Module):
 
 
 class UViT(CrossDiT):
-    """A U-Net of two levels: convolutions of width D / 4, and CrossDiT's blocks at half the size, on
-    N tokens. The paper gives no sizes, and does not say how its UViT reads the text.
-    """
+    """A U-Net of two levels: convolutions of width D / 4, and CrossDiT's blocks at half the size.
+    The paper gives no sizes, and does not say how its UViT reads the text."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__(config)
@@ -190,9 +187,9 @@ class UViT(CrossDiT):
         self.up_blocks = nn.ModuleList([ResidualBlock(2 * width, width, D) for _ in range(2)])
         self.down = nn.Conv2d(width, D, 2, stride=2)
         self.up = nn.Conv2d(D, 4 * width, 1)
-        norm = nn.GroupNorm(16, width, affine=False)
-        linear = nn.Conv2d(width, C, 3, padding=1)                # It starts at 0 by its name.
-        self.final_layer = nn.Sequential(OrderedDict(norm=norm, silu=nn.SiLU(), linear=linear))
+        self.final_layer = nn.Sequential(OrderedDict(             # `initialize` knows the names.
+            norm=nn.GroupNorm(16, width, affine=False), silu=nn.SiLU(),
+            linear=nn.Conv2d(width, C, 3, padding=1)))
         self.initialize()
 
     def forward(self, latent, t, context, pooled):
@@ -282,14 +279,11 @@ def make_backbone(name, config: MMDiTConfig, clip_tokens=77):
     return {"DiT": DiT, "CrossDiT": CrossDiT, "UViT": UViT, "MM-DiT": MMDiT}[name](config)
 
 
-def measure(name, config: MMDiTConfig, side, text_tokens=154, clip_tokens=77):
-    """Parameters, and FLOPs of a sample's forward pass as torch counts them: 2 for a multiply and
-    an add. Nothing is computed. side: latent pixels of a side."""
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model = make_backbone(name, config, clip_tokens)
-        latent = torch.zeros(1, config.latent_channels, side, side)
-        context = torch.zeros(1, text_tokens, config.context_dim)
-        model(latent, torch.zeros(1), context, torch.zeros(1, config.pooled_dim))
+def measure(model, latent, context, pooled):
+    """Parameters, and FLOPs of a forward pass as torch counts them: 2 for a multiply and an add."""
+    t = torch.zeros(len(latent), device=latent.device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(latent, t, context, pooled)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, counter.get_total_flops()
 
@@ -314,10 +308,11 @@ class Options:
 
 
 PRESETS = {
-    "quick": {"depth": 2, "steps": 250, "num_scenes": 4096, "num_pictures": 96},
+    "quick": {"depth": 2, "steps": 240, "batch_size": 32, "num_scenes": 4096, "num_pictures": 64},
     "full": {"depth": 8, "steps": 2500, "batch_size": 256, "num_scenes": 65536,
              "num_pictures": 1000},
 }
+MEASURES = {"validation": "validation loss", "clip_score": "CLIP score", "fid": "FID"}
 RESOLUTION = 64                      # px per side
 SAMPLING = {"num_steps": 25, "guidance_scale": 4.0, "schedule": "shifted", "timestep_shift": 1.0,
             "unconditional": "zeros", "height": RESOLUTION, "width": RESOLUTION}
@@ -341,15 +336,18 @@ def report(average, step, pipeline, unseen, prompts, measures):
 
 
 def learn(name, config, inputs, world, measure_average):
-    """The curve of one backbone: [{"step", "validation", "clip_score", "fid", "kid"}, ...]."""
+    """Trains a backbone: (parameters, FLOPs), [{"step", "validation", "clip_score", ...}, ...]"""
     batches = Batches(inputs.training, inputs.vae.config, inputs.text.config, config, world)
     model = make_backbone(name, inputs.sizes, inputs.text.config.clip_length)
     model.initialize(torch.Generator().manual_seed(config.seed))
-    loss = partial(flow_loss, density=density("lognorm(0, 1)"), timestep_shift=1.0)
+    model.to(world.device)
+    latent, context, pooled, _ = next(inputs.unseen.validation(1))
+    size = measure(model, latent, context, pooled)
+    loss = partial(train.flow_loss, density=density("lognorm(0, 1)"), timestep_shift=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder), config, world, report=measure_average)
-        fit(model.to(world.device), loss, batches, config, run)
-    return [entry for entry in run.entries if "validation" in entry]
+        run = train.Run(Path(folder), config, world, report=measure_average)
+        train.fit(model, loss, batches, config, run)
+    return size, [entry for entry in run.entries if "validation" in entry]
 
 
 CLAIMS = (                           # Sec. 5.2.3: better, worse, in what, at which point
@@ -367,7 +365,7 @@ def judge(curves, better, worse, measure, place):
     ours = [curve[place][measure] for curve in curves[better]]
     theirs = [curve[place][measure] for curve in curves[worse]]
     sign = 1 if measure == "clip_score" else -1                   # The others are to be low.
-    leads = [sign * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    leads = [sign * (a - b) for a, b in zip(ours, theirs)]
     verdict = "cannot be told"
     if len(leads) > 1 and min(leads) > 0:
         verdict = "held"
@@ -375,7 +373,8 @@ def judge(curves, better, worse, measure, place):
         verdict = "did not hold at this size"
     when = "at the end" if place else "after a quarter of the steps"
     here = f"{sum(ours) / len(ours):.4f} against {sum(theirs) / len(theirs):.4f}"
-    return {"claim": f"{better} has a better {measure} than {worse} {when}", "paper": "yes, Fig. 4",
+    name = MEASURES[measure]
+    return {"claim": f"{better} has a better {name} than {worse} {when}", "paper": "yes, Fig. 4",
             "here": here, "interval": [round(min(leads), 4), round(max(leads), 4)],
             "verdict": verdict}
 
@@ -385,13 +384,13 @@ def draw_figure(curves, file):
     from matplotlib.figure import Figure
 
     figure = Figure((13, 4), layout="constrained")
-    for axis, measure in zip(figure.subplots(1, 3), ("validation", "clip_score", "fid")):
+    for axis, measure in zip(figure.subplots(1, 3), MEASURES):
         for number, name in enumerate(curves):
             for curve in curves[name]:
                 steps = [entry["step"] for entry in curve]
                 values = [entry[measure] for entry in curve]
                 axis.plot(steps, values, ".-", color=f"C{number}")
-        axis.set(title=measure, xlabel="training steps")
+        axis.set(title=MEASURES[measure], xlabel="training steps")
     axis.legend(axis.lines[:: len(curves[name])], curves)
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
@@ -403,22 +402,22 @@ def read_options(arguments=None):
     for name, preset in PRESETS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"{preset}")
     words = parser.parse_args(arguments)
-    given = given_options(words, Options)
+    chosen = {}
     for name, preset in PRESETS.items():
         if getattr(words, name):
-            given = preset | given
-    return Options(**given)
+            chosen = preset
+    return Options(**chosen | given_options(words, Options))
 
 
 def main(arguments=None):
     """Train and compare the five backbones."""
     options = read_options(arguments)
-    config = TrainConfig(
+    config = train.TrainConfig(
         data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
         resolution=RESOLUTION, depth=options.depth, steps=options.steps, every=options.steps // 4,
         batch_size=options.batch_size, optimizer="adamw", lr=1e-3, cooldown=0.4)
     world = World(config.device)
-    inputs = read_inputs(config, world)
+    inputs = train.read_inputs(config, world)
     file = find_model_file(options.encoders)
     pictures, prompts = reference(options)
     pipeline = Pipeline(None, inputs.vae, inputs.text, SAMPLING, world.device,
@@ -426,14 +425,12 @@ def main(arguments=None):
     measures = PictureMeasures(pictures, prompts, inputs.text, file.parent, world.device)
     measure_average = partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts,
                               measures=measures)
-    clip_tokens, t5_tokens = inputs.text.config.clip_length, inputs.text.config.t5_length
     curves, sizes = {}, {}
     for name in NAMES:
-        sizes[name] = measure(name, inputs.sizes, RESOLUTION // 8, clip_tokens + t5_tokens,
-                              clip_tokens)
         curves[name] = []
         for seed in range(options.seeds):
-            curve = learn(name, replace(config, seed=seed), inputs, world, measure_average)
+            run_config = replace(config, seed=seed)
+            sizes[name], curve = learn(name, run_config, inputs, world, measure_average)
             curves[name].append(curve)
             print(f"{name:15} seed {seed}  {sizes[name][0] / 1e6:.2f} M parameters  "
                   f"{sizes[name][1] / 1e6:.0f} MFLOP  loss {curve[-1]['validation']:.4f}  "

@@ -81,8 +81,8 @@ class Options:
 
 
 PRESETS = {
-    "quick": {"depths": (1, 2, 3, 4), "steps": 240, "points": 4, "num_scenes": 4096,
-              "num_prompts": 10},
+    "quick": {"depths": (1, 2, 3, 4), "steps": 200, "points": 4, "batch_size": 32,
+              "num_scenes": 4096, "num_prompts": 8},
     "full": {"depths": (2, 4, 6, 8, 12), "steps": 3000, "batch_size": 256, "num_scenes": 65536,
              "num_prompts": 50},
 }
@@ -331,11 +331,11 @@ def read_options(arguments=None):
     for name, preset in PRESETS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"{preset}")
     words = parser.parse_args(arguments)
-    given = given_options(words, Options)
+    chosen = {}
     for name, preset in PRESETS.items():
         if getattr(words, name):
-            given = preset | given
-    return Options(**given)
+            chosen = preset
+    return Options(**chosen | given_options(words, Options))
 
 
 def main(arguments=None):

@@ -195,11 +195,11 @@ def read_options(arguments=None):
     for name, preset in PRESETS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"{preset}")
     words = parser.parse_args(arguments)
-    given = given_options(words, Options)
+    chosen = {}
     for name, preset in PRESETS.items():
         if getattr(words, name):
-            given = preset | given
-    return Options(**given)
+            chosen = preset
+    return Options(**chosen | given_options(words, Options))
 
 
 def find_checkpoints(options):
