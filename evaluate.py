@@ -1,16 +1,21 @@
 """evaluate.py: does it work, in numbers (SD3, arXiv:2403.03206v1, Sec. 5).
 
-Read with   Sec. 5.1 (CLIP score, FID on CLIP features), Table 3 (PSNR), Tables 4 and 5
-            (GenEval; Ghosh et al. 2023)
+Read with   Sec. 5.1 (CLIP score, FID on CLIP features), App. B.3 (losses by t), Table 3 (PSNR),
+            Tables 4 and 5 (GenEval; Ghosh et al. 2023), Table 6 (steps), Fig. 9 (`without`)
 Not here    making pictures (sample.py), drawing and recognising scenes (scenes.py)
 Shapes      B batch   n patches   D hidden_size   image (B, 3, S, S) in [-1, 1] for the image tower;
             pictures to score are uint8 (H, W, 3), and there H W are in pixels
 Run         python evaluate.py                  ground truth, and shuffled captions
-            python evaluate.py pretrained/tiny  a model as well, and what scores nothing must score
+            python evaluate.py runs/NAME        a model too; runs/NAME/report.html shows all of it
+            python evaluate.py runs/NAME --num-steps 5 10 20 50 --guidance-scale 2.5 5    a grid
+            python evaluate.py MODEL --prompts FILE --out FOLDER     pictures for a public scorer
 """
 
 import argparse
+import base64
 import copy
+import html
+import io
 import itertools
 import json
 import os
@@ -25,22 +30,37 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from tqdm import tqdm
 
+import flow
 import sample
-from checkpoints import (SHIPPED, add_options, check_options, given_options, option,
-                         write_atomically)
-from data import from_tensor, to_tensor
+from checkpoints import (
+    CLIP_NAMES, SHIPPED, add_options, check_options, find_model_file, given_options, open_weights,
+    option, read_json, read_tensors, rename, run_encoders, write_atomically)
+from data import ImageFiles, from_tensor, read_lines, to_tensor
 from devices import autocast, command
-from scenes import (HELD_OUT_SEED, PLAIN, REWORDED, WORDS, Scene, View, caption, draw_scene,
-                    is_held_out, local_max, make_scene, word_mask)
+from scenes import (
+    HELD_OUT_SEED, PLAIN, REWORDED, WORDS, Scene, Scenes, View, caption, captioned_grid, draw_scene,
+    is_held_out, local_max, make_scene, word_mask)
 from text_encoders import CLIPLayer
 
-# ---- CLIP's image tower, and the metrics on its features (Sec. 5.1) ------------------------------
+BATCH_SIZE = 64         # prompts or pictures at once
+
+# ---- CLIP's image tower (Sec. 5.1) ---------------------------------------------------------------
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)       # of RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The names in CLIP's released file -> ours, piece by piece, as in checkpoints.py.
+IMAGE_NAMES = {
+    "vision_model.embeddings.position_ids": None,      # It holds 0, 1, 2, ...
+    "vision_model.embeddings.class_embedding": "class_token",
+    "vision_model.embeddings.": "",
+    "vision_model.encoder.": "",
+    "vision_model.pre_layrnorm.": "pre_norm.",         # They misspelt it.
+    "vision_model.post_layernorm.": "post_norm.",
+    "visual_projection.": "projection.",
+} | CLIP_NAMES
 
 
 @dataclass(frozen=True)
@@ -74,10 +94,13 @@ class CLIPImageEncoder(nn.Module):
         self.position_embedding = nn.Embedding(1 + config.num_patches, D)        # class token first
         nn.init.normal_(self.position_embedding.weight, std=D**-0.5)
         self.pre_norm = nn.LayerNorm(D, eps=1e-5)
-        layers = [CLIPLayer(config, causal=False) for _ in range(config.num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_layers):
+            self.layers.append(CLIPLayer(config, causal=False))
         self.post_norm = nn.LayerNorm(D, eps=1e-5)
         self.projection = nn.Linear(D, config.projection_dim, bias=False)
+        # What takes CLIP-L's pooled text to the shared space, where the text encoder does not.
+        self.register_buffer("text_projection", None)                            # (d, 768)
 
     def layer_outputs(self, image):
         """The tokens (B, 1 + n, D) after every layer: the class token, then the patches by rows.
@@ -109,26 +132,41 @@ class CLIPImageEncoder(nn.Module):
         return self.projection(self.post_norm(class_token))                      # (B, d)
 
 
-def load_image_tower(folder=SHIPPED, name="clip_l") -> CLIPImageEncoder:
-    """The image tower in a model's folder, ready to measure. name: the text encoder that it was
-    trained with. Sizes are those of the tensors."""
-    file = Path(folder) / "clip_image.safetensors"
-    tensors = {}
-    for key, tensor in load_file(file).items():
-        if key.startswith(f"{name}_image."):
-            tensors[key.removeprefix(f"{name}_image.")] = tensor.float()
-    if not tensors:
-        raise ValueError(f"{file} holds no image tower for {name}; give the file of make_tiny.py")
+def load_image_tower(place=SHIPPED, name="clip_l") -> CLIPImageEncoder:
+    """The image tower in a model's folder, ready to measure, or the real one: `place` is then the
+    folder or file of CLIP-L/14 as transformers has it. name: the text encoder that belongs to it.
+    Sizes are those of the tensors."""
+    file = Path(place) / "clip_image.safetensors"
+    if not file.is_file():
+        file = find_model_file(place, hub=False)
+    entries, _ = open_weights(file)
+    ours = f"{name}_image."
+    chosen = {}
+    for key, entry in entries.items():
+        if key.startswith(ours):
+            chosen[key.removeprefix(ours)] = entry
+        elif key.startswith(("vision_model.", "visual_projection.")):
+            chosen[rename(key, IMAGE_NAMES)] = entry
+    chosen.pop(None, None)
+    if "projection.weight" not in chosen:
+        raise ValueError(f"{file} holds no image tower for {name}; give a file of make_tiny.py, or "
+                         f"model.safetensors of openai/clip-vit-large-patch14 with --tower")
+    tensors = read_tensors(chosen, torch.float32, shapes_only=False)
     D, _, patch_size, _ = tensors["patch_embedding.weight"].shape
-    num_patches = len(tensors["position_embedding.weight"]) - 1
+    side = round((len(tensors["position_embedding.weight"]) - 1) ** 0.5)         # in patches
     num_layers = len({key.split(".")[1] for key in tensors if key.startswith("layers.")})
     activation = "quick_gelu" if name == "clip_l" else "gelu"
-    config = CLIPImageConfig(round(num_patches**0.5) * patch_size, patch_size, D, num_layers,
+    config = CLIPImageConfig(side * patch_size, patch_size, D, num_layers,
                              len(tensors["projection.weight"]), activation)
     tower = CLIPImageEncoder(config)
     tower.load_state_dict(tensors)
+    if "text_projection.weight" in entries:
+        text = {"weight": entries["text_projection.weight"]}
+        tower.text_projection = read_tensors(text, torch.float32, shapes_only=False)["weight"]
     return tower.eval().requires_grad_(False)
 
+
+# ---- The measures on its features, and PSNR ------------------------------------------------------
 
 def clip_score(image_features, text_features):
     """Mean cosine of pictures and their captions, both (B, d) (Hessel et al. 2021, unscaled)."""
@@ -154,31 +192,41 @@ def frechet_distance(features_a, features_b):
     return (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 
+def cubic_kernel(x, y):
+    """(x y / d + 1)^3 of all pairs: (N, d), (M, d) -> (N, M)."""
+    d = x.shape[1]
+    return (x @ y.T / d + 1) ** 3
+
+
 def kernel_distance(features_a, features_b):
     """Kernel distance (KID; Binkowski et al. 2018) of two sets of features (N, d), (M, d).
 
-    The squared maximum mean discrepancy with the kernel (x y / d + 1)^3. Its estimate is unbiased,
-    so that it can be below 0, and small sets are no worse on average.
+    The squared maximum mean discrepancy with a cubic kernel. Its estimate is unbiased, so that it
+    can be below 0, and small sets are no worse on average.
     """
     a, b = features_a.double(), features_b.double()
     N, M = len(a), len(b)
     if min(N, M) < 2:
         raise ValueError(f"{N} and {M} feature vectors; pairs within a set need at least 2")
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    within_a, within_b = kernel(a, a), kernel(b, b)         # (N, N), (M, M); no vector with itself
+    within_a = cubic_kernel(a, a)                           # (N, N); no vector with itself
+    within_b = cubic_kernel(b, b)                           # (M, M)
     mean_a = (within_a.sum() - within_a.trace()) / (N * (N - 1))
     mean_b = (within_b.sum() - within_b.trace()) / (M * (M - 1))
-    return mean_a + mean_b - 2 * kernel(a, b).mean()
+    return mean_a + mean_b - 2 * cubic_kernel(a, b).mean()
+
+
+def psnr(image, reconstruction):
+    """Peak signal-to-noise ratio in dB: (B,). Images are in [-1, 1]; the second one is clamped."""
+    difference = (image - reconstruction.clamp(-1, 1)) / 2                # in units of [0, 1]
+    return -10 * torch.log10(difference.square().mean(dim=(1, 2, 3)).clamp_min(1e-10))
 
 
 class PictureMeasures:
-    """CLIP score, FID and KID of drawn pictures, on the features of the image tower in a folder.
+    """CLIP score, FID and KID of drawn pictures, on the features of an image tower.
 
     pictures: the real ones; as all pictures here, PIL or uint8 (H, W, 3). captions: what the drawn
     ones should show. text: TextEncoders whose CLIP-L belongs to the tower, with any precision.
+    folder: see `load_image_tower`.
     """
 
     def __init__(self, pictures, captions, text, folder=SHIPPED, device="cpu"):
@@ -194,6 +242,8 @@ class PictureMeasures:
             for part in ids.split(BATCH_SIZE):
                 rows.append(clip(part.to(device))[1])
         self.text_features = torch.cat(rows)                                     # (M, d)
+        if self.tower.text_projection is not None:
+            self.text_features = self.text_features @ self.tower.text_projection.T
 
     @torch.no_grad()
     def features(self, pictures):
@@ -205,21 +255,66 @@ class PictureMeasures:
         return torch.cat(rows)
 
     def __call__(self, pictures):
-        """M pictures, one of each caption -> {"clip_score", "fid", "kid"}."""
+        """M pictures, one of each caption -> {"clip_score", "clip_error": the standard error of
+        that, "fid", "kid"}."""
         drawn = self.features(pictures)                                          # (M, d)
         if len(drawn) != len(self.text_features):
             raise ValueError(f"{len(drawn)} pictures of {len(self.text_features)} captions")
+        cosines = F.cosine_similarity(drawn, self.text_features)                 # (M,)
         return {"clip_score": clip_score(drawn, self.text_features).item(),
+                "clip_error": cosines.std().item() / len(cosines) ** 0.5,
                 "fid": frechet_distance(drawn, self.real).item(),
                 "kid": kernel_distance(drawn, self.real).item()}
 
 
-# ---- The measures of Table 3; images are in [-1, 1], and a number belongs to one picture ---------
+# ---- Losses by t (App. B.3) ----------------------------------------------------------------------
 
-def psnr(image, reconstruction):
-    """Peak signal-to-noise ratio in dB: (B,). The reconstruction is clamped."""
-    difference = (image - reconstruction.clamp(-1, 1)) / 2                # in units of [0, 1]
-    return -10 * torch.log10(difference.square().mean(dim=(1, 2, 3)).clamp_min(1e-10))
+@torch.no_grad()
+def validation_samples(pipeline, source, count, height, width):
+    """Yields (latent, context, pooled, noise) for `flow.validate`, 64 at once: the first `count`
+    pictures of a source, each with its last caption and noise that is always the same."""
+    rng = torch.Generator().manual_seed(0)
+    for first in range(0, count, BATCH_SIZE):
+        images = []
+        texts = []
+        for index in range(first, min(first + BATCH_SIZE, count)):
+            images.append(to_tensor(source.image(index, height, width)))
+            texts.append(source.captions(index)[-1])
+        image = torch.stack(images).to(pipeline.device)                          # (B, 3, H, W)
+        with autocast(pipeline.device, pipeline.precision):
+            latent = pipeline.vae.encode(image).float()                          # (B, C, H/8, W/8)
+            context, pooled = pipeline.text(texts)
+        noise = torch.randn(latent.shape, generator=rng).to(latent)
+        yield latent, context, pooled, noise
+
+
+@torch.no_grad()
+def assigned_losses(model, samples, precision, levels=8):
+    """Losses at t = 0, 1/8, ... 7/8 as MLPerf's text-to-image benchmark takes them: (levels,).
+
+    Each sample has a level of its own, here its number mod 8, and is seen at no other. Differs from
+    `flow.validate`, which takes each sample to eight times from 0 to 1. Samples: as there.
+    """
+    rows = []
+    seen = 0
+    for latent, context, pooled, noise in samples:
+        level = torch.arange(seen, seen + len(latent)) % levels                  # (B,)
+        seen += len(latent)
+        t = (level / levels).to(latent)                                          # (B,)
+        with autocast(latent.device, precision):
+            rows.append(flow.rectified_flow_loss(model, latent, context, pooled, t, noise))
+    losses = torch.cat(rows).cpu()
+    return torch.stack([losses[level::levels].mean() for level in range(levels)])
+
+
+def losses_by_level(pipeline, source, count, height, width):
+    """Both forms: {"validation": the paper's mean, which leaves out t = 1, "validation_by_t": at
+    eight times from 0 to 1, "mlperf": MLPerf's mean, "mlperf_by_t": at 0, 1/8, ... 7/8}."""
+    samples = list(validation_samples(pipeline, source, count, height, width))
+    by_level = flow.validate(pipeline.mmdit, samples, pipeline.precision)
+    assigned = assigned_losses(pipeline.mmdit, samples, pipeline.precision)
+    return {"validation": by_level[:-1].mean().item(), "validation_by_t": by_level.tolist(),
+            "mlperf": assigned.mean().item(), "mlperf_by_t": assigned.tolist()}
 
 
 # ---- GenEval (Tables 4 and 5) on the drawn world -------------------------------------------------
@@ -239,7 +334,6 @@ SPLITS = ("training wording", "reworded", "held-out combinations")
 MIN_OFFSET = 0.1        # of the two sizes' sum: how far apart centres must be (GenEval's threshold)
 MAX_REST = 0.004        # share of the pixels that may be foreground for no reason
 MIN_WORD_FIT = 0.7      # correlation with a word as it is drawn
-BATCH_SIZE = 64         # prompts that are given to a generator at once
 
 
 @dataclass(frozen=True)
@@ -251,31 +345,44 @@ class Case:
     said: tuple[str, ...]
 
 
+def suits(scene, kind, said, held_out) -> bool:
+    """Can a task ask for this scene? A pair must differ in shapes and in colours. held_out: what
+    the prompt says must be a combination that training never draws."""
+    if scene.kind != kind:
+        return False
+    shapes = [thing.shape for thing in scene.things]
+    colors = [thing.color for thing in scene.things]
+    if kind == "pair" and (len(set(shapes)) == 1 or len(set(colors)) == 1):
+        return False
+    relation = scene.relation if "relation" in said else ""
+    return not held_out or is_held_out(shapes, colors, relation)
+
+
 def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split=SPLITS[0]):
     """list of Case, task by task: the first scenes of the set `seed` that suit, each used once.
 
     Prompts have the plain wording of training, or are reworded. In the third split they also name
     the colours, and each has a combination that training never draws.
     """
+    held_out = split == SPLITS[2]
+    forms = REWORDED if split == SPLITS[1] else PLAIN
     cases = {task: [] for task in TASKS}
-    for index in itertools.count():
-        scene = make_scene(seed, index, height, width, held_out=split == SPLITS[2])
+    index = 0
+    while min(map(len, cases.values())) < count_per_task:
+        scene = make_scene(seed, index, height, width, held_out=held_out)
+        index += 1
         for task in sorted(TASKS, key=lambda name: len(cases[name])):
             kind, said = TASKS[task]
-            said = (*said, "color") if split == SPLITS[2] else said
-            shapes = [thing.shape for thing in scene.things]
-            colors = [thing.color for thing in scene.things]
-            alike = scene.kind == "pair" and min(len(set(shapes)), len(set(colors))) < 2
-            relation = scene.relation if "relation" in said else ""
-            unsaid = split == SPLITS[2] and not is_held_out(shapes, colors, relation)
-            if scene.kind == kind and not alike and not unsaid:
-                forms = REWORDED if split == SPLITS[1] else PLAIN
+            if held_out:
+                said = (*said, "color")
+            if suits(scene, kind, said, held_out):
                 prompt = caption(scene, said, forms, random.Random(scene.wording))
                 cases[task].append(Case(task, prompt, scene, said))
                 break
-        if min(len(chosen) for chosen in cases.values()) >= count_per_task:
-            break
-    return [case for chosen in cases.values() for case in chosen[:count_per_task]]
+    chosen = []
+    for found in cases.values():
+        chosen += found[:count_per_task]
+    return chosen
 
 
 def fits(case, things) -> bool:
@@ -300,12 +407,13 @@ def score(case, image) -> tuple[bool, bool]:
     nothing else before an even background. Lax, as GenEval: other things too, but exact counts."""
     view = View(image)
     wanted = case.scene.things
-    named = [thing for thing in view.things if thing.shape in {thing.shape for thing in wanted}][:8]
-    strict = lax = False
+    shapes = {thing.shape for thing in wanted}
+    named = [thing for thing in view.things if thing.shape in shapes]
     if "background" in case.said and view.background != case.scene.background:
         return False, False
-    for things in itertools.permutations(named, len(wanted)):
-        if strict or not fits(case, things):
+    lax = False
+    for things in itertools.permutations(named[:8], len(wanted)):
+        if not fits(case, things):
             continue
         rest = view.rest(things)
         if case.scene.word:
@@ -314,8 +422,9 @@ def score(case, image) -> tuple[bool, bool]:
                 continue
             rest &= ~place
         lax = lax or case.task != "counting" or len(named) == len(things)
-        strict = bool(rest.mean() <= MAX_REST)
-    return strict, lax
+        if rest.mean() <= MAX_REST:
+            return True, lax
+    return False, lax
 
 
 @lru_cache(maxsize=16)
@@ -325,7 +434,8 @@ def spellings(word, height, width):
     others = set(WORDS)
     for i in range(len(word)):
         before, letter, after = word[:i], word[i], word[i + 1 :]
-        others |= {before + after, before + after[:1] + letter + after[1:]}
+        others.add(before + after)
+        others.add(before + after[:1] + letter + after[1:])
         for other in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
             others.add(before + other + after)
     masks = []
@@ -362,55 +472,29 @@ def success_rates(cases, images) -> dict:
     passed = {task: [] for task in TASKS}
     for case, image in zip(cases, images, strict=True):
         passed[case.task].append(score(case, image))
-    shares = {task: np.mean(passed[task], axis=0).tolist() for task in TASKS}
-    overall, overall_lax = np.mean([shares[task] for task in GENEVAL_TASKS], axis=0).tolist()
-    return {"overall": overall, "overall_lax": overall_lax, "n": len(cases) // len(TASKS),
-            "strict": {task: share[0] for task, share in shares.items()},
-            "lax": {task: share[1] for task, share in shares.items()}}
+    rates = {"overall": 0, "overall_lax": 0, "n": len(cases) // len(TASKS), "strict": {}, "lax": {}}
+    for task in TASKS:
+        rates["strict"][task], rates["lax"][task] = np.mean(passed[task], axis=0).tolist()
+    for name, column in (("overall", "strict"), ("overall_lax", "lax")):
+        rates[name] = sum(rates[column][task] for task in GENEVAL_TASKS) / len(GENEVAL_TASKS)
+    return rates
 
 
 def geneval(draw, count_per_task=60, seed=HELD_OUT_SEED, height=64, width=64, split=SPLITS[0]):
     """Success rates of draw(prompts, first) -> list of uint8 (height, width, 3), which gets batches
     of prompts and the number of the first one: noise should follow that number."""
     cases = geneval_cases(count_per_task, seed, height, width, split)
+    prompts = [case.prompt for case in cases]
     images = []
     for first in tqdm(range(0, len(cases), BATCH_SIZE), "GenEval", leave=False):
-        images += draw([case.prompt for case in cases[first : first + BATCH_SIZE]], first)
+        images += draw(prompts[first : first + BATCH_SIZE], first)
     return success_rates(cases, images)
-
-
-def draw_with(pipeline, seed, **settings):
-    """draw(prompts, first) for `geneval`: the first picture starts from the noise of seed + first.
-    settings: fields of sample.Settings."""
-    def draw(prompts, first):
-        pictures = sample.generate(pipeline, prompts, seed + first, len(prompts), **settings)
-        return [np.asarray(picture) for picture in pictures]
-
-    return draw
 
 
 def format_scores(scores) -> str:
     """One line: GenEval .950, lax .960 (single object 1.00, ...)."""
-    tasks = [f"{task} {share:.2f}" for task, share in scores["strict"].items()]
-    return (f"GenEval {scores['overall']:.3f}, lax {scores['overall_lax']:.3f} "
-            f"({', '.join(tasks)})")
-
-
-# ---- Command line --------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line takes beside the checkpoint. Where nothing is given, it decides."""
-    num_prompts: int = option(60, "prompts for each task", low=1, high=10**5)
-    guidance_scale: float = option(0.0, "of the model; 0: its own", low=0, high=100)
-    num_steps: int = option(0, "of the solver; 0: the model's own", low=0, high=1000)
-    height: int = option(0, "of the pictures in px; 0: the model's own, or 64", low=0, high=4096)
-    width: int = option(0, "of the pictures in px; 0: the model's own, or 64", low=0, high=4096)
-    seed: int = option(HELD_OUT_SEED, "of the prompts and the noise", low=0, high=2**31)
-    out: str = option("out/evaluation.json", "a file for all the scores")
-
-    def __post_init__(self):
-        check_options(self)
+    tasks = ", ".join(f"{task} {share:.2f}" for task, share in scores["strict"].items())
+    return f"GenEval {scores['overall']:.3f}, lax {scores['overall_lax']:.3f} ({tasks})"
 
 
 def wilson(share, n):
@@ -426,71 +510,414 @@ def controls(cases, pipeline=None):
     truth = [draw_scene(case.scene) for case in cases]
     yield "ground truth", truth, cases
     order = np.random.default_rng(0).permutation(len(cases))
-    yield "shuffled captions", [truth[i] for i in order], [cases[i] for i in np.roll(order, 1)]
+    shuffled = [truth[i] for i in order]
+    yield "shuffled captions", shuffled, [cases[i] for i in np.roll(order, 1)]
     if pipeline is None:
         return
-    vae, latents = pipeline.vae, []
+    vae = pipeline.vae
 
-    def decode(latents):
-        return [np.asarray(from_tensor(vae.decode(z[None])[0].float().cpu())) for z in latents]
+    def decode(latent):
+        return np.asarray(from_tensor(vae.decode(latent)[0].float().cpu()))
 
+    latents = []
     with torch.no_grad(), autocast(pipeline.device, pipeline.precision):
         for image in truth:
-            latents.append(vae.encode(to_tensor(image)[None].to(pipeline.device))[0].float())
-        yield "ground truth through the VAE", decode(latents), cases
+            latents.append(vae.encode(to_tensor(image)[None].to(pipeline.device)).float())
+        yield "ground truth through the VAE", list(map(decode, latents)), cases
         rng = torch.Generator().manual_seed(0)
         for scale in (0.5, 1, 2):
-            noise = [scale * torch.randn(z.shape, generator=rng).to(z) for z in latents]
-            yield f"decoded noise, {scale:g}", decode(noise), cases
+            pictures = []
+            for latent in latents:                                           # (1, C, H/8, W/8)
+                noise = torch.randn(latent.shape, generator=rng).to(latent)
+                pictures.append(decode(scale * noise))
+            yield f"decoded noise, {scale:g}", pictures, cases
+
+
+# ---- A model's pictures with one or many settings (Table 6, Fig. 9) ------------------------------
+
+def draw_with(pipeline, seed, **settings):
+    """draw(prompts, first) for `geneval`: the first picture starts from the noise of seed + first.
+    settings: fields of sample.Settings."""
+    def draw(prompts, first):
+        pictures = sample.generate(pipeline, prompts, seed + first, len(prompts), **settings)
+        return [np.asarray(picture) for picture in pictures]
+
+    return draw
+
+
+@torch.no_grad()
+def draw_paths(pipeline, prompts, seed, **settings):
+    """What `sample.generate` draws, and how long the way from noise to each picture was: a list of
+    PIL pictures, path lengths (N,)."""
+    settings = sample.Settings(**pipeline.defaults | settings)
+    shape = sample.latent_shape(pipeline, settings)
+    batch_size = min(BATCH_SIZE, max(1, 2**22 // (settings.height * settings.width)))
+    pictures = []
+    lengths = []
+    for first in tqdm(range(0, len(prompts), batch_size), "drawing", leave=False):
+        part = prompts[first : first + batch_size]
+        noise = torch.empty(len(part), *shape)                               # (B, C, H, W)
+        for i in range(len(part)):
+            noise[i].normal_(generator=torch.Generator().manual_seed(seed + first + i))
+        context, pooled = sample.encode(pipeline, part, settings)
+        noise = noise.to(pipeline.device)
+        with autocast(pipeline.device, pipeline.precision):
+            latents, along = sample.sample_latents(pipeline.mmdit, context, pooled, noise, settings)
+            images = pipeline.vae.decode(latents).float().cpu()              # (B, 3, 8H, 8W)
+        sample.check_finite(images)
+        pictures += map(from_tensor, images)
+        lengths.append(along.cpu())
+    return pictures, torch.cat(lengths)
+
+
+def settings_grid(**choices):
+    """Every combination of choices, for example num_steps=(5, 50), without=((), ("t5",)): a list of
+    settings."""
+    combinations = itertools.product(*choices.values())
+    return [dict(zip(choices, values)) for values in combinations]
+
+
+def measure_grid(pipeline, prompts, measure, seed, grid):
+    """What `measure`, a PictureMeasures, says of the prompts' pictures with each of the settings.
+
+    grid: from `settings_grid`. Returns a list of {"settings", "clip_score", "clip_error", "fid",
+    "kid", "path_length": the mean, "clip_drop"}. The last two are the columns of Table 6: by how
+    many per cent the CLIP score is below that of the most steps, with all else equal.
+    """
+    found = []
+    for chosen in grid:
+        settings = {"num_steps": pipeline.defaults["num_steps"], **chosen}
+        pictures, lengths = draw_paths(pipeline, prompts, seed, **settings)
+        numbers = measure(pictures)
+        found.append({"settings": settings, **numbers, "path_length": lengths.mean().item()})
+    for row in found:
+        most_steps = row
+        for other in found:
+            alike = other["settings"] | {"num_steps": 0} == row["settings"] | {"num_steps": 0}
+            if alike and other["settings"]["num_steps"] > most_steps["settings"]["num_steps"]:
+                most_steps = other
+        row["clip_drop"] = 100 * (1 - row["clip_score"] / most_steps["clip_score"])
+    return found
+
+
+# ---- Pictures for public scorers -----------------------------------------------------------------
+
+def read_prompts(file):
+    """A list of {"prompt": ..., and what else the file says of it}. Files are GenEval's .jsonl,
+    PartiPrompts' .tsv, or have one prompt a line, as T2I-CompBench's .txt."""
+    lines = read_lines(file)
+    kind = Path(file).suffix
+    columns = []
+    first = 1
+    if kind == ".tsv" and lines:
+        columns = lines.pop(0).lower().split("\t")
+        first = 2
+    found = []
+    for number, line in enumerate(lines, first):
+        about = {"prompt": line}
+        try:
+            if kind == ".jsonl":
+                about = json.loads(line)
+            if columns:
+                about = dict(zip(columns, line.split("\t"), strict=True))
+            if not about["prompt"].strip():
+                raise ValueError("it is blank")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
+            raise ValueError(f"{file} line {number}: {line[:60]!r} is no prompt ({problem}); mend "
+                             f"it or take it out") from None
+        found.append(about)
+    if not found:
+        raise ValueError(f"{file} holds no prompt")
+    return found
+
+
+def draw_prompts(pipeline, prompts, folder, count, seed, settings):
+    """Draw `count` pictures of each prompt and keep them as public scorers read them.
+
+    GenEval's reads folder/00000/metadata.jsonl beside folder/00000/samples/0000.png, 0001.png, ...
+    T2I-CompBench's reads folder/samples/PROMPT_000000.png. So a list that says no more of a prompt
+    than its words becomes the latter. ValueError if there is something in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty; give a new folder")
+    for number, about in enumerate(tqdm(prompts, "prompts")):
+        prompt = about["prompt"]
+        first = number * count
+        pictures = sample.generate(pipeline, [prompt] * count, seed + first, count, **settings)
+        alone = len(about) == 1
+        place = folder / "samples" if alone else folder / f"{number:05}" / "samples"
+        place.mkdir(parents=True, exist_ok=True)
+        if not alone:
+            (place.parent / "metadata.jsonl").write_text(json.dumps(about) + "\n")
+        for i, picture in enumerate(pictures):
+            words = prompt.replace("/", " ").encode()[:200].decode(errors="ignore")
+            picture.save(place / (f"{words}_{first + i:06}.png" if alone else f"{i:04}.png"))
+
+
+# ---- The report of a run: one HTML file that needs no other --------------------------------------
+
+def html_grid(pictures, texts):
+    """A grid of pictures, four in a row, each above its text: one picture inside of the page."""
+    content = io.BytesIO()
+    captioned_grid(pictures, texts, 4).save(content, "PNG")
+    code = base64.b64encode(content.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{code}" alt="">'
+
+
+def svg_curve(points, across):
+    """A curve of (x, y), both above 0, drawn from 0. across: what x is."""
+    right = max(x for x, _ in points)
+    top = max(y for _, y in points)
+    places = ""
+    for x, y in points:
+        places += f" {600 * x / right:.1f},{200 - 200 * y / top:.1f}"
+    return (f'<svg viewBox="-60 -20 720 250" width="720"><path d="M0 0 V200 H600" fill="none" '
+            f'stroke="gray"/><polyline points="{places}" fill="none" stroke="black"/>'
+            f'<text x="-55" y="8">{top:.3f}</text><text x="-20" y="205">0</text>'
+            f'<text x="560" y="220">{right:g}</text><text x="290" y="220">{across}</text></svg>')
+
+
+def log_curve(file, name):
+    """The points (step, value) that a run's log.jsonl has of a loss; none without a log."""
+    points = []
+    for line in read_lines(file) if file.is_file() else ():
+        entry = json.loads(line)
+        if entry.get(name) is not None:
+            points.append((entry["step"], entry[name]))
+    return points
+
+
+def nearest_pictures(pictures, measure, training):
+    """Each picture, then the three of up to 512 training pictures whose features have the highest
+    cosines with its own: pictures, texts."""
+    height, width = np.asarray(pictures[0]).shape[:2]
+    known = []
+    for index in range(min(512, len(training))):
+        known.append(training.image(index, height, width))
+    known_features = F.normalize(measure.features(known), dim=1)                 # (N, d)
+    features = F.normalize(measure.features(pictures), dim=1)                    # (M, d)
+    cosines, places = (features @ known_features.T).topk(3, dim=1)               # (M, 3)
+    shown = []
+    texts = []
+    for i, picture in enumerate(pictures):
+        shown.append(picture)
+        texts.append("drawn")
+        for cosine, place in zip(cosines[i].tolist(), places[i].tolist()):
+            shown.append(known[place])
+            texts.append(f"{cosine:.3f} {training.captions(place)[-1]}")
+    return shown, texts
+
+
+def write_report(file, record, pictures, prompts, measure, training):
+    """One page: what was printed, curves, pictures, and what resembles a training picture."""
+    drawn = measure.features(pictures)                                           # (M, d)
+    cosines = F.cosine_similarity(drawn, measure.text_features[: len(drawn)])    # (M,)
+    texts = [f"{cosine:.3f} {prompt}" for cosine, prompt in zip(cosines.tolist(), prompts)]
+    order = cosines.argsort(descending=True).tolist()
+    by_t = list(zip(np.linspace(0, 1, 8), record["losses"]["validation_by_t"]))
+    parts = [f'<!DOCTYPE html><meta charset="utf-8"><title>{html.escape(str(file))}</title>',
+             '<body style="font: 15px sans-serif; margin: 2em">',
+             f"<h1>{html.escape(record['checkpoint'])}</h1>",
+             f"<pre>{html.escape(chr(10).join(record['printed']))}</pre>",
+             "<h2>Loss of unseen pictures by t</h2>", svg_curve(by_t, "t")]
+    for name in ("loss", "validation"):
+        points = log_curve(file.with_name("log.jsonl"), name)
+        if points:
+            parts += [f"<h2>{name} by step</h2>", svg_curve(points, "step")]
+    for title, chosen in (("Pictures", sorted(order)[:24]), ("Best prompts", order[:8]),
+                          ("Worst prompts", order[-8:])):
+        grid = html_grid([pictures[i] for i in chosen], [texts[i] for i in chosen])
+        parts += [f"<h2>{title}, with the cosines of picture and prompt</h2>", grid]
+    parts += ["<h2>Nearest training pictures, with cosines</h2>",
+              html_grid(*nearest_pictures(pictures[:8], measure, training))]
+    page = partial(Path.write_text, data="\n".join(parts), encoding="utf-8")
+    write_atomically(file, page)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line takes beside the checkpoint. Where nothing is given, it decides. Lists
+    of settings are combined: each combination is drawn and measured."""
+    num_prompts: int = option(60, "prompts for each task", 1, 10**5)
+    num_pictures: int = option(256, "for the losses, CLIP score, FID and KID", 8, 10**6)
+    guidance_scale: tuple[float, ...] = option((), "one or more; none: the model's own", 0, 100)
+    num_steps: tuple[int, ...] = option((), "of the solver, one or more", 1, 1000)
+    timestep_shift: tuple[float, ...] = option((), "alpha of Eq. 23, one or more", 0.01, 100)
+    without: tuple[str, ...] = option((), "encoders to leave out, for example none t5 clip_l+t5")
+    height: int = option(0, "of the pictures in px; 0: the model's own, or 64", 0, 4096)
+    width: int = option(0, "of the pictures in px; 0: the model's own, or 64", 0, 4096)
+    seed: int = option(HELD_OUT_SEED, "of the prompts and the noise", 0, 2**31)
+    data: str = option("", "captioned pictures to measure on, in place of scenes and GenEval")
+    tower: str = option("", "folder or file of CLIP's image tower, if not beside the encoders")
+    prompts: str = option("", "a file of prompts: only draw them, into the folder --out")
+    per_prompt: int = option(4, "pictures of each of --prompts", 1, 1000)
+    out: str = option("out/evaluation.json", "a file for all the numbers")
+
+    def __post_init__(self):
+        check_options(self)
+
+    def grid(self):
+        """The combinations of settings that are asked for."""
+        choices = {}
+        for name in ("guidance_scale", "num_steps", "timestep_shift"):
+            if getattr(self, name):
+                choices[name] = getattr(self, name)
+        if self.without:
+            choices["without"] = []
+            for text in self.without:
+                choices["without"].append(() if text == "none" else tuple(text.split("+")))
+        return settings_grid(**choices)
+
+
+def describe(settings) -> str:
+    """Settings in words."""
+    words = []
+    for name, value in settings.items():
+        if name == "without":
+            value = "+".join(value) or "none"
+        words.append(f"{name} {value}")
+    return ", ".join(words) or "training wording"
 
 
 def rows(pipeline, options, size):
-    """Yields (name, success rates) of all controls, and of the model on all splits."""
+    """Yields (name, success rates) of all controls and of the model with each of the settings. A
+    single one is asked for all splits."""
     cases = geneval_cases(options.num_prompts, options.seed, *size)
     for name, images, asked in controls(cases, pipeline):
         yield name, success_rates(asked, images)
     if pipeline is None:
         return
+    grid = options.grid()
     untrained = copy.copy(pipeline)
     untrained.mmdit = copy.deepcopy(pipeline.mmdit)
     untrained.mmdit.initialize(torch.Generator().manual_seed(0))
-    settings = {"height": size[0], "width": size[1]}
-    for name in ("guidance_scale", "num_steps"):
-        if getattr(options, name):
-            settings[name] = getattr(options, name)
-    for name, model, split in (("untrained", untrained, SPLITS[0]), ("model", pipeline, SPLITS[0]),
-                               ("model", pipeline, SPLITS[1]), ("model", pipeline, SPLITS[2])):
+    models = [("untrained", untrained, grid[0], SPLITS[0])]
+    for settings in grid:
+        models.append((f"model, {describe(settings)}", pipeline, settings, SPLITS[0]))
+    if len(grid) == 1:
+        models.append((f"model, {SPLITS[1]}", pipeline, grid[0], SPLITS[1]))
+        models.append((f"model, {SPLITS[2]}", pipeline, grid[0], SPLITS[2]))
+    for name, model, settings, split in models:
         draw = draw_with(model, options.seed, **settings)
-        rates = geneval(draw, options.num_prompts, options.seed, *size, split)
-        yield f"{name}, {split}", rates
+        yield name, geneval(draw, options.num_prompts, options.seed, *size, split)
+
+
+def score_lines(name, rates):
+    """A row of shares, and a row of their 95 % intervals, each as one text."""
+    shares = f"{name:40}  {rates['overall']:.3f}  {rates['overall_lax']:.3f}"
+    intervals = f"{'':54}"
+    for task, share in rates["strict"].items():
+        low, high = rates["intervals"][task]
+        width = max(9, len(task))
+        shares += f"  {share:{width}.3f}"
+        intervals += f"  {f'{low:.2f}-{high:.2f}':>{width}}"
+    return [shares, intervals]
+
+
+def measure_lines(record):
+    """The losses, and a row of numbers for each of the settings, each as one text."""
+    losses = record["losses"]
+    by_t = " ".join(f"{loss:.4f}" for loss in losses["validation_by_t"])
+    lines = [f"losses of unseen pictures at eight t from 0 to 1: {by_t}",
+             f"their mean without t = 1: {losses['validation']:.4f}",
+             f"mean at t = 0, 1/8, ... 7/8 in MLPerf's form: {losses['mlperf']:.4f}",
+             f"{'':40}  CLIP score (95 %)   lower by     FID      KID  path length"]
+    for row in record["measures"]:
+        score = f"{row['clip_score']:.4f} +- {1.96 * row['clip_error']:.4f}"
+        lines.append(f"{describe(row['settings']):40}  {score}  {row['clip_drop']:7.2f} %  "
+                     f"{row['fid']:6.3f}  {row['kid']:7.4f}  {row['path_length']:11.2f}")
+    return lines
+
+
+def note(record, lines):
+    """Prints what is new, and stores all that is known."""
+    print(*lines, sep="\n")
+    record["printed"] += lines
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(record["out"], partial(Path.write_text, data=text))
+
+
+def reference(checkpoint, pipeline, options, size):
+    """What a model is measured with: (unseen pictures, their captions, PictureMeasures of these,
+    pictures of its training). Scenes, or --data. ValueError for what is missing."""
+    named = run_encoders(Path(checkpoint))
+    file, seed = find_model_file(checkpoint), 0
+    if named:                                                # a run
+        file = named[0]
+        seed = read_json(Path(checkpoint) / "config.json", {"train": dict})["train"].get("seed", 0)
+    unseen = Scenes(options.num_pictures, HELD_OUT_SEED)
+    training = Scenes(512, seed)
+    if options.data:
+        unseen = training = ImageFiles(options.data)
+    real = []
+    captions = []
+    for index in range(min(options.num_pictures, len(unseen))):
+        real.append(unseen.image(index, *size))
+        captions.append(unseen.captions(index)[-1])
+    tower = options.tower or file.parent
+    measure = PictureMeasures(real, captions, pipeline.text, tower, pipeline.device)
+    return unseen, captions, measure, training
+
+
+def measure_model(record, pipeline, options, size, unseen, captions, measure, training):
+    """Losses, CLIP score, FID, KID and path lengths; then the report."""
+    grid = options.grid()
+    record["losses"] = losses_by_level(pipeline, unseen, len(captions), *size)
+    record["measures"] = measure_grid(pipeline, captions, measure, options.seed, grid)
+    note(record, measure_lines(record))
+    pictures, _ = draw_paths(pipeline, captions[:64], options.seed, **grid[0])
+    file = Path(record["checkpoint"]) / "report.html"
+    if not file.with_name("log.jsonl").is_file():            # no run
+        file = Path(options.out).with_name("report.html")
+    write_report(file, record, pictures, captions, measure, training)
+    print(f"{file} shows all of it")
 
 
 def main():
-    """Score ground truth, the controls and the model; print a table, and write all as JSON."""
-    parser = argparse.ArgumentParser(description="GenEval's tasks on scenes", allow_abbrev=False)
+    """Scores ground truth, the controls and a model; prints tables, writes JSON and a report."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="?", help="a model as for sample.py; none: no model")
     add_options(parser, Options)
     arguments = parser.parse_args()
     options = Options(**given_options(arguments, Options))
+    grid = options.grid()
+    prompts = read_prompts(options.prompts) if options.prompts else []
     out = Path(options.out)
+    if prompts and (len(grid) > 1 or not arguments.checkpoint or out.suffix == ".json"):
+        raise ValueError("--prompts takes a model, one value of each setting, and --out FOLDER")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+    writable = os.access(out if out.exists() else out.parent, os.W_OK)
+    if not prompts and (out.is_dir() or not writable):
         raise ValueError(f"--out {out} cannot be written; give the name of a file")
-    pipeline = sample.load(arguments.checkpoint) if arguments.checkpoint else None
-    defaults = pipeline.defaults if pipeline else {"height": 64, "width": 64}
-    size = [options.height or defaults["height"], options.width or defaults["width"]]
-    if pipeline:                                             # ValueError before the work
-        sample.latent_shape(pipeline, sample.Settings(height=size[0], width=size[1]))
+    size = (options.height or 64, options.width or 64)
+    pipeline = None
+    if arguments.checkpoint:
+        pipeline = sample.load(arguments.checkpoint)
+        pipeline.defaults["height"] = options.height or pipeline.defaults["height"]
+        pipeline.defaults["width"] = options.width or pipeline.defaults["width"]
+        size = (pipeline.defaults["height"], pipeline.defaults["width"])
+        for settings in grid:                                # ValueError before the work
+            sample.latent_shape(pipeline, sample.Settings(**pipeline.defaults | settings))
+    if prompts:
+        return draw_prompts(pipeline, prompts, out, options.per_prompt, options.seed, grid[0])
+    if pipeline:
+        material = reference(arguments.checkpoint, pipeline, options, size)
     record = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint,
-              **asdict(options), "height": size[0], "width": size[1], "rows": {}}
-    print(f"{'':40} strict    lax  " + "  ".join(TASKS))
-    for name, rates in rows(pipeline, options, size):
-        shares = "  ".join(f"{share:{len(task)}.3f}" for task, share in rates["strict"].items())
-        print(f"{name:40}  {rates['overall']:.3f}  {rates['overall_lax']:.3f}  {shares}")
-        rates["intervals"] = {task: wilson(x, rates["n"]) for task, x in rates["strict"].items()}
-        record["rows"][name] = rates
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(out, partial(Path.write_text, data=text))
+              **asdict(options), "height": size[0], "width": size[1], "rows": {}, "printed": []}
+    if not options.data:
+        head = "  ".join(f"{task:>9}" for task in TASKS)
+        note(record, [f"{'':40} strict    lax  {head}"])
+        for name, rates in rows(pipeline, options, size):
+            rates["intervals"] = {}
+            for task, share in rates["strict"].items():
+                rates["intervals"][task] = wilson(share, rates["n"])
+            record["rows"][name] = rates
+            note(record, score_lines(name, rates))
+    if pipeline:
+        measure_model(record, pipeline, options, size, *material)
     print(f"written to {out}, with lax shares and 95 % intervals for each task")
 
 

@@ -1,22 +1,34 @@
 """Tests of evaluate.py: metrics against closed forms, the rules of the score, its controls."""
 
+import base64
+import html.parser
+import io
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import evaluate
+import sample
 from checkpoints import SHIPPED
-from evaluate import (GENEVAL_TASKS, SPLITS, TASKS, Case, CLIPImageConfig, CLIPImageEncoder,
-                      clip_score, frechet_distance, geneval, geneval_cases, kernel_distance,
-                      load_image_tower, psnr, score, success_rates, wilson)
-from scenes import Scene, Thing, draw_scene, is_held_out
+from data import to_tensor
+from evaluate import (
+    GENEVAL_TASKS, SPLITS, TASKS, Case, CLIPImageConfig, CLIPImageEncoder, PictureMeasures,
+    assigned_losses, clip_score, draw_paths, frechet_distance, geneval, geneval_cases,
+    kernel_distance, load_image_tower, measure_grid, nearest_pictures, psnr, read_prompts, score,
+    settings_grid, success_rates, svg_curve, validation_samples, wilson)
+from scenes import Scene, Scenes, Thing, draw_scene, is_held_out
 from text_encoders import quick_gelu
 from vae import perceptual_loss
 
@@ -96,6 +108,35 @@ def test_images_of_another_size_are_resized():
     torch.testing.assert_close(encoder(image), encoder(resized))
 
 
+def test_the_released_file_gives_the_features_that_transformers_gives(tmp_path):
+    """A CLIP of random weights and tiny size, written by transformers itself."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 1, "vocab_size": 99, "max_position_embeddings": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
+    model = transformers.CLIPModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)    # no norm is the identity
+    model.save_pretrained(tmp_path)
+    tower = load_image_tower(tmp_path)
+    image = random(3, 3, 28, 28).float().clamp(-1, 1)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        seen = model.vision_model((image * 0.5 + 0.5 - mean) / std).pooler_output
+        expected = model.visual_projection(seen)
+    torch.testing.assert_close(tower(image), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(tower.text_projection, model.text_projection.weight)
+
+
+def test_a_model_without_an_image_tower_is_one_sentence():
+    with pytest.raises(ValueError, match="holds no image tower for clip_l; give .*--tower"):
+        load_image_tower(SHIPPED / "model.safetensors")
+
+
 # ---- CLIP score, Frechet and kernel distance -----------------------------------------------------
 
 def test_clip_score_is_the_mean_cosine_whatever_the_lengths():
@@ -144,6 +185,16 @@ def test_frechet_distance_of_gaussians_that_do_not_commute():
     assert frechet_distance(a, b).item() == pytest.approx(expected.item())
 
 
+def test_frechet_distance_is_that_of_scipys_square_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = random(90, 24) @ random(24, 24, seed=1), random(70, 24, seed=2) + 0.5
+    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    root = linalg.sqrtm(cov_a @ cov_b)
+    shift = (a.mean(0) - b.mean(0)).square().sum().item()
+    expected = shift + np.trace(cov_a + cov_b - 2 * root.real)
+    assert frechet_distance(a, b).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_frechet_distance_needs_two_vectors():
     with pytest.raises(ValueError, match="1 and 5 feature vectors"):
         frechet_distance(random(1, 3), random(5, 3))
@@ -183,6 +234,98 @@ def test_the_shipped_tower_prefers_the_right_colour():
         images.append(torch.from_numpy(draw_scene(scene)).permute(2, 0, 1) / 127.5 - 1)
     features = F.normalize(tower(torch.stack(images)), dim=-1)
     assert features[0] @ features[1] > features[0] @ features[2] + 0.05
+
+
+def test_distances_of_two_halves_are_small_and_rise_with_blur_noise_and_colour():
+    tower, source = load_image_tower(SHIPPED), Scenes(256, seed=5)
+    images = torch.stack([to_tensor(source.image(i, 64, 64)) for i in range(256)])
+    half, other = images.chunk(2)
+    real = tower(half)
+    noise = random(*other.shape).float()
+
+    def blurred(radius):
+        padded = F.pad(other, (radius,) * 4, mode="replicate")
+        return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
+
+    def redder(amount):
+        return (other + amount * torch.tensor([1.0, 0, 0]).view(3, 1, 1)).clamp(-1, 1)
+
+    worse = [[other, *[(other + amount * noise).clamp(-1, 1) for amount in (0.3, 0.6, 1.2)]],
+             [other, *map(blurred, (4, 8, 16))], [other, *map(redder, (0.3, 0.6, 1.2))]]
+    for distance in (frechet_distance, kernel_distance):
+        for series in worse:
+            values = [distance(real, tower(pictures)).item() for pictures in series]
+            assert values == sorted(values) and abs(values[0]) < 0.2 * values[-1], values
+
+
+def test_picture_measures_score_pictures_with_their_captions():
+    """Pictures and captions of scenes: in their order, in another, and pictures of nothing."""
+    text, source = sample.load(SHIPPED, precision="fp32").text, Scenes(40, seed=6)
+    pictures = [source.image(i, 64, 64) for i in range(40)]
+    captions = [source.captions(i)[1] for i in range(40)]
+    measure = PictureMeasures(pictures, captions, text, SHIPPED)
+    numbers = measure(pictures)
+    assert numbers["fid"] == pytest.approx(0, abs=1e-6) and numbers["kid"] < 0
+    cosines = F.cosine_similarity(measure.real, measure.text_features)
+    assert numbers["clip_score"] == pytest.approx(cosines.mean().item())
+    assert numbers["clip_error"] == pytest.approx(cosines.std().item() / 40**0.5)
+    rotated = measure(pictures[1:] + pictures[:1])
+    assert rotated["clip_score"] < numbers["clip_score"] - 5 * numbers["clip_error"]
+    assert rotated["fid"] == pytest.approx(0, abs=1e-6)
+    assert measure([np.zeros((64, 64, 3), np.uint8)] * 40)["fid"] > 1
+    with pytest.raises(ValueError, match="39 pictures of 40 captions"):
+        measure(pictures[:39])
+    with pytest.raises(ValueError, match="needs CLIP-L"):
+        PictureMeasures(pictures, captions, SimpleNamespace(encoders={}))
+
+
+def test_a_text_projection_stands_between_clip_l_and_the_tower(monkeypatch):
+    text = sample.load(SHIPPED, precision="fp32").text
+    pictures = [np.zeros((64, 64, 3), np.uint8)] * 2
+    plain = PictureMeasures(pictures, ["a star", "a ring"], text).text_features
+    tower = load_image_tower(SHIPPED)
+    tower.text_projection = torch.randn(plain.shape[1], plain.shape[1])
+    monkeypatch.setattr(evaluate, "load_image_tower", lambda place: tower)
+    projected = PictureMeasures(pictures, ["a star", "a ring"], text).text_features
+    torch.testing.assert_close(projected, plain @ tower.text_projection.T)
+
+
+# ---- Losses by t ---------------------------------------------------------------------------------
+
+def test_mlperf_sees_each_sample_at_its_own_level_only():
+    """A model that is wrong by t has the loss t^2: (k/8)^2 at level k. Sample i has level i mod 8,
+    also where a batch begins; samples 0, 8, 16 are wrong by 1 more, so level 0 has 1."""
+    latent = torch.arange(24.0).view(24, 1, 1, 1).expand(24, 2, 4, 4)
+    seen = []
+
+    def model(z_t, t, context, pooled):
+        seen.append(len(z_t))
+        return -context + t.view(-1, 1, 1, 1) + (context % 8 == 0)
+
+    samples = []
+    for part in latent.split([5, 8, 11]):
+        samples.append((part, part, None, torch.zeros_like(part)))
+    losses = assigned_losses(model, samples, torch.float32)
+    assert losses.tolist() == pytest.approx([1, *[(k / 8) ** 2 for k in range(1, 8)]])
+    assert sum(seen) == 24
+
+
+def test_validation_samples_are_the_same_for_every_model():
+    pipeline = sample.load(SHIPPED, precision="fp32")
+    source = Scenes(70, seed=4)
+    first, rest = validation_samples(pipeline, source, 66, 64, 64)
+    assert len(first[0]) == 64 and len(rest[0]) == 2
+    other = next(validation_samples(pipeline, source, 64, 64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(first, other))
+    latent, context, pooled, noise = rest
+    images = torch.stack([to_tensor(source.image(i, 64, 64)) for i in (64, 65)])
+    with torch.no_grad():
+        torch.testing.assert_close(latent, pipeline.vae.encode(images))
+    expected, expected_pooled = pipeline.text([source.captions(i)[1] for i in (64, 65)])
+    torch.testing.assert_close(context, expected)
+    torch.testing.assert_close(pooled, expected_pooled)
+    assert first[3].std().item() == pytest.approx(1, abs=0.02)
+    assert first[3][0].ne(first[3][1]).all() and noise.shape == latent.shape
 
 
 # ---- Measures of Table 3 -------------------------------------------------------------------------
@@ -316,8 +459,6 @@ def test_ground_truth_passes_at_other_sizes(height, width):
 
 def test_decoded_noise_and_what_the_vae_loses():
     """Noise scored .238 by the rule that asks for no more than one of each."""
-    import sample
-
     rates = {}
     for name, images, cases in evaluate.controls(geneval_cases(6), sample.load(SHIPPED)):
         rates[name] = success_rates(cases, images)["overall"]
@@ -345,13 +486,198 @@ def test_geneval_asks_in_batches_and_scores_what_comes_back():
         geneval(lambda prompts, first: [], 1)                # too few pictures
 
 
+# ---- Settings, prompts of others, the report -----------------------------------------------------
+
+class Straight(nn.Module):
+    """A velocity of 1 everywhere. Its path is as long as a vector of ones: sqrt(C H W)."""
+    config = SimpleNamespace(latent_channels=4, patch_size=2, depth=1, downsampling=8,
+                             pos_embed_max_size=8)
+
+    def forward(self, z, t, context, pooled):
+        return torch.ones_like(z)
+
+    def decode(self, z):
+        return z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3) / 4
+
+
+def test_a_straight_path_has_its_closed_form_and_pictures_follow_their_seeds():
+    def text(prompts, without=()):
+        return torch.zeros(len(prompts), 1, 1), torch.zeros(len(prompts), 1)
+
+    defaults = {"height": 16, "width": 32, "guidance_scale": 1.0, "num_steps": 3}
+    pipeline = sample.Pipeline(Straight(), Straight(), text, defaults)
+    pictures, lengths = draw_paths(pipeline, ["a"] * 66, seed=7)
+    assert lengths.tolist() == pytest.approx([(4 * 2 * 4) ** 0.5] * 66)
+    for i in (0, 65):
+        noise = torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(7 + i))
+        expected = ((noise[:3, 0, 0] - 1) / 4).clamp(-1, 1)
+        found = to_tensor(pictures[i])[:, 0, 0]
+        assert pictures[i].size == (32, 16) and (found - expected).abs().max() < 0.01
+
+
+def test_a_grid_has_every_combination_and_steps_are_compared_with_all_else_equal(monkeypatch):
+    """By hand: .30 is 25 % below .40, .45 is 10 % below .50."""
+    assert settings_grid() == [{}]
+    grid = settings_grid(num_steps=(5, 50), without=((), ("t5",)))
+    assert grid == [{"num_steps": 5, "without": ()}, {"num_steps": 5, "without": ("t5",)},
+                    {"num_steps": 50, "without": ()}, {"num_steps": 50, "without": ("t5",)}]
+    scores = iter((0.30, 0.45, 0.40, 0.50, 0.2))
+    drawn = []
+
+    def draw(pipeline, prompts, seed, **settings):
+        drawn.append(settings)
+        return [], torch.tensor([1.0, 3.0])
+
+    monkeypatch.setattr(evaluate, "draw_paths", draw)
+    pipeline = SimpleNamespace(defaults={"num_steps": 28})
+    rows = measure_grid(pipeline, [], lambda pictures: {"clip_score": next(scores)}, 0, grid)
+    assert [row["clip_drop"] for row in rows] == pytest.approx([25, 10, 0, 0])
+    assert [row["path_length"] for row in rows] == [2] * 4 and drawn == grid
+    assert [row["settings"] for row in rows] == grid
+    alone, = measure_grid(pipeline, [], lambda pictures: {"clip_score": next(scores)}, 0, [{}])
+    assert alone["settings"] == {"num_steps": 28} and alone["clip_drop"] == 0
+
+
+def test_lists_of_settings_become_a_grid():
+    options = evaluate.Options(guidance_scale=(1.0, 5.0), without=("none", "clip_l+t5"))
+    assert options.grid() == settings_grid(guidance_scale=(1.0, 5.0),
+                                           without=((), ("clip_l", "t5")))
+    assert evaluate.Options().grid() == [{}]
+
+
+GENEVAL_LINE = '{"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "a cup"}'
+
+
+def test_prompt_files_of_the_three_public_lists_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text(GENEVAL_LINE + "\n")
+    (tmp_path / "b.tsv").write_text('Prompt\tCategory\tChallenge\tNote\nthe "Sun"\tArts\tBasic\t\n')
+    (tmp_path / "c.txt").write_text("four trucks\na cat\tand a dog")
+    assert read_prompts(tmp_path / "a.jsonl") == [json.loads(GENEVAL_LINE)]
+    assert read_prompts(tmp_path / "b.tsv") == [
+        {"prompt": 'the "Sun"', "category": "Arts", "challenge": "Basic", "note": ""}]
+    assert read_prompts(tmp_path / "c.txt") == [{"prompt": "four trucks"},
+                                                {"prompt": "a cat\tand a dog"}]
+
+
+@pytest.mark.parametrize("name, text, sentence", [
+    ("a.txt", "a cat\n\na dog\n", "a.txt line 2: '' is no prompt"),
+    ("a.txt", "", "a.txt holds no prompt"), ("a.tsv", "", "a.tsv holds no prompt"),
+    ("a.jsonl", GENEVAL_LINE + '\n{"prompt": 3}\n', "a.jsonl line 2"),
+    ("a.jsonl", GENEVAL_LINE + "\n\n", "a.jsonl line 2"), ("a.jsonl", "[1]\n", "a.jsonl line 1"),
+    ("a.tsv", "Prompt\tNote\na cat\n", "a.tsv line 2: 'a cat' is no prompt"),
+    ("a.tsv", "Text\na cat\n", "a.tsv line 2")])
+def test_a_wrong_line_of_a_prompt_file_is_named(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_prompts(tmp_path / name)
+
+
+def test_pictures_lie_where_public_scorers_look_for_them(tmp_path, monkeypatch):
+    """GenEval's evaluate_images.py: folders of digits with metadata.jsonl and samples/DIGITS.png.
+    T2I-CompBench: samples/PROMPT_NUMBER.png, split at "_"."""
+    asked = []
+
+    def generate(pipeline, prompts, seed, batch_size, **settings):
+        asked.append((prompts, seed, settings))
+        return [Image.new("RGB", (8, 8), (seed + i, 0, 0)) for i in range(len(prompts))]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    prompts = [json.loads(GENEVAL_LINE), {"prompt": "a cow", "tag": "single_object"}]
+    evaluate.draw_prompts(None, prompts, tmp_path / "geneval", 2, 10, {"num_steps": 4})
+    assert asked == [(["a cup"] * 2, 10, {"num_steps": 4}), (["a cow"] * 2, 12, {"num_steps": 4})]
+    for number, about in enumerate(prompts):
+        folder = tmp_path / "geneval" / f"{number:05}"
+        with open(folder / "metadata.jsonl") as file:
+            assert json.load(file) == about
+        names = sorted(os.listdir(folder / "samples"))
+        assert names == ["0000.png", "0001.png"]
+        reds = [Image.open(folder / "samples" / name).getpixel((0, 0))[0] for name in names]
+        assert reds == [10 + 2 * number, 11 + 2 * number]
+    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+        evaluate.draw_prompts(None, prompts, tmp_path / "geneval", 2, 10, {})
+    texts = [{"prompt": "four trucks"}, {"prompt": "a cat/dog " + "x" * 300}]
+    evaluate.draw_prompts(None, texts, tmp_path / "t2i", 1, 0, {})
+    names = sorted(os.listdir(tmp_path / "t2i" / "samples"), reverse=True)
+    assert names[0] == "four trucks_000000.png" and names[1].endswith("xx_000001.png")
+    assert names[1].startswith("a cat dog xx") and len(names) == 2
+
+
+def test_a_curve_is_drawn_to_scale():
+    """By hand: x to 2 over 600 px, y to 4 over 200 px, downwards."""
+    curve = svg_curve([(1, 4), (2, 1)], "step")
+    assert 'points=" 300.0,0.0 600.0,150.0"' in curve and ">4.000<" in curve and ">2<" in curve
+
+
+def test_the_nearest_training_picture_is_found_by_its_features():
+    training = Scenes(30, seed=9)
+    measure = SimpleNamespace(features=lambda pictures: torch.stack(
+        [to_tensor(picture).flatten() for picture in pictures]))
+    picture = Image.fromarray(training.image(17, 64, 64))
+    shown, texts = nearest_pictures([picture], measure, training)
+    assert len(shown) == len(texts) == 4 and texts[0] == "drawn"
+    assert texts[1] == "1.000 " + training.captions(17)[1]
+    assert (shown[1] == training.image(17, 64, 64)).all()
+    assert float(texts[1][:5]) >= float(texts[2][:5]) >= float(texts[3][:5])
+
+
+class Page(html.parser.HTMLParser):
+    """What a page loads, how its curves go, and its text."""
+    def __init__(self, file):
+        super().__init__()
+        self.sources, self.curves, self.text = [], [], ""
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.sources += [attributes[name] for name in ("src", "href") if name in attributes]
+        self.curves += [attributes["points"]] if tag == "polyline" else []
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_model_gets_numbers_and_a_report_that_needs_no_other_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [
+        "evaluate.py", str(SHIPPED), "--num-prompts", "1", "--num-pictures", "9", "--num-steps",
+        "1", "2", "--height", "32", "--width", "32", "--out", str(tmp_path / "scores.json")])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert list(record["rows"])[-3:] == ["untrained", "model, num_steps 1", "model, num_steps 2"]
+    assert [row["settings"] for row in record["measures"]] == [{"num_steps": 1}, {"num_steps": 2}]
+    assert record["measures"][1]["clip_drop"] == 0 and record["measures"][0]["path_length"] > 0
+    by_t = record["losses"]["validation_by_t"]
+    assert record["losses"]["validation"] == pytest.approx(sum(by_t[:7]) / 7)
+    assert record["losses"]["mlperf_by_t"][0] > 0 and len(record["losses"]["mlperf_by_t"]) == 8
+    page = Page(tmp_path / "report.html")
+    assert len(page.curves) == 1 and len(page.curves[0].split()) == 8
+    assert all(line in page.text and line in printed for line in record["printed"])
+    assert len(page.sources) == 4
+    for source in page.sources:
+        kind, code = source.split(",")
+        assert kind == "data:image/png;base64"
+        Image.open(io.BytesIO(base64.b64decode(code))).verify()
+
+
+def test_the_report_of_a_run_has_the_curves_of_its_log(tmp_path):
+    lines = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0, "validation": null}',
+             '{"step": 4, "validation": 0.5}']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert evaluate.log_curve(tmp_path / "log.jsonl", "loss") == [(1, 2.0), (2, 1.0)]
+    assert evaluate.log_curve(tmp_path / "log.jsonl", "validation") == [(4, 0.5)]
+    assert evaluate.log_curve(tmp_path / "none.jsonl", "loss") == []
+
+
 def run(*options, cwd):
     command = [sys.executable, ROOT / "evaluate.py", *map(str, options)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (["--height", "63"], "both must be multiples of 16 px"),
+    (["--height", "63"], "must be multiples of 16 px"),
+    (["--without", "t6"], "--without 't6' must be one of"),
+    (["--without", "none", "t5", "--prompts", ROOT / "requirements.txt"], "one value of each"),
+    (["--prompts", "none.txt"], "none.txt"), (["--tower", "none"], "none: no such file"),
     (["--seed", "-1"], "--seed -1 must be"),
     (["--num-prompts", "0"], "--num-prompts 0 must be"), (["--out", "/proc/no/x"], "/proc/no"),
     (["--out", "."], "give the name of a file"), (["--guidance-scale", "nan"], "nan must be")])
