@@ -33,8 +33,8 @@ from vae import normalize, sample_code
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # No other decoder sees a foreign file.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_BYTES = 2**30                                        # of a picture's file
-MAX_TEXT = 2**20                                         # of a line, or of a caption file
+MAX_BYTES = 2**30                                        # of a picture
+MAX_TEXT = 2**20                                         # of a line, and of a caption file
 warnings.filterwarnings("ignore", module=r"PIL\.")       # of large pictures and odd EXIF blocks
 
 # ---- One picture ---------------------------------------------------------------------------------
@@ -95,9 +95,9 @@ def to_tensor(image):
 
 def from_tensor(image):
     """(3, height, width) in [-1, 1] -> RGB picture: the inverse of to_tensor, clamped, rounded."""
-    pixels = (image.detach().float().clamp(-1, 1) + 1) * 127.5
-    pixels = pixels.round().to(torch.uint8).cpu()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pixels = (image.detach().cpu().float().clamp(-1, 1) + 1) * 127.5
+    pixels = pixels.round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
 
 
 def aspect_buckets(resolution):
@@ -157,10 +157,10 @@ class ImageFiles:
     def __init__(self, path):
         self.path = Path(path).expanduser()
         self.records, self.problems = [], []
+        files = {}                                      # {name: Part}
         table = self.path / "metadata.jsonl"
         if self.path.suffix == ".jsonl":
             table = self.path
-        files = {}                                      # {name: Part}
         if table.is_file() and not any(self.path.glob("*.tar")):
             self.read_table(table)
         elif self.path.is_file():
@@ -261,17 +261,16 @@ class ImageFiles:
         return np.array(resize_and_crop(image, height, width))
 
     def picture_size(self, index):
-        """(height, width) of the upright picture, from its header; (1, 1) if that is broken. A PNG
-        whose EXIF block comes after its pixels counts as it is stored, so its bucket may crop it
-        more than it has to."""
+        """(height, width) of the upright picture, from its header; (1, 1) if that is broken. An
+        orientation that stands elsewhere is not seen here, so such a picture loses more in a crop.
+        """
         for at_most in (2**16, MAX_BYTES):              # Pillow wants to see the whole of a WebP.
             with suppress(Exception):
                 content = self.records[index].read(at_most)
                 image = Image.open(io.BytesIO(content), formats=FORMATS)
-                # Without an EXIF block, getexif would decode all pixels of a PNG.
-                if image.format != "PNG" or "exif" in image.info:
-                    if image.getexif().get(0x0112) in (5, 6, 7, 8):   # stored lying on its side
-                        return image.size
+                exif = image.getexif() if "exif" in image.info else {}
+                if exif.get(0x0112) in (5, 6, 7, 8):    # It is stored lying on its side.
+                    return image.size
                 return image.height, image.width
         return 1, 1
 
@@ -302,9 +301,13 @@ def readable(source, wanted):
 
 # ---- Encoded shards (App. E.1) -------------------------------------------------------------------
 
-def file_hash(file):
-    """SHA-256 of all bytes of a file."""
-    return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
+def shard_hash(tensors, captions):
+    """SHA-256 of all that is in a shard."""
+    found = hashlib.sha256(json.dumps(captions).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        found.update(tensor.numpy())
+    return found.hexdigest()
 
 
 class EncodedFolder:
@@ -330,8 +333,8 @@ class EncodedFolder:
                 count += line["count"]
             self.longest_side = max(max(size) for size in groups)
         except Exception as problem:
-            raise ValueError(f"{file} is missing or damaged ({problem}); delete it and run "
-                             f"the same command again") from None
+            mend = "delete it and run the same command again"
+            raise ValueError(f"{file} is missing or damaged ({problem}); {mend}") from None
         self.groups = [np.concatenate(parts) for parts in groups.values()]
         if others:
             raise ValueError(f"{folder} needs --encoders {made_with['path']}, or encode it again")
@@ -340,7 +343,7 @@ class EncodedFolder:
         return sum(map(len, self.groups))
 
     def find(self, index):
-        """The tensors of a sample's shard (encode.layout), and the sample's place in them."""
+        """The tensors of a sample's shard (encode.encode_shard), and the sample's place in them."""
         number = bisect(self.starts, index) - 1
         if number not in self.opened:
             self.opened[number] = self.open(self.index["shards"][number])
@@ -350,16 +353,17 @@ class EncodedFolder:
         """Views of a mapped shard, once its bytes are known to be those that were written."""
         file = self.folder / str(line["file"])
         try:
-            if file_hash(file) != line["hash"]:
-                raise ValueError("its bytes are not those that were written")
             with safe_open(file, "pt") as opened:
                 shard = {name: opened.get_tensor(name) for name in opened.keys()}
-                shard["captions"] = json.loads(opened.metadata()["shard"])["captions"]
+                about = json.loads(opened.metadata()["shard"])
+            if shard_hash(shard, about["captions"]) != about["hash"]:
+                raise ValueError("its bytes are not those that were written")
             if len(shard["moments"]) != line["count"]:
                 raise ValueError(f"index.json counts {line['count']} pictures in it")
         except Exception as problem:
-            raise ValueError(f"{file} is damaged ({problem}); delete it and run the same command "
-                             f"again") from None
+            mend = "delete it and run the same command again"
+            raise ValueError(f"{file} is damaged ({problem}); {mend}") from None
+        shard["captions"] = about["captions"]
         return shard
 
     def caption_rows(self, index):
@@ -385,12 +389,9 @@ class EncodedFolder:
         """(the rest, the first `count` samples, or all): of each size in proportion."""
         rest, first = copy.copy(self), copy.copy(self)
         rest.groups, first.groups = [], []
-        count = min(count, len(self))
-        end = 0
-        for group in self.groups:
-            start = end
-            end += len(group)
-            share = end * count // len(self) - start * count // len(self)
+        ends = np.cumsum([0, *map(len, self.groups)])
+        shares = np.diff(ends * min(count, len(self)) // len(self))
+        for group, share in zip(self.groups, shares):
             if share > 0:
                 first.groups.append(group[:share])
             if share < len(group):
@@ -420,11 +421,8 @@ class Batches:
     in the whole batch), so there is no state. config: train.TrainConfig. world: devices.World."""
 
     def __init__(self, folder, vae_config, text_config, config, world):
-        self.folder = folder
-        self.vae_config = vae_config
-        self.text_config = text_config
-        self.config = config
-        self.world = world
+        self.folder, self.config, self.world = folder, config, world
+        self.vae_config, self.text_config = vae_config, text_config
         self.thread = ThreadPoolExecutor(1) if world.device.type == "cuda" else None
         self.ahead = {}                                 # {step: what the thread makes for it}
         self.epochs = {}
@@ -477,11 +475,10 @@ class Batches:
         stored = self.folder.read(indices, rows)
         latent, context, pooled = self.inputs(stored, code_noise)
         draws = torch.from_numpy(np.stack(draws)).float()             # (B, 5)
-        uniform = draws[:, 0].clamp(1e-6, 1 - 1e-6)
         keep = draws[:, 2:] >= config.encoder_dropout                 # (B, 3)
         keep = keep.to(self.world.device)
         context, pooled = drop_encoders(context, pooled, keep, self.text_config)
-        return Batch(latent, context, pooled, noise, uniform)
+        return Batch(latent, context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6))
 
     def inputs(self, stored, code_noise=None):
         """What `read` gives -> latent, context, pooled in fp32, on the device."""

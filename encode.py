@@ -33,7 +33,7 @@ from checkpoints import (
     FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint, given_options,
     load_components, option, portable, write_atomically)
 from data import (
-    EncodedFolder, ImageFiles, aspect_buckets, check_problems, file_hash, nearest_bucket, readable)
+    EncodedFolder, ImageFiles, aspect_buckets, check_problems, nearest_bucket, readable, shard_hash)
 from devices import World, autocast, command, pick_precision
 from scenes import HELD_OUT_SEED, Scenes
 
@@ -41,47 +41,55 @@ CACHE = Path("runs/cache")          # what train.py encodes by itself
 
 
 @torch.no_grad()
-def encode_shard(samples, height, width, vae, text, device, precision):
-    """The tensors of a shard, from what `readable` yields of one size, and their captions.
+def encode_images(images, vae, device):
+    """n pictures, uint8 (height, width, 3) -> moments (n, 2C, H, W): means, then log-variances."""
+    image = torch.from_numpy(np.stack(images)).to(device)
+    image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2)           # (n, 3, height, width)
+    moments = torch.cat(vae.encode_moments(image.contiguous()), dim=1)
+    return moments.half().cpu()
 
-    64 pictures go together, fewer of more than 256 x 256 px. U captions are stored once each.
-    Picture i has the captions caption_row[caption_start[i] : caption_start[i + 1]]. The zeros that
-    pad CLIP to T5's width are not stored.
-    """
-    together = max(1, min(64, 64 * 256**2 // (height * width)))
-    rows = {}                                           # {caption: its row}
-    caption_row, caption_start = [], [0]
-    moments, contexts, pooleds = [], [], []
+
+@torch.no_grad()
+def encode_texts(captions, text):
+    """{name: (U, ...)} of U captions. The zeros that pad CLIP to T5's width are not stored."""
+    contexts, pooleds = [], []
+    for start in range(0, len(captions), 64):
+        context, pooled = text(captions[start : start + 64])
+        contexts.append(context.half().cpu())
+        pooleds.append(pooled.float().cpu())
+    context = torch.cat(contexts)                                     # (U, L + L', D)
+    pooled = torch.cat(pooleds)                                       # (U, P)
+    L, l = text.config.clip_length, text.config.clip_l_width
+    g = l + text.config.clip_g_width
+    return {
+        "clip_l": context[:, :L, :l].contiguous(),                    # (U, 77, 768) in SD3
+        "clip_g": context[:, :L, l:g].contiguous(),                   # (U, 77, 1280)
+        "t5": context[:, L:].contiguous(),                            # (U, 77, 4096)
+        "pooled_l": pooled[:, :l].contiguous(),
+        "pooled_g": pooled[:, l:].contiguous()}
+
+
+def encode_shard(samples, height, width, vae, text, device, precision):
+    """(tensors, captions) of a shard, from what `readable` yields of one size. Equal captions are
+    stored once. Picture i has the captions caption_row[caption_start[i] : caption_start[i + 1]]."""
+    together = max(1, min(64, 64 * 256**2 // (height * width)))       # pictures at a time
+    moments, caption_row, caption_start = [], [], [0]
+    rows = {}                                                         # {caption: its row}
     with autocast(device, precision):
         while group := list(islice(samples, together)):
-            image = torch.from_numpy(np.stack([image for image, _ in group])).to(device)
-            image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2)   # (n, 3, height, width)
-            means_and_logvars = vae.encode_moments(image.contiguous())
-            moments.append(torch.cat(means_and_logvars, dim=1).half().cpu())      # (n, 2C, H, W)
+            images = [image for image, _ in group]
+            moments.append(encode_images(images, vae, device))
             for _, captions in group:
                 for caption in captions:
                     caption_row.append(rows.setdefault(caption, len(rows)))
                 caption_start.append(len(caption_row))
-        captions = list(rows)
-        for start in range(0, len(captions), 64):
-            context, pooled = text(captions[start : start + 64])
-            contexts.append(context.half().cpu())                     # (n, L + L', D)
-            pooleds.append(pooled.float().cpu())                      # (n, P)
-    if not captions:
-        return {}, []
-    L, l = text.config.clip_length, text.config.clip_l_width
-    g = l + text.config.clip_g_width
-    context, pooled = torch.cat(contexts), torch.cat(pooleds)
-    tensors = {
-        "moments": torch.cat(moments),
-        "clip_l": context[:, :L, :l].contiguous(),                    # (U, L, 768) in SD3
-        "clip_g": context[:, :L, l:g].contiguous(),                   # (U, L, 1280)
-        "t5": context[:, L:].contiguous(),                            # (U, L', 4096)
-        "pooled_l": pooled[:, :l].contiguous(),
-        "pooled_g": pooled[:, l:].contiguous(),
-        "caption_start": torch.tensor(caption_start),
-        "caption_row": torch.tensor(caption_row)}
-    return tensors, captions
+        if not rows:
+            return {}, []
+        tensors = encode_texts(list(rows), text)
+    tensors["moments"] = torch.cat(moments)                           # (N, 2C, H, W)
+    tensors["caption_row"] = torch.tensor(caption_row)
+    tensors["caption_start"] = torch.tensor(caption_start)            # (N + 1,)
+    return tensors, list(rows)
 
 
 # ---- Which picture goes into which shard ---------------------------------------------------------
@@ -107,8 +115,7 @@ def sort_by_size(source, folder, resolution, buckets):
     keys = [hash_of(contents(source, index)) for index in range(len(source))]
     known = {}
     with suppress(Exception):                           # missing or damaged
-        for key, (height, width) in json.loads(file.read_text()).items():
-            known[key] = (int(height), int(width))
+        known = dict(json.loads(file.read_text()))
 
     def size_of(index):
         return known.get(keys[index]) or source.picture_size(index)
@@ -125,22 +132,17 @@ def sort_by_size(source, folder, resolution, buckets):
 
 
 def plan_shards(source, folder, resolution, buckets, shard_size, recipe):
-    """The lines of index.json, one a shard. A shard that has to be made has no "hash" yet.
-
-    The name of a shard follows from all that is in it, so its bytes never change.
-    ValueError if the folder was made by another recipe.
-    """
-    old, lines = {}, []
+    """[{file, height, width, indices}]. The name of a shard follows from all that is in it, so a
+    shard never changes. ValueError if the folder was made by another recipe."""
+    counts, lines = [], []
     if (folder / "index.json").is_file():
         index = EncodedFolder(folder).index
         if index.get("recipe") != recipe:
             raise ValueError(f"{folder} was made from another source, by other encoders or "
                              f"settings; choose another --out")
-        old = {line["file"]: line for line in index["shards"]}
-    counts = []
-    if isinstance(source, Scenes):                      # Other runs need the shards that are there.
-        counts = [line["count"] for line in old.values()]
-        source = Scenes(max(len(source), sum(counts)), source.seed)
+        if isinstance(source, Scenes):                  # Other runs need the shards that are there.
+            counts = [line["count"] for line in index["shards"]]
+            source = Scenes(max(len(source), sum(counts)), source.seed)
     for (height, width), indices in sort_by_size(source, folder, resolution, buckets).items():
         start = 0
         while start < len(indices):
@@ -149,32 +151,23 @@ def plan_shards(source, folder, resolution, buckets, shard_size, recipe):
             start += count
             samples = [contents(source, index) for index in part]
             file = f"shard-{hash_of([recipe, height, width, samples])}.safetensors"
-            line = {"file": file, "height": height, "width": width, "indices": part}
-            lines.append(describe(folder, line, old.get(file)))
+            lines.append({"file": file, "height": height, "width": width, "indices": part})
     return lines
 
 
-def describe(folder, line, old=None):
-    """What index.json says of a shard, or `line` itself if the shard is missing or damaged.
-    old: what index.json says so far, which saves reading the shard."""
-    file = folder / line["file"]
+def read_header(file):
+    """{"count", "captions", "skipped", "hash"} of a shard, or {} if it is missing or cut off."""
     try:
-        if old and old["bytes"] == file.stat().st_size:
-            return old
         with safe_open(file, "pt") as opened:
-            about = json.loads(opened.metadata()["shard"])
-        about["captions"] = len(about["captions"])
-        about["bytes"] = file.stat().st_size
-        about["hash"] = file_hash(file)
-        return about
+            return json.loads(opened.metadata()["shard"])
     except Exception:                                   # safetensors raises errors of many types.
-        return line
+        return {}
 
 
 def make_shards(lines, folder, source, file, world, precision, until):
-    """Encode and write these shards, each whole before it has its name. Returns their new lines."""
+    """Encode and write these shards, each whole before it has its name."""
     if not lines:
-        return []
+        return
     parts = load_components(file, ("vae", "text"))
     vae, text = parts.vae.to(world.device), parts.text.to(world.device)
     wanted = []
@@ -182,27 +175,43 @@ def make_shards(lines, folder, source, file, world, precision, until):
         for index in line["indices"]:
             wanted.append((index, line["height"], line["width"]))
     bar = iter(tqdm(wanted, "encoding", unit="image", disable=world.rank > 0))
-    done = []
-    for line in lines:
-        if done and time.time() > until:
+    for number, line in enumerate(lines):
+        if number > 0 and time.time() > until:
             break
         known = len(source.problems)
         samples = readable(source, islice(bar, len(line["indices"])))
         tensors, captions = encode_shard(
             samples, line["height"], line["width"], vae, text, world.device, precision)
-        about = {"file": line["file"], "height": line["height"], "width": line["width"],
-                 "count": len(tensors.get("moments", ())), "captions": captions,
-                 "skipped": source.problems[known:]}
+        about = {"count": len(tensors.get("moments", ())), "captions": captions,
+                 "skipped": source.problems[known:], "hash": shard_hash(tensors, captions)}
         save = partial(save_file, tensors, metadata={"shard": json.dumps(about)})
         write_atomically(folder / line["file"], save)
-        done.append(describe(folder, line))
     next(bar, None)                                     # The bar ends.
-    return done
+
+
+def write_index(index, lines, folder, source):
+    """Write index.json with all shards that are there. ValueError if too many pictures are not."""
+    problems = set(source.problems)
+    for line in lines:
+        about = read_header(folder / line["file"])
+        problems.update(about.get("skipped", ()))
+        if about.get("count"):                          # There was time, and a picture in it.
+            del line["indices"]
+            index["shards"].append(line | {"count": about["count"]})
+    check_problems(sorted(problems), source.found)
+    if problems:
+        print(f"{len(problems)} of {source.found} samples cannot be used, for example "
+              f"{min(problems)}", file=sys.stderr)
+    content = json.dumps(index, indent=1)
+    write_atomically(folder / "index.json", lambda file: file.write_text(content))
+    for file in folder.glob("shard-*.safetensors"):
+        if isinstance(source, ImageFiles) and file.name not in content:
+            file.unlink()                               # The pictures in it have changed.
 
 
 def encode_folder(source, folder, encoders_file, resolution, world, buckets=False, shard_size=512,
                   precision="auto", until=math.inf):
-    """Everything that a source holds, as shards; those that are there and up to date are kept.
+    """Everything that a source holds, as shards; those that are there are kept.
 
     folder: "" stands for one in CACHE. A set of Scenes grows and never shrinks. The processes of
     `world` share the work, and begin no shard after the time `until`. ValueError for a folder of
@@ -217,52 +226,21 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
     recipe = hash_of([origin, frozen, "", resolution, buckets, shard_size, str(precision)])
     folder = Path(folder or CACHE / recipe).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    missing = []
     with open(folder / ".lock", "w") as lock:          # Two runs can want the same scenes.
-        lines = []
         if world.rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)
             lines = plan_shards(source, folder, resolution, buckets, shard_size, recipe)
-        lines = world.same(lines)
-        missing = [line for line in lines if "hash" not in line]
-        share = missing[world.rank :: world.size]
-        made = make_shards(share, folder, source, file, world, precision, until)
-        made = world.gather(made)
+            missing = [line for line in lines if "hash" not in read_header(folder / line["file"])]
+        share = world.same(missing)[world.rank :: world.size]
+        make_shards(share, folder, source, file, world, precision, until)
+        world.any(False)                                # All shards are there.
         if world.rank == 0:
             index = {"encoders": {"path": portable(file), "fingerprint": frozen}, "recipe": recipe,
-                     "resolution": resolution, "shards": finished(lines, made, source)}
-            content = json.dumps(index, indent=1)
-            write_atomically(folder / "index.json", lambda file: file.write_text(content))
-            remove_others(folder, lines, source)
-        world.any(False)                                # The index is there before others go on.
+                     "resolution": resolution, "shards": []}
+            write_index(index, lines, folder, source)
+        world.any(False)                                # The index is there.
     return EncodedFolder(folder, frozen)
-
-
-def finished(lines, made, source):
-    """The lines of index.json in the order of `lines`. made: for each process, what it made."""
-    new = {}
-    for part in made:
-        for line in part:
-            new[line["file"]] = line
-    problems = set(source.problems)
-    kept = []
-    for line in lines:
-        line = new.get(line["file"], line)
-        if "hash" in line:                              # Others came too late.
-            problems.update(line["skipped"])
-            kept.append(line)
-    check_problems(sorted(problems), source.found)
-    if problems:
-        print(f"{len(problems)} of {source.found} samples cannot be used, for example "
-              f"{min(problems)}", file=sys.stderr)
-    return [line for line in kept if line["count"]]
-
-
-def remove_others(folder, lines, source):
-    """Delete shards of pictures that were replaced. Scenes never are."""
-    wanted = {line["file"] for line in lines}
-    for file in folder.glob("shard-*.safetensors"):
-        if file.name not in wanted and not isinstance(source, Scenes):
-            file.unlink()
 
 
 def encoded(config, world, count, until=math.inf):
