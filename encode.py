@@ -190,13 +190,16 @@ def make_shards(lines, folder, source, file, world, precision, until):
 
 
 def write_index(index, lines, folder, source):
-    """Write index.json with all shards that are there. ValueError if too many pictures are not."""
+    """Write index.json with the shards up to the first that is missing. ValueError if over one per
+    cent of the pictures cannot be used."""
     problems = set(source.problems)
     for line in lines:
         about = read_header(folder / line["file"])
-        problems.update(about.get("skipped", ()))
-        if about.get("count"):                          # There was time, and a picture in it.
-            del line["indices"]
+        if not about:                                   # There was no time for it.
+            break
+        problems.update(about["skipped"])
+        del line["indices"]
+        if about["count"]:
             index["shards"].append(line | {"count": about["count"]})
     check_problems(sorted(problems), source.found)
     if problems:

@@ -397,6 +397,17 @@ def test_after_the_deadline_no_further_shard_is_begun(cache):
     assert len(training) == 1200                                # The rest is made by the next run.
 
 
+def test_a_set_of_scenes_has_no_hole(square, tmp_path):
+    """Another process may have had time for a later shard. A resumed run needs scenes 0 to n - 1."""
+    folder = shutil.copytree(square, tmp_path / "copy")
+    lines = json.loads((square / "index.json").read_text())["shards"]
+    for line in lines[:2]:
+        (folder / line["file"]).unlink()
+    opened = make(folder, until=0)                                    # It begins a single shard.
+    assert len(opened) == 64 and opened.captions(63) == Scenes(130).captions(63)
+    assert make(folder).index["shards"] == lines
+
+
 def test_pictures_go_through_the_cache_and_one_in_fifty_is_held_out(cache, pictures, monkeypatch):
     config = SimpleNamespace(**CONFIG | {"data": str(pictures)})
     training, held_out = encoded(config, WORLD, 5)
