@@ -370,7 +370,8 @@ def model_sizes(config, vae, text, longest_side, start=None):
     if start and start.config.position_start == 0:
         grid = start.config
     return replace(grid, depth=config.depth, latent_channels=vae.latent_channels,
-                   context_dim=text.context_dim, pooled_dim=text.pooled_dim, qk_norm=config.qk_norm)
+                   context_dim=text.t5_width, pooled_dim=text.clip_l_width + text.clip_g_width,
+                   qk_norm=config.qk_norm)
 
 
 @torch.no_grad()

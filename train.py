@@ -22,10 +22,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import devices
@@ -49,7 +47,6 @@ PRESETS = {
                   ema_every=1,   batch_size=64,   resolution=64),
 }
 FIXED = ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size")      # within a run
-MAX_GRAD_NORM = 1.0                      # The paper does not state one.
 
 
 @dataclass(frozen=True)
@@ -103,15 +100,14 @@ def flow_loss(model, batch, density, timestep_shift):
 def train_step(model, optimizers, loss, batch, config):
     """One update: losses (B,) and the gradient's norm. No weight changes if that is not finite."""
     device = next(model.parameters()).device
-    precision = pick_precision(config.precision, device)
     parts = batch.split(config.accumulate) if config.accumulate > 1 else [batch]
     losses = []
     for part in parts:
         with devices.synchronized(model, last=part is parts[-1]):
-            with devices.autocast(device, precision):
+            with devices.autocast(device, pick_precision(config.precision, device)):
                 losses.append(loss(model, part))                                   # (B / parts,)
             (losses[-1].mean() / len(parts)).backward()
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     for optimizer in optimizers:
         if math.isfinite(norm):
             optimizer.step()
@@ -261,10 +257,10 @@ class Run:
         self.steps = self.bar.total = self.total_steps()
         self.bar.update()
         self.stopping = self.world.any(bool(self.signals))
+        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
         period = self.config.every or max(1, self.steps // 10)
         ended = self.stopping or self.done == self.steps
-        self.due = ended or self.done >= self.last_due + period
-        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        self.due = not self.skipped and (ended or self.done >= self.last_due + period)
         total = whole(torch.nn.utils.get_total_norm(model.parameters())).item()
         stuck = self.skipped == 10 or (self.skipped and self.done == self.steps)
         if stuck or not math.isfinite(total):
@@ -290,10 +286,8 @@ class Run:
         norms = torch.tensor(norms)
         tenths = (10 * t).floor()
         self.log(
-            loss=mean(losses),
-            loss_by_t=[mean(losses[tenths == tenth]) for tenth in range(10)],
-            grad_norm=mean(norms),
-            skipped=int((~norms.isfinite()).sum()),
+            loss=mean(losses), loss_by_t=[mean(losses[tenths == tenth]) for tenth in range(10)],
+            grad_norm=mean(norms), skipped=int((~norms.isfinite()).sum()),
             memory_gb=torch.cuda.max_memory_allocated() / 1e9,
             images_seen=self.done * self.config.batch_size,
             images_per_second=len(losses) / (time.time() - self.last_line))
@@ -313,8 +307,6 @@ class Run:
     def save(self, model, average, optimizers):
         """The average as model.safetensors, and a checkpoint. The last two checkpoints stay."""
         self.last_due = self.done
-        if self.skipped:
-            return
         if self.metadata:
             weights = devices.get_model_state_dict(average, options=devices.WHOLE)
             with torch.device("meta"):
@@ -356,32 +348,24 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def draw_losses(entries: list[dict]) -> Image.Image:
-    """loss.png: the losses of training, validation and tenths of t, by step, on a log scale."""
-    curves = {}
-    for entry in entries:
-        losses = {"black": entry.get("loss"), "red": entry.get("validation")}
-        for tenth, loss in enumerate(entry.get("loss_by_t", ())):
-            losses[f"hsl({50 + 25 * tenth}, 70%, 70%)"] = loss
-        for color, loss in losses.items():
-            if loss and loss > 0:
-                curves.setdefault(color, []).append((entry["step"], loss))
-    steps, losses = np.array(sum(curves.values(), [(1, 1.0)])).T                   # (n,) each
-    low, high = 0.9 * losses.min(), 1.1 * losses.max()
-
-    def place(step, loss):
-        height = math.log(loss / low) / math.log(high / low)                       # 0 to 1
-        return 60 + 640 * step / steps.max(), 440 - 420 * height
-
+    """loss.png: the loss in training (black) and in validation (red) by step, on a log scale."""
     image = Image.new("RGB", (720, 480), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((60, 3), "black: loss; red: validation; tenths of t: yellow 0 to violet 1", "black")
-    for step in np.linspace(0, steps.max(), 6):
-        draw.text(place(step, low), f"{step:.0f}", "black", anchor="mt")
-    for loss in np.geomspace(low, high, 8):
-        draw.line([place(0, loss), place(steps.max(), loss)], "lightgray")
-        draw.text(place(0, loss), f"{loss:.2g}  ", "black", anchor="rm")
-    for color, points in sorted(curves.items(), reverse=True):                     # Black is last.
-        draw.line([place(*point) for point in points], color, 3 if color in ("black", "red") else 1)
+    draw.text((60, 3), "loss by step; red: validation", "black")
+    last = entries[-1]["step"]
+    for loss in (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5):
+        y = 220 - 280 * math.log10(loss)
+        draw.line((60, y, 700, y), "lightgray")
+        draw.text((50, y), str(loss), "black", anchor="rm")
+    for part in range(6):
+        draw.text((60 + 128 * part, 440), str(part * last // 5), "black", anchor="mt")
+    for name, color in (("loss", "black"), ("validation", "red")):
+        points = []
+        for entry in entries:
+            if (entry.get(name) or 0) > 0:
+                y = 220 - 280 * math.log10(entry[name])
+                points.append((60 + 640 * entry["step"] / last, y))
+        draw.line(points, color, 3)
     return image
 
 
@@ -409,6 +393,7 @@ def read_inputs(config, world, start=None) -> Inputs:
 
 def make_model(sizes, config, world, trained):
     """An MM-DiT without numbers yet, whole or as shards. Depth 38 is never whole on a GPU."""
+    checkpoint = torch.utils.checkpoint.checkpoint
     with torch.device("meta"):
         model = MMDiT(sizes)
     for block in model.joint_blocks if trained else ():
@@ -416,21 +401,14 @@ def make_model(sizes, config, world, trained):
             torch._dynamo.config.optimize_ddp = False            # DDP would cut blocks into pieces.
             block.forward = torch.compile(block.forward)
         if config.recompute:                                     # Nothing inside it is compiled.
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     world.shard(model, pick_precision(config.precision, world.device))
     return model.to_empty(device=world.device)
 
 
-def report(average, step, pipeline, unseen, prompts):
-    """Validation losses for the log, and pictures of the prompts from the same noise as ever."""
-    levels = validate(average, unseen.validation(64), pipeline.precision)
-    grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
-    return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
-
-
 def departures(config) -> str:
     """Where a run leaves the paper's numbers. (Sec. 5.3.3 has batches of 4096.)"""
-    paper = {**PRESETS["paper"], "encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
+    paper = PRESETS["paper"] | {"encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
     ours = asdict(config)
     found = [f"{name} {ours[name]} ({paper[name]})" for name in paper if ours[name] != paper[name]]
     return f"not as in the paper (App. B.3): {', '.join(found) or 'nothing'}"
@@ -496,13 +474,19 @@ def main(arguments=None):
     pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, precision)
     prompts = [inputs.held_out.captions(index)[0] for index in inputs.held_out.groups[0][:8]]
     t_density = density(config.density)
-    run = Run(
-        folder, config, world, average=average,
-        times=lambda batch: shift_time(t_density.quantile(batch.uniform), config.timestep_shift),
-        report=partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts),
-        metadata={"sampling": sampling, "words": () if config.data else sorted(vocabulary())},
-        about={"model": asdict(inputs.sizes), "encoders": {
-            "path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}})
+
+    def times(batch):
+        return shift_time(t_density.quantile(batch.uniform), config.timestep_shift)    # (B,)
+
+    def report(average, step):
+        levels = validate(average, inputs.unseen.validation(64), precision)
+        grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
+        return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
+
+    metadata = {"sampling": sampling, "words": () if config.data else sorted(vocabulary())}
+    encoders = {"path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}
+    about = {"model": asdict(inputs.sizes), "encoders": encoders}
+    run = Run(folder, config, world, times, report, average, metadata, about)
     millions = count_parameters(inputs.sizes) / 1e6
     run.say(f"{millions:.1f} M parameters; {len(inputs.training)} pictures; {world.size} x "
             f"{world.device}, {precision}, {world.parallel}\n{departures(config)}")
