@@ -5,11 +5,9 @@ Not here    the networks; every other layout (convert.py, imported only when suc
 Format      One model.safetensors has the prefixes of the released single file. Sizes are inferred
             from the tensors; the metadata holds what tensors cannot tell. Tokenizers lie beside it:
             tokenizers/clip/{vocab.json, merges.txt} and tokenizers/t5/spiece.model.
-Run         python convert.py info PATH     prints what a checkpoint holds; nothing is unpickled
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib
 import json
@@ -41,10 +39,8 @@ PREFIXES = {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.",
             "clip_l": "text_encoders.clip_l.transformer.",
             "clip_g": "text_encoders.clip_g.transformer.",
             "t5": "text_encoders.t5xxl.transformer."}
-# Released name -> our name, piece by piece. None: the tensor is dropped on purpose.
+# Released name -> our name, piece by piece.
 CLIP_NAMES = {
-    "text_model.embeddings.position_ids": None,        # It holds 0, 1, 2, ...; some files carry it.
-    "logit_scale": None,                               # the temperature of contrastive training
     "text_model.embeddings.token_": "token_", "text_model.embeddings.position_": "position_",
     "text_model.encoder.layers.": "layers.", "text_model.final_layer_norm.": "final_norm.",
     ".self_attn.q_proj.": ".q.", ".self_attn.k_proj.": ".k.", ".self_attn.v_proj.": ".v.",
@@ -62,28 +58,25 @@ T5_NAMES = {
     ".layer.1.DenseReluDense.wi_1.": ".feed_forward.up.",
     ".layer.1.DenseReluDense.wo.": ".feed_forward.down.",
 }
+NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
+# Dropped on purpose: 0, 1, 2, ...; CLIP's temperature; what float8 and T5 files carry besides.
+UNUSED = ("position_ids", "logit_scale", "scaled_fp8", "scale_input", "input_scale", "comfy_quant",
+          "spiece_model")
+# What tensors cannot tell: fields of configs, the type and the lowest value of each.
+STORED = {"mmdit": {"position_start": (float, -1e6), "position_step": (float, 1e-6)},
+          "vae": {"norm_groups": (int, 1), "vae_scale": (float, 1e-6), "vae_shift": (float, -1e6)},
+          "text": dict.fromkeys(vars(TextConfig()), (int, 1))}
 # Where our tokenizers lie; convert.py finds others.
 TOKENIZERS = {"clip_l": "clip/merges.txt", "clip_g": "clip/merges.txt", "t5": "t5/spiece.model"}
-NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
-# The fields of a config that tensors cannot tell.
-STORED = {"mmdit": ("position_start", "position_step"),
-          "vae": ("norm_groups", "vae_scale", "vae_shift")}
-
-# Where one tensor lies, and a checkpoint on the disk. networks: {"mmdit": {our name: Entry}, ...};
-# config: what tensors cannot tell; finish: {network: what makes tensors of another layout ours}.
-Entry = namedtuple("Entry", "file changed dtype shape start size")
+# A checkpoint on the disk. networks: {"mmdit": {our name: tensor}, ...}; config: what tensors cannot
+# tell; finish: {network: what makes tensors of another layout ours}.
 Model = namedtuple("Model", "path networks config finish")
 
 
-class CheckpointError(ValueError):
-    """A file that cannot be used. The message names the file, what is wrong, and the way out."""
-
-
 def rename(name, table):
-    """Translate a name by a table of pieces; a piece that begins with "." may stand anywhere."""
+    """Translate a name by a table of pieces; a piece that begins with "." may stand anywhere. None
+    in the table drops the tensor on purpose."""
     for piece, other in table.items():
         if name.startswith(piece) or (piece[0] == "." and piece in name):
             if other is None:
@@ -95,88 +88,58 @@ def rename(name, table):
 # ---- One network out of a file -------------------------------------------------------------------
 
 def open_weights(file):
-    """({key: Entry}, config) of a safetensors file, parsed once for each state of the file."""
+    """({key: tensor}, config) of a safetensors file. The tensors are mapped: read when used."""
     file = Path(file)
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; give a .safetensors file or a model folder")
-    about = file.stat()
+        raise ValueError(f"{file}: no such file; give a .safetensors file or a model folder")
     try:
-        return parse_header(file, about.st_size, about.st_mtime_ns)
-    except Exception as problem:           # A stranger's header can be wrong in every way.
-        reason = importlib.import_module("convert").describe_unreadable(file, problem)
-        raise CheckpointError(reason) from None
-
-
-@functools.lru_cache(maxsize=32)
-def parse_header(file, size, changed):
-    """({key: Entry}, config) of a file in the state that `size` and `changed` stand for."""
-    with open(file, "rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
+        with open(file, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
         if length > 2**24:
             raise ValueError(f"a header of {length} bytes is too long for a model")
-        safe_open(file, framework="pt")                # It checks every offset, shape and type.
-        header = json.loads(raw.read(length))
-    config = json.loads(header.pop("__metadata__", {}).get("config", "{}"))
-    check_value("its sampling", config.get("sampling", {}), dict)
-    check_value("its words", config.get("words", []), list)
-    for part in ("mmdit", "vae", "text"):
-        for name, value in config.get(part, {}).items():
-            kind = int if part == "text" or name == "norm_groups" else float
-            low = -1e6 if name in ("vae_shift", "position_start") else 1e-6
-            check_value(f"its {name}", value, kind, low, 1e6)
-    entries = {}
-    for key, entry in header.items():
-        first, last = entry["data_offsets"]
-        entries[key] = Entry(file, changed, entry["dtype"], tuple(entry["shape"]),
-                             8 + length + first, last - first)
-    return entries, config
+        opened = safe_open(file, framework="pt")       # It checks every offset, shape and type.
+        config = json.loads((opened.metadata() or {}).get("config", "{}"))
+        check_value("its sampling", config.get("sampling", {}), dict)
+        check_value("its words", config.get("words", []), list)
+        for part, rules in STORED.items():
+            for name, value in config.get(part, {}).items():
+                check_value(f"its {name}", value, *rules[name], 1e6)
+        return {key: opened.get_tensor(key) for key in opened.keys()}, config
+    except Exception as problem:           # A stranger's header can be wrong in every way.
+        reason = importlib.import_module("convert").describe_unreadable(file, problem)
+        raise ValueError(reason) from None
 
 
-def networks_in(entries, prefixes=PREFIXES, tables=NAMES):
-    """{network: {our name: Entry}} of the networks whose prefix keys begin with."""
+def networks_in(file, tensors):
+    """{network: {our name: tensor}} of a file, whose every key must be known."""
     found = {}
-    for key, entry in entries.items():
-        for network, prefix in prefixes.items():
-            if key.startswith(prefix):
-                name = rename(key.removeprefix(prefix), tables[network])
-                if name is not None:
-                    found.setdefault(network, {})[name] = entry
+    for key, tensor in tensors.items():
+        if key.endswith(UNUSED):
+            continue
+        network = next((name for name in PREFIXES if key.startswith(PREFIXES[name])), None)
+        if network is None:
+            raise ValueError(f"{file} has a {key}, of no known network; give an SD3 or SD3.5 file")
+        name = rename(key.removeprefix(PREFIXES[network]), NAMES[network])
+        first = found.setdefault(network, {}).setdefault(name, tensor)
+        if first is not tensor and not torch.equal(stored_bytes(first), stored_bytes(tensor)):
+            raise ValueError(f"{file}: {key} and its second copy differ; fetch the file anew")
     return found
 
 
-def read_tensors(entries, dtype, shapes_only):
-    """{our name: tensor}. Plain reads: mapped memory costs a page fault for every 4 kB."""
-    tensors = {}
-    for name, entry in entries.items():
-        if entry.dtype not in TYPES:
-            raise ValueError(f"{name} is {entry.dtype}, but weights are floating point")
-        device = "meta" if shapes_only else "cpu"
-        tensor = torch.empty(entry.shape, dtype=TYPES[entry.dtype], device=device)
-        if not shapes_only:
-            with open(entry.file, "rb") as raw:
-                raw.seek(entry.start)
-                raw.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
-        kind = dtype
-        if dtype is None:
-            kind = torch.float16 if tensor.dtype.itemsize == 1 else tensor.dtype
-        elif tensor.dim() != 2 or "embed" in name:
-            kind = torch.float32
-        tensors[name] = tensor.to(kind)
-    return tensors
+def stored_bytes(tensor):
+    """A mapped tensor as the bytes in its file. (N,) uint8"""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
-def read_network(name, model, dtype=torch.float32, shapes_only=False):
-    """One network (a key of PREFIXES) of an opened model, on the CPU, frozen; None if it has none.
-
+def read_network(name, model, dtype=torch.float32):
+    """One network (a key of PREFIXES) of an opened model, on the CPU, frozen, by one strict load.
     dtype: for the matrices of blocks; embeddings, norms, biases and convolutions stay fp32. None:
-    as stored, float8 as fp16. shapes_only: on the meta device, without reading. One strict load:
-    CheckpointError for a tensor that is missing, unknown or of a wrong shape.
-    """
+    as stored, float8 as fp16."""
     if name not in model.networks:
-        return None
-    file = next(iter(model.networks[name].values())).file
+        raise ValueError(f"{model.path} holds no {name}, only {', '.join(model.networks)}. Give "
+                         f"what is missing with --text-encoders and --vae")
     try:
-        tensors = read_tensors(model.networks[name], dtype, shapes_only)
+        tensors = read_tensors(model.networks[name], dtype)
         if name in model.finish:
             tensors = model.finish[name](tensors)
         if name == "clip_l":             # SD3 does not project it; some files carry an identity.
@@ -189,8 +152,28 @@ def read_network(name, model, dtype=torch.float32, shapes_only=False):
         reason = " ".join(str(problem).split())
         if isinstance(problem, KeyError):
             reason = f"it lacks {reason}"
-        raise CheckpointError(f"{file}: its {name} does not fit: {reason:.400}") from None
+        raise ValueError(f"{model.path}: its {name} does not fit: {reason:.400}") from None
     return network.eval().requires_grad_(False)
+
+
+def read_tensors(tensors, dtype):
+    """Copies of mapped tensors in the types that `read_network` promises; float8 by its scales."""
+    copies = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".scale_weight"):
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, but weights are floating point")
+        kind = dtype or tensor.dtype
+        if dtype and (tensor.dim() != 2 or "embed" in name):
+            kind = torch.float32
+        if kind.itemsize == 1:
+            kind = torch.float16
+        scale = tensors.get(name.removesuffix("weight") + "scale_weight")
+        if scale is not None:
+            tensor = tensor.float() * scale.float()
+        copies[name] = tensor.to(kind, copy=True)
+    return copies
 
 
 def count_layers(names, before, after="."):
@@ -203,16 +186,13 @@ def infer_config(name, tensors, stored):
     """(class, config) of a network: sizes from shapes, and from `stored` what they cannot tell."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if name == "mmdit":
-        width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
-        depth = count_layers(shapes, "joint_blocks.")
-        if width != 64 * depth:
-            raise ValueError(f"it has {depth} blocks of width {width}, which must be 64 x depth")
+        _, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
         grid = math.isqrt(shapes["pos_embed"][1])      # released positions: 0, 64 / grid, ...
         positions = {"position_start": 0.0, "position_step": 64 / grid} | stored
         return MMDiT, MMDiTConfig(
-            depth, patch_size, channels, shapes["context_embedder.weight"][1],
-            shapes["y_embedder.mlp.0.weight"][1], pos_embed_max_size=grid,
-            qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in shapes, **positions,
+            count_layers(shapes, "joint_blocks."), patch_size, channels,
+            shapes["context_embedder.weight"][1], shapes["y_embedder.mlp.0.weight"][1],
+            "joint_blocks.0.x_block.attn.ln_q.weight" in shapes, grid, **positions,
             dual_attention_layers=count_layers(shapes, "joint_blocks.", ".x_block.attn2."))
     if name == "vae":
         levels = range(count_layers(shapes, "encoder.down."))
@@ -232,12 +212,6 @@ def infer_config(name, tensors, stored):
 
 # ---- A whole model -------------------------------------------------------------------------------
 
-def find_path(path):
-    """`path` with ~ expanded; a relative one is also looked up beside the code."""
-    path = Path(path).expanduser()
-    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
-
-
 def portable(file):
     """A path for a record: relative where it is inside this project, absolute elsewhere."""
     file = Path(file).resolve()
@@ -245,49 +219,41 @@ def portable(file):
 
 
 def find_model_file(path, hub=True):
-    """The file of a model or run folder, a diffusers folder, or a file; a hub name is fetched."""
-    path = find_path(path)
-    for file in (path / "model.safetensors", path):
-        if file.is_file():
-            return file
+    """The file of a model or run folder, a diffusers folder, or a file; a hub name is fetched. A
+    relative path is also looked up beside the code."""
+    path = Path(path).expanduser()
+    for place in (path, ROOT / path):
+        for file in (place / "model.safetensors", place):
+            if file.is_file():
+                return file
     return importlib.import_module("convert").find_foreign(path, hub)
 
 
 def open_model(path, text_encoders=(), vae=None):
-    """The Model at `path`. text_encoders, vae: other files or folders to take these from."""
+    """The Model at `path`. text_encoders, vae: other files to take these from."""
     file = find_model_file(path)
     if file.is_file() and not text_encoders and not vae:
-        entries, config = open_weights(file)
-        networks = networks_in(entries)
+        tensors, config = open_weights(file)
+        ours = all(key.startswith(tuple(PREFIXES.values())) for key in tensors)
+        networks = networks_in(file, tensors) if ours else {}
         run = (file.parent / "config.json").is_file()        # It names its encoders itself.
-        prefixes = tuple(PREFIXES.values())
-        strange = any("scale" in key or not key.startswith(prefixes) for key in entries)
-        if not strange and (run or len(networks) == len(PREFIXES)):
+        if networks and (run or len(networks) == len(PREFIXES)):
             return Model(file, networks, config, {})
     return importlib.import_module("convert").open_foreign(file, text_encoders, vae)
-
-
-@functools.cache
-def checksum(entry):
-    """CRC-32 of every byte of a tensor, as it is stored."""
-    crc = 0
-    with open(entry.file, "rb") as raw:
-        raw.seek(entry.start)
-        for left in range(entry.size, 0, -(2**20)):
-            crc = zlib.crc32(raw.read(min(left, 2**20)), crc)
-    return crc
 
 
 def fingerprint(path, components=tuple(PREFIXES)):
     """A hash over every byte of these networks, in all the files that `open_model` found, and over
     what the metadata says of VAE and text encoders. Each CPU core reads about 1.5 GB a second."""
     model = open_model(path)
-    entries = {}
+    content = {}
     for name in set(components) & model.networks.keys():
-        for key, entry in model.networks[name].items():
-            entries[f"{name}.{key} {entry.dtype} {entry.shape}"] = entry
+        for key, tensor in model.networks[name].items():
+            kind = str(tensor.dtype).removeprefix("torch.").replace("loat", "").upper()   # "BF16"
+            label = f"{name}.{key} {kind} {tuple(tensor.shape)}"
+            content[label] = stored_bytes(tensor).numpy()
     with ThreadPoolExecutor() as threads:
-        sums = dict(zip(entries, threads.map(checksum, entries.values())))
+        sums = dict(zip(content, threads.map(zlib.crc32, content.values())))
     about = [model.config.get("vae"), model.config.get("text"), sums]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -302,9 +268,28 @@ def run_encoders(folder):
         return None
     file = find_model_file(str(named["path"]), hub=False)
     if fingerprint(file, FROZEN) != named["fingerprint"]:
-        raise CheckpointError(f"{file} does not hold the encoders that {folder} was trained with: "
-                              f"its fingerprint is not {named['fingerprint']}; put them back")
+        raise ValueError(f"{file} does not hold the encoders that {folder} was trained with: its "
+                         f"fingerprint is not {named['fingerprint']}; put them back")
     return file, str(named.get("tokenizers", ""))
+
+
+def load_text(model, dtype, given):
+    """(TextEncoders, {encoder: tokenizer file}) of a model. T5 leaves the range of fp16, so bf16
+    takes its place. given: a folder with tokenizers in place of tokenizers/ beside the file."""
+    beside = model.path.parent
+    places = [Path(given)] if given else [beside / "tokenizers", model.path, beside]
+    encoders, tokenizers, files = {}, {}, {}
+    sizes = dict(model.config.get("text", {}))
+    for name in [name for name in ENCODERS if name in model.networks] or ENCODERS:
+        kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
+        encoders[name] = read_network(name, model, kind)
+        config = encoders[name].config
+        sizes[f"{name}_width"] = config.hidden_size
+        files[name] = places[0] / TOKENIZERS[name]
+        if not files[name].is_file():
+            files[name] = importlib.import_module("convert").find_tokenizer(name, places)
+        tokenizers[name] = load_tokenizer(name, files[name], config.vocab_size)
+    return TextEncoders(encoders, tokenizers, TextConfig(**sizes)).eval(), files
 
 
 def load_tokenizer(name, file, vocab_size):
@@ -317,70 +302,48 @@ def load_tokenizer(name, file, vocab_size):
         missing = vocab_size - tokenizer.vocab_size
         if missing < 0 or (missing and name != "t5"):
             raise ValueError(f"{name} has {vocab_size} tokens")
+        return tokenizer
     except Exception as problem:                       # `tokenizers` raises nothing more exact.
-        raise CheckpointError(f"{file} is no tokenizer for this model ({problem}); give the right "
-                              f"folder with --tokenizers") from None
-    return tokenizer
-
-
-def load_text(model, dtype, given, shapes_only):
-    """(TextEncoders, {encoder: tokenizer file}) of a model. T5 leaves the range of fp16, so bf16
-    takes its place. given: a folder with tokenizers in place of tokenizers/ beside the file."""
-    beside = model.path.parent
-    places = [find_path(given)] if given else [beside / "tokenizers", model.path, beside]
-    encoders, tokenizers, files = {}, {}, {}
-    stored = dict(model.config.get("text", {}))
-    for name in ENCODERS:
-        if name in model.networks:
-            files[name] = places[0] / TOKENIZERS[name]
-            if not files[name].is_file():
-                files[name] = importlib.import_module("convert").find_tokenizer(name, places)
-            kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
-            encoders[name] = read_network(name, model, kind, shapes_only)
-            config = encoders[name].config
-            stored[f"{name}_width"] = config.hidden_size
-            tokenizers[name] = load_tokenizer(name, files[name], config.vocab_size)
-    return TextEncoders(encoders, tokenizers, TextConfig(**stored)).eval(), files
+        raise ValueError(f"{file} is no tokenizer for this model ({problem}); give the right "
+                         f"folder with --tokenizers") from None
 
 
 @dataclass
 class Components:
     """What a prompt needs on its way to a picture; None where it was not asked for."""
-    file: Path | None = None                           # where the MM-DiT came from
-    sampling: dict = field(default_factory=dict)       # how the model wants to be sampled
-    words: tuple[str, ...] = ()                        # what it was trained on; () = unknown
+    file: Path                                         # where the MM-DiT came from
+    sampling: dict                                     # how the model wants to be sampled
+    words: tuple[str, ...]                             # what it was trained on; () = unknown
     mmdit: MMDiT | None = None
     vae: VAE | None = None
     text: TextEncoders | None = None
     tokenizers: dict = field(default_factory=dict)     # {encoder: a file of its tokenizer}
     missing: tuple[str, ...] = ()                      # the text encoders that are absent
 
-    @functools.cached_property
+    @property
     def fingerprint(self):
         return fingerprint(self.file)
 
 
 def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.float32,
-                    tokenizers=None, shapes_only=False, text_encoders=(), vae=None):
-    """Components of whatever `open_model` opens. dtype, shapes_only: see `read_network`. A run
-    folder holds its MM-DiT only; its config.json names the encoders."""
-    model = frozen = open_model(path, text_encoders, vae)
-    if {"vae", "text"} & set(wanted) and (named := run_encoders(model.path.parent)):
-        frozen = open_model(named[0], text_encoders, vae)
-        tokenizers = tokenizers or named[1]
+                    tokenizers=None, text_encoders=(), vae=None):
+    """Components of whatever `open_model` opens. dtype: see `read_network`. A run folder holds its
+    MM-DiT only; its config.json names the encoders."""
+    model = open_model(path, text_encoders, vae)
     words = tuple(model.config.get("words", ()))
     parts = Components(model.path, model.config.get("sampling", {}), words)
-    for name in wanted:
-        source = model if name == "mmdit" else frozen
-        if not source.networks.keys() & set(ENCODERS if name == "text" else (name,)):
-            raise CheckpointError(
-                f"{source.path} holds no {name}, only {', '.join(source.networks)}. Give the "
-                f"MM-DiT's file, and the others with --text-encoders and --vae")
-        if name == "text":
-            parts.text, parts.tokenizers = load_text(source, dtype, tokenizers, shapes_only)
-            parts.missing = tuple(sorted(set(ENCODERS) - parts.tokenizers.keys()))
-        else:
-            setattr(parts, name, read_network(name, source, dtype, shapes_only))
+    if "mmdit" in wanted:
+        parts.mmdit = read_network("mmdit", model, dtype)
+    if "vae" in wanted or "text" in wanted:
+        named = run_encoders(model.path.parent)
+        if named is not None:
+            model = open_model(named[0], text_encoders, vae)
+            tokenizers = tokenizers or named[1]
+    if "vae" in wanted:
+        parts.vae = read_network("vae", model, dtype)
+    if "text" in wanted:
+        parts.text, parts.tokenizers = load_text(model, dtype, tokenizers)
+        parts.missing = tuple(sorted(set(ENCODERS) - parts.tokenizers.keys()))
     return parts
 
 
@@ -402,16 +365,15 @@ def write_atomically(file, write):
     except (OSError, SafetensorError) as problem:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OSError(f"could not write {file} ({problem}); the old file is untouched. Free some "
-                      f"space or choose another place.") from None
+        raise OSError(f"could not write {file} ({problem}); the old file is untouched") from None
 
 
 def stored_config(networks, text=None, sampling=None, words=()):
     """What tensors cannot tell, as JSON for the metadata of a file."""
     config = {"sampling": sampling or {}, "words": sorted(words)}
-    for part, names in STORED.items():
+    for part, rules in STORED.items():
         if part in networks:
-            config[part] = {name: getattr(networks[part].config, name) for name in names}
+            config[part] = {name: getattr(networks[part].config, name) for name in rules}
     if text is not None:
         config["text"] = vars(text)
     return json.dumps(config)
@@ -419,7 +381,7 @@ def stored_config(networks, text=None, sampling=None, words=()):
 
 def released_tensors(name, network, dtype=None):
     """{released name: tensor on the CPU} of one network, in `dtype` or as it is."""
-    table = {ours: released for released, ours in NAMES[name].items() if ours is not None}
+    table = {ours: released for released, ours in NAMES[name].items()}
     tensors = {}
     for key, tensor in network.state_dict().items():
         tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
@@ -469,51 +431,50 @@ def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
 def check_options(config):
     """Check every option of a frozen dataclass, in its __post_init__. Lists become tuples."""
     for item in fields(config):
+        flag = "--" + item.name.replace("_", "-")
         kind = item.type
         values = [getattr(config, item.name)]
-        if hasattr(kind, "__args__") and isinstance(values[0], list | tuple):
+        if kind not in KINDS and isinstance(values[0], list | tuple):
             values = tuple(values[0])
-            kind = kind.__args__[0]
+            kind = kind.__args__[0]                    # the int of tuple[int, ...]
             object.__setattr__(config, item.name, values)
         for value in values:
-            check_value("--" + item.name.replace("_", "-"), value, kind, *item.metadata["rule"])
+            check_value(flag, value, kind, *item.metadata["rule"])
 
 
 def add_options(parser, kind):
     """Add a flag for every option of the dataclass `kind`. What is not given is None."""
     for item in fields(kind):
-        settings = {"type": os.path.expanduser if item.type is str else item.type}
+        settings = {"type": item.type}
         if item.type is bool:
-            settings = {"type": json.loads, "nargs": "?", "const": True, "metavar": "true|false"}
-        elif hasattr(item.type, "__args__"):
+            settings = {"type": json.loads, "nargs": "?", "const": True}
+        elif item.type is str:
+            settings = {"type": os.path.expanduser}
+        elif item.type not in KINDS:                   # tuple[int, ...] or tuple[str, ...]
             settings = {"type": item.type.__args__[0], "nargs": "*"}
-        text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
-        if item.metadata["rule"][2]:
-            text += " Choices: " + ", ".join(item.metadata["rule"][2])
         flags = ["--" + item.name.replace("_", "-")]
         if item.name == "timestep_shift":
             flags.append("--shift")
-        parser.add_argument(*flags, dest=item.name, help=text, **settings)
+        help = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
+        choices = item.metadata["rule"][2] or None
+        parser.add_argument(*flags, dest=item.name, help=help, choices=choices, **settings)
 
 
 def given_options(options, kind):
     """{field: value} of the options of `kind` that were given on the command line."""
-    given = {}
-    for item in fields(kind):
-        if getattr(options, item.name) is not None:
-            given[item.name] = getattr(options, item.name)
-    return given
+    values = {item.name: getattr(options, item.name) for item in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def read_json(file, kinds=None):
     """The object in a JSON file. kinds: {name: type} is checked; a `type | None` may be absent."""
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as problem:
-        raise CheckpointError(f"{file} cannot be read as JSON ({problem}); fetch it anew") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object; fetch it anew")
+        raise ValueError(f"{file} cannot be read as JSON ({problem}); fetch it anew") from None
     for name, kind in (kinds or {}).items():
         if not isinstance(value.get(name), kind):
-            raise CheckpointError(f"{file}: {name} is {value.get(name)!r:.80}, but no {kind}")
+            raise ValueError(f"{file}: {name} is {value.get(name)!r:.80}, but no {kind}")
     return value
