@@ -41,20 +41,22 @@ CACHE = Path("runs/cache")          # what train.py encodes by itself
 
 
 @torch.no_grad()
-def encode_images(images, vae, device):
+def encode_images(images, vae, device, precision):
     """n pictures, uint8 (height, width, 3) -> moments (n, 2C, H, W): means, then log-variances."""
     image = torch.from_numpy(np.stack(images)).to(device)
     image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2)           # (n, 3, height, width)
-    moments = torch.cat(vae.encode_moments(image.contiguous()), dim=1)
-    return moments.half().cpu()
+    with autocast(device, precision):
+        means, logvars = vae.encode_moments(image.contiguous())       # (n, C, H, W) each
+    return torch.cat([means, logvars], dim=1).half().cpu()
 
 
 @torch.no_grad()
-def encode_texts(captions, text):
+def encode_texts(captions, text, device, precision):
     """{name: (U, ...)} of U captions. The zeros that pad CLIP to T5's width are not stored."""
     contexts, pooleds = [], []
     for start in range(0, len(captions), 64):
-        context, pooled = text(captions[start : start + 64])
+        with autocast(device, precision):
+            context, pooled = text(captions[start : start + 64])
         contexts.append(context.half().cpu())
         pooleds.append(pooled.float().cpu())
     context = torch.cat(contexts)                                     # (U, L + L', D)
@@ -75,17 +77,16 @@ def encode_shard(samples, height, width, vae, text, device, precision):
     together = max(1, min(64, 64 * 256**2 // (height * width)))       # pictures at a time
     moments, caption_row, caption_start = [], [], [0]
     rows = {}                                                         # {caption: its row}
-    with autocast(device, precision):
-        while group := list(islice(samples, together)):
-            images = [image for image, _ in group]
-            moments.append(encode_images(images, vae, device))
-            for _, captions in group:
-                for caption in captions:
-                    caption_row.append(rows.setdefault(caption, len(rows)))
-                caption_start.append(len(caption_row))
-        if not rows:
-            return {}, []
-        tensors = encode_texts(list(rows), text)
+    while group := list(islice(samples, together)):
+        images = [image for image, _ in group]
+        moments.append(encode_images(images, vae, device, precision))
+        for _, captions in group:
+            for caption in captions:
+                caption_row.append(rows.setdefault(caption, len(rows)))
+            caption_start.append(len(caption_row))
+    if not rows:
+        return {}, []
+    tensors = encode_texts(list(rows), text, device, precision)
     tensors["moments"] = torch.cat(moments)                           # (N, 2C, H, W)
     tensors["caption_row"] = torch.tensor(caption_row)
     tensors["caption_start"] = torch.tensor(caption_start)            # (N + 1,)

@@ -175,6 +175,14 @@ def test_stored_latents_are_the_pictures_and_stored_texts_their_captions(square,
                                    pooled[:, : arrays["pooled_l"].shape[1]], atol=1e-4, rtol=1e-4)
 
 
+def test_half_precision_changes_the_numbers_by_less_than_two_per_cent(square, tmp_path):
+    rough, exact = make(tmp_path, Scenes(70), precision="bf16"), EncodedFolder(square)
+    rough, exact = (folder.read([0, 69], [0, 0]) for folder in (rough, exact))
+    for name, tensor in exact.items():
+        error = (rough[name].float() - tensor.float()).norm() / tensor.float().norm()
+        assert 0 < error < 0.02 and rough[name].dtype == tensor.dtype, name
+
+
 @pytest.mark.parametrize("side, together", [(64, 64), (256, 64), (512, 16), (1024, 4)])
 def test_large_pictures_are_encoded_in_smaller_groups(side, together):
     """Equal pixels at a time: 64 of 1024 x 1024 px would need tens of gigabytes."""
