@@ -26,6 +26,7 @@ from data import (
     MAX_TEXT, Batches, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
     clean_captions, from_tensor, nearest_bucket, pick_caption, read_image, read_lines, readable,
     resize_and_crop, to_tensor)
+from flow import LogitNormal
 from text_encoders import TextConfig
 from vae import VAEConfig
 
@@ -239,14 +240,13 @@ def test_from_tensor_clamps_and_rounds():
 # ---- Aspect ratios -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resolution, step", [(64, 16), (256, 16), (512, 64), (1024, 64)])
+@pytest.mark.parametrize("resolution, step", [(64, 16), (256, 16), (320, 16), (512, 64), (1024, 64)])
 def test_buckets_have_about_the_same_area_in_both_orientations(resolution, step):
     buckets = aspect_buckets(resolution)
     assert (resolution, resolution) in buckets and len(set(buckets)) == len(buckets)
-    assert max(max(size) / min(size) for size in buckets) > 2         # not squares alone
+    assert max(max(size) / min(size) for size in buckets) == 4
     for height, width in buckets:
         assert height % step == width % step == 0 and (width, height) in buckets
-        assert max(height / width, width / height) <= 4
         assert abs(height * width - resolution**2) <= step / 2 * min(height, width)
 
 
@@ -724,8 +724,10 @@ def test_a_thread_that_makes_the_next_batch_changes_nothing(mixed):
     ahead, plain = make_batches(EncodedFolder(mixed)), make_batches(EncodedFolder(mixed))
     ahead.thread = ThreadPoolExecutor(1)
     for step in (0, 1, 2, 7, 8, 3):
+        batch = ahead(step)
+        assert list(ahead.ahead) == [step + 1]
         for name, tensor in vars(plain(step)).items():
-            assert torch.equal(getattr(ahead(step), name), tensor)
+            assert torch.equal(getattr(batch, name), tensor)
 
 
 def test_nothing_that_is_returned_is_overwritten_later(mixed):
@@ -787,7 +789,46 @@ def test_each_encoder_is_dropped_by_itself_with_the_stated_probability(tmp_path,
     dropped = torch.cat(dropped).float()                                          # (2560, 3)
     assert (dropped.mean(dim=0) - dropout).abs().max() < 0.04                     # 4 deviations
     assert abs(dropped.prod(dim=1).mean() - dropout**3) < 0.025
-    assert np.corrcoef(dropped.T.numpy())[np.triu_indices(3, 1)].__abs__().max() < 0.08
+
+
+def test_t_and_the_caption_and_each_dropped_encoder_are_independent(tmp_path, monkeypatch):
+    """Ten correlations of 2560 samples: each is below 4 / sqrt(2560) = .08."""
+    picks, keeps, times = [], [], []
+
+    def pick(captions, draw, share):
+        picks.append(draw < 0.5)
+        return captions[0]
+
+    def drop(context, pooled, keep, config):
+        keeps.append(keep)
+        return context, pooled
+
+    monkeypatch.setattr(data, "pick_caption", pick)
+    monkeypatch.setattr(data, "drop_encoders", drop)
+    batches = make_batches(EncodedFolder(write_shards(tmp_path / "a", [(64, 4, 4)])), batch_size=64,
+                           encoder_dropout=0.5)
+    for step in range(40):
+        times.append(batches(step).uniform)
+    rows = [torch.cat(times).numpy(), np.array(picks), *torch.cat(keeps).T.numpy()]
+    correlations = np.corrcoef(np.array(rows, dtype=np.float64))[np.triu_indices(5, 1)]
+    assert len(correlations) == 10 and np.abs(correlations).max() < 0.08
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
+def test_t_is_never_quite_0_or_1(mixed, monkeypatch, draw):
+    """At either end lognorm(0, 1) gives logits of -inf or inf."""
+    class Extreme:
+        def __init__(self, key):
+            self.standard_normal = np.random.Generator(np.random.PCG64(0)).standard_normal
+
+        def random(self, count):
+            return np.full(count, draw)
+
+    batches = make_batches(EncodedFolder(mixed))
+    batches.epoch(0)
+    monkeypatch.setattr(data.np.random, "default_rng", Extreme)
+    t = LogitNormal().quantile(batches(0).uniform)
+    assert 0 < t.min() and t.max() < 1 and abs(t - draw).max() < 0.02
 
 
 def test_captions_are_picked_in_the_stated_shares():
