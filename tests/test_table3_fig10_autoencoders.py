@@ -13,7 +13,7 @@ from PIL import Image
 
 from checkpoints import load_components
 from text_encoders import ENCODERS
-from vae import VAE, VAEConfig, kl_loss, perceptual_loss
+from vae import VAE, VAEConfig, kl_loss
 
 FILE = Path(__file__).parent.parent / "experiments" / "table3_fig10_autoencoders.py"
 spec = importlib.util.spec_from_file_location("table3", FILE)
@@ -71,14 +71,13 @@ def test_the_objective_adds_the_adversary_after_the_discriminators_step():
     noise = torch.randn(2, 4, 2, 2, generator=rng(2))
     mean, logvar = vae.encode_moments(image)
     reconstruction = vae.decoder(mean + torch.exp(logvar / 2) * noise)
-    plain = ((reconstruction - image).abs().mean() + 2e-4 * kl_loss(mean, logvar)
-             + 0.1 * perceptual_loss(image, reconstruction, feature_maps))
-    losses = table3.Objective(feature_maps)(vae, (image, noise))
+    plain = (reconstruction - image).abs().mean() + 2e-4 * kl_loss(mean, logvar)
+    losses = table3.Objective()(vae, (image, noise))
     assert losses.shape == (2,)
     torch.testing.assert_close(losses.mean(), plain)
 
     before = table3.discriminator_hinge_loss(discriminator(image), discriminator(reconstruction))
-    objective = table3.Objective(feature_maps, 0.5, discriminator)
+    objective = table3.Objective(0.5, discriminator)
     loss = objective(vae, (image, noise)).mean()
     after = table3.discriminator_hinge_loss(discriminator(image), discriminator(reconstruction))
     assert after < before                                   # it learned from this batch
@@ -257,3 +256,26 @@ def test_a_tiny_run_measures_all_and_ships_autoencoders_that_train_py_takes(
     parts = load_components(tmp_path / "runs" / "table3" / "8-channels", ("vae", "text"))
     assert parts.vae.config.latent_channels == 8 and set(parts.text.encoders) == set(ENCODERS)
     assert "28.62" not in capsys.readouterr().out              # 16 channels were not asked for
+
+
+def test_the_first_components_of_a_latent_keep_what_they_can():
+    """All channels: the same picture. Fewer: the code is projected on the largest components."""
+    torch.manual_seed(0)
+    vae = VAE(SMALL).requires_grad_(False)
+    pictures = torch.rand(6, 3, 16, 16, generator=rng(1)) * 2 - 1
+    code, logvar = vae.encode_moments(pictures)
+    whole = table3.cut_latent(vae, 4, pictures)
+    rotated, _ = whole.encode_moments(pictures)
+    torch.testing.assert_close(rotated.square().sum(dim=1), code.square().sum(dim=1))
+    torch.testing.assert_close(whole.decoder(rotated), vae.decoder(code), atol=1e-4, rtol=1e-4)
+    values = code.transpose(0, 1).flatten(1)                                  # (4, positions)
+    energies = torch.linalg.svdvals(values.double()).square()
+    kept, spread = table3.cut_latent(vae, 2, pictures).encode_moments(pictures)
+    expected = energies[:2].sum().item()
+    assert kept.square().sum().item() == pytest.approx(expected, rel=1e-4)
+    assert logvar.min() <= spread.min() and spread.max() <= logvar.max()      # means of them
+
+
+def test_more_channels_than_there_are_cannot_be_cut():
+    with pytest.raises(ValueError, match="has 16 channels, so 32 cannot be cut"):
+        table3.first_autoencoder(32, torch.zeros(1, 3, 16, 16), table3.Options(warm=True))
