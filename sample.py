@@ -47,8 +47,7 @@ class Settings:
     strength: float = option(0.6, "with --image: 0 keeps it, 1 keeps nothing", 0, 1)
     skip_layers: tuple[int, ...] = option((), "blocks for skip-layer guidance; none: off", 0)
 
-    def __post_init__(self):
-        check_options(self)
+    __post_init__ = check_options
 
 
 @dataclass
@@ -162,10 +161,8 @@ def latent_shape(pipeline, settings):
 
 def read_to_edit(image, mask, settings):
     """Files -> the image (3, height, width), and where it may change, (height, width) bool."""
-    if mask and not image:
-        raise ValueError("--mask says where --image is painted anew; give --image as well")
     if not image:
-        return None, None
+        raise ValueError("--mask says where --image is painted anew; give --image as well")
     image = read_image(image)
     mask = read_image(mask, "black") if mask else Image.new("RGB", image.size, "white")
     if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
@@ -176,9 +173,9 @@ def read_to_edit(image, mask, settings):
 
 
 @torch.no_grad()
-def draw(pipeline, context, pooled, seeds, settings, original=None, changes=None, bar=None):
-    """B pictures of encoded texts. original, changes: what `read_to_edit` returns. The noise is
-    made on the CPU, from one seed for each picture, so that it is the same everywhere."""
+def draw(pipeline, context, pooled, seeds, settings, image=None, mask=None, bar=None):
+    """B pictures of encoded texts. image, mask: files, for `read_to_edit`. The noise is made on the
+    CPU, from one seed for each picture, so that it is the same everywhere."""
     vae, device = pipeline.vae, pipeline.device
     noise = torch.empty(len(seeds), *latent_shape(pipeline, settings))
     for one, seed in zip(noise, seeds):
@@ -186,7 +183,8 @@ def draw(pipeline, context, pooled, seeds, settings, original=None, changes=None
     pictures = []
     with autocast(device, pipeline.precision):
         latent = repaint = None
-        if original is not None:
+        if image or mask:
+            original, changes = read_to_edit(image, mask, settings)
             latent = vae.encode(original[None].to(device)).float()    # (1, C, H, W)
             repaint = F.max_pool2d(changes[None, None].float(), vae.config.downsampling)
             repaint = repaint.bool().to(device)                       # (1, 1, H, W)
@@ -196,7 +194,7 @@ def draw(pipeline, context, pooled, seeds, settings, original=None, changes=None
         for z in latents.split(1):                                    # A VAE needs much memory.
             picture = vae.decode(z)[0].float().cpu()                  # (3, height, width)
             check_finite(picture)
-            if original is not None:
+            if image:
                 picture = torch.where(changes, picture, original)
             pictures.append(from_tensor(picture))
     return pictures
@@ -215,13 +213,12 @@ def generate(pipeline, prompts, seed=0, batch_size=8, image=None, mask=None, **s
     if isinstance(prompts, str):
         prompts = [prompts]
     settings = Settings(**pipeline.defaults | settings)
-    original, changes = read_to_edit(image, mask, settings)
     pictures = []
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
         context, pooled = encode(pipeline, part, settings)
         seeds = range(seed + first, seed + first + len(part))
-        pictures += draw(pipeline, context, pooled, seeds, settings, original, changes)
+        pictures += draw(pipeline, context, pooled, seeds, settings, image, mask)
     return pictures
 
 
@@ -274,15 +271,6 @@ def read_record(file):
         raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem})") from None
 
 
-def print_notes(parts, prompts):
-    """Says what this model cannot know."""
-    if "t5" in parts.missing:
-        print("note: the model's T5 is missing; it draws without (Sec. 5.3.3)", file=sys.stderr)
-    unknown = set(re.findall(r"\w+", " ".join(prompts).lower())).difference(parts.words)
-    if parts.words and unknown:
-        print("note: the model knows only", *parts.words, "and not", *unknown, file=sys.stderr)
-
-
 def main():
     """From a prompt to a picture. The checkpoint's own defaults go before those below."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
@@ -310,23 +298,28 @@ def main():
 
     pipeline = read(networks=("text",))
     options = Options(**pipeline.defaults | given)
-    original, changes = read_to_edit(options.image, options.mask, options)
     sources = hashlib.sha256(pipeline.parts.fingerprint.encode())
     for file in filter(None, (options.image, options.mask)):
-        sources.update(Path(file).read_bytes())
+        sources.update(read_image(file).tobytes())
     record = given_options(options, Recipe) | {"made_from": sources.hexdigest()}
     if options.made_from not in ("", record["made_from"]):
         raise ValueError(f"{options.from_png} was made with another model, --image or --mask; "
                          f'give its own, or --made-from ""')
-    print_notes(pipeline.parts, options.prompt)
-    texts = [encode(pipeline, [prompt], options) for prompt in options.prompt]
+    words, known = re.findall(r"\w+", " ".join(options.prompt).lower()), pipeline.parts.words
+    if known and not set(words) <= set(known):
+        print("note: the model knows no words but", *known, file=sys.stderr)
+    if "t5" in pipeline.parts.missing:
+        print("note: the model's T5 is missing; it draws without (Sec. 5.3.3)", file=sys.stderr)
+    texts = []
+    for prompt in options.prompt:
+        texts.append(encode(pipeline, [prompt], options))
     del pipeline                                                      # It frees the text encoders.
     pipeline = read(networks=("mmdit", "vae"))
     bar = tqdm(total=options.num_steps * len(texts), desc="sampling")
     pictures = []
     for i, prompt in enumerate(options.prompt):
         seed = options.seed + i
-        pictures += draw(pipeline, *texts[i], [seed], options, original, changes, bar)
+        pictures += draw(pipeline, *texts[i], [seed], options, options.image, options.mask, bar)
         name = re.sub(r"\W+", "-", prompt)[:40].strip("-") or "picture"
         file = out if is_png else out / f"{name}-{seed}.png"
         save_png(pictures[i], file, record | {"prompt": [prompt], "seed": seed, "grid": False})

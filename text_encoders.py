@@ -35,14 +35,6 @@ class TextConfig:
     clip_length: int = 77
     t5_length: int = 77                # the paper's; released inference code also uses 256
 
-    @property
-    def context_dim(self):
-        return self.t5_width
-
-    @property
-    def pooled_dim(self):
-        return self.clip_l_width + self.clip_g_width
-
 
 def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
     """The paper's c_ctxt and c_vec (Sec. 4, App. B.2): context (B, 154, 4096) and pooled (B, 2048).
@@ -51,7 +43,8 @@ def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
     zeros = clip_l.new_zeros(*clip_l.shape[:2], missing)
     clip = torch.cat([clip_l, clip_g, zeros], dim=-1)                 # (B, 77, 4096)
     context = torch.cat([clip, t5.to(clip.dtype)], dim=1)             # (B, 77 + 77, 4096)
-    return context, torch.cat([pooled_l, pooled_g], dim=-1)           # pooled (B, 768 + 1280)
+    pooled = torch.cat([pooled_l, pooled_g], dim=-1)                  # (B, 768 + 1280)
+    return context, pooled
 
 
 def drop_encoders(context, pooled, keep, config):
@@ -73,14 +66,13 @@ def drop_encoders(context, pooled, keep, config):
 
 class TextEncoders(nn.Module):
     """The three frozen encoders and their tokenizers. An encoder that is absent gives zeros.
-    encoders, tokenizers: dicts with some of the keys "clip_l", "clip_g", "t5".
-    captions_cut: {encoder: how many captions so far were too long for it}."""
+    encoders, tokenizers: dicts with some of the keys "clip_l", "clip_g", "t5"."""
     def __init__(self, encoders, tokenizers, config):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders)
         self.tokenizers = tokenizers
         self.config = config
-        self.captions_cut = {}
+        self.has_noted = False
 
     @torch.no_grad()
     def forward(self, prompts, without=()):
@@ -98,7 +90,8 @@ class TextEncoders(nn.Module):
         clip_l = like.new_zeros(batch_size, c.clip_length, c.clip_l_width)
         clip_g = like.new_zeros(batch_size, c.clip_length, c.clip_g_width)
         t5 = like.new_zeros(batch_size, c.t5_length, c.t5_width)
-        pooled_l, pooled_g = clip_l[:, 0], clip_g[:, 0]
+        pooled_l = clip_l[:, 0]
+        pooled_g = clip_g[:, 0]
         if "clip_l" in ids:
             clip_l, pooled_l, _ = self.encoders["clip_l"](ids["clip_l"].to(like.device))
         if "clip_g" in ids:
@@ -120,21 +113,21 @@ class TextEncoders(nn.Module):
             length = self.config.t5_length if name == "t5" else self.config.clip_length
             ids[name], needed = self.tokenizers[name](prompts, length)    # (B, length), (B,)
             num_cut = int((needed > length).sum())
-            if num_cut and not self.captions_cut:
+            if num_cut and not self.has_noted:
+                self.has_noted = True
                 longest = f"the longest needs {needed.max()}: {prompts[needed.argmax()][:60]!r}"
                 print(f"note: {num_cut} of {len(prompts)} captions need more than {length} tokens "
                       f"for {name} and are cut; {longest}", file=sys.stderr)
-            if num_cut:
-                self.captions_cut[name] = self.captions_cut.get(name, 0) + num_cut
         return ids
 
 
-def attend(q, k, v, num_heads, **options):
-    """Multi-head attention of projected q (B, L, D), k and v (B, K, D) -> (B, L, D)."""
+def attend(q, k, v, **options):
+    """Attention of projected q (B, L, D), k, v (B, K, D) -> (B, L, D). A head has 64 channels."""
     heads = []
     for x in (q, k, v):
-        heads.append(x.unflatten(-1, (num_heads, -1)).transpose(1, 2))     # (B, heads, L or K, d)
-    return F.scaled_dot_product_attention(*heads, **options).transpose(1, 2).flatten(2)
+        heads.append(x.unflatten(-1, (-1, 64)).transpose(1, 2))       # (B, heads, L or K, 64)
+    out = F.scaled_dot_product_attention(*heads, **options)           # (B, heads, L, 64)
+    return out.transpose(1, 2).flatten(2)
 
 
 # ---- CLIP's text transformer ---------------------------------------------------------------------
@@ -163,7 +156,6 @@ class CLIPLayer(nn.Module):
     def __init__(self, config, causal=True):
         super().__init__()
         D = config.hidden_size
-        self.num_heads = D // 64
         self.causal = causal
         self.activation = {"quick_gelu": quick_gelu, "gelu": F.gelu}[config.activation]
         self.norm1 = nn.LayerNorm(D, eps=1e-5)
@@ -177,9 +169,11 @@ class CLIPLayer(nn.Module):
 
     def forward(self, x):
         h = self.norm1(x)
-        h = attend(self.q(h), self.k(h), self.v(h), self.num_heads, is_causal=self.causal)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        h = attend(q, k, v, is_causal=self.causal)
         x = x + self.out(h)
-        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+        h = self.fc1(self.norm2(x))
+        return x + self.fc2(self.activation(h))
 
 
 class CLIPTextEncoder(nn.Module):
@@ -193,7 +187,9 @@ class CLIPTextEncoder(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, D)
         self.position_embedding = nn.Embedding(config.max_length, D)
-        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_layers):
+            self.layers.append(CLIPLayer(config))
         self.final_norm = nn.LayerNorm(D, eps=1e-5)
         self.projection = nn.Identity()
         if config.projection_dim:
@@ -249,7 +245,6 @@ class T5Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         inner = 64 * config.num_heads
-        self.num_heads = config.num_heads
         self.q = nn.Linear(D, inner, bias=False)
         self.k = nn.Linear(D, inner, bias=False)
         self.v = nn.Linear(D, inner, bias=False)
@@ -258,7 +253,7 @@ class T5Attention(nn.Module):
     def forward(self, x, bias, source=None):
         source = x if source is None else source
         q, k, v = self.q(x), self.k(source), self.v(source)           # (B, L or K, inner)
-        return self.out(attend(q, k, v, self.num_heads, attn_mask=bias, scale=1.0))
+        return self.out(attend(q, k, v, attn_mask=bias, scale=1.0))
 
 
 class T5FeedForward(nn.Module):
@@ -270,7 +265,8 @@ class T5FeedForward(nn.Module):
         self.down = nn.Linear(config.ff_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        gate = F.gelu(self.gate(x), approximate="tanh")
+        return self.down(gate * self.up(x))
 
 
 class T5Layer(nn.Module):
@@ -294,18 +290,16 @@ class T5Encoder(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_bias = nn.Embedding(config.num_buckets, config.num_heads)
-        self.layers = nn.ModuleList(T5Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_layers):
+            self.layers.append(T5Layer(config))
         self.final_norm = RMSNorm(config.hidden_size)
 
-    def attention_bias(self, L, device=None):
-        """(1, heads, L, L): what is added to the logit of (query, key), by their distance."""
-        position = torch.arange(L, device=device)
+    def forward(self, ids):
+        position = torch.arange(ids.shape[1], device=ids.device)
         distance = position[None, :] - position[:, None]              # (L, L) key - query
         bucket = relative_position_bucket(distance, self.config.num_buckets)
-        return self.position_bias(bucket).permute(2, 0, 1).unsqueeze(0)
-
-    def forward(self, ids):
-        bias = self.attention_bias(ids.shape[1], ids.device)          # (1, heads, L, L)
+        bias = self.position_bias(bucket).permute(2, 0, 1)[None]      # (1, heads, L, L)
         x = self.token_embedding(ids)                                 # (B, L, D)
         for layer in self.layers:
             x = layer(x, bias)
@@ -316,10 +310,12 @@ class T5Encoder(nn.Module):
 def fit_length(rows, length, start, end, padding):
     """Each list of ids becomes start, as many ids as fit, end and padding."""
     ids = torch.full((len(rows), length), padding)
+    needed = torch.zeros(len(rows), dtype=torch.long)
     for i, row in enumerate(rows):
         kept = start + row[: length - len(start) - 1] + [end]
         ids[i, : len(kept)] = torch.tensor(kept)
-    return ids, torch.tensor([len(start) + len(row) + 1 for row in rows])
+        needed[i] = len(start) + len(row) + 1
+    return ids, needed
 
 
 class CLIPTokenizer:
@@ -343,22 +339,26 @@ class CLIPTokenizer:
         self.vocab_size = self.end + 1                                # the end token is the last id
 
     def __call__(self, prompts, length=77):
-        rows = [encoding.ids for encoding in self.backend.encode_batch(prompts)]
+        rows = []
+        for encoding in self.backend.encode_batch(prompts):
+            rows.append(encoding.ids)
         return fit_length(rows, length, [self.start], self.end, self.padding)
 
 
 def clip_text_rules():
     """(normalizer, pre_tokenizer) of CLIP: NFC, single spaces, lower case; then words as bytes."""
-    clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    clean = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
-    split = [pre_tokenizers.Split(words, behavior="removed", invert=True),
-             pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    return normalizers.Sequence(clean), pre_tokenizers.Sequence(split)
+    split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return clean, pre_tokenizers.Sequence([split, to_bytes])
 
 
 class T5Tokenizer:
     """T5's SentencePiece model from spiece.model or tokenizer.json. Ids end with 1; padding is 0.
-    Special tokens in a prompt (</s>, <extra_id_0>) are read as text, as SentencePiece does."""
+    White space is collapsed first. Special tokens in a prompt (</s>, <extra_id_0>) are read as
+    text, as SentencePiece does."""
     def __init__(self, file):
         if Path(file).suffix == ".json":
             content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -373,16 +373,15 @@ class T5Tokenizer:
             self.backend = sentencepiece.SentencePieceProcessor(model_file=str(file))
             self.vocab_size = self.backend.get_piece_size()
 
-    def encode(self, texts):
-        """Texts -> lists of ids, without the end token. White space is collapsed first."""
-        texts = [" ".join(text.replace("\v", "").split()) for text in texts]     # \v: T5's own rule
-        if isinstance(self.backend, Tokenizer):
-            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
-            return [encoding.ids for encoding in encodings]
-        return self.backend.encode(texts)
-
     def __call__(self, prompts, length=77):
-        return fit_length(self.encode(prompts), length, [], 1, 0)
+        rows = []
+        for text in prompts:
+            text = " ".join(text.replace("\v", "").split())           # \v: T5's own rule
+            if isinstance(self.backend, Tokenizer):
+                rows.append(self.backend.encode(text, add_special_tokens=False).ids)
+            else:
+                rows.append(self.backend.encode(text))
+        return fit_length(rows, length, [], 1, 0)
 
 
 def main():
@@ -394,9 +393,10 @@ def main():
     print("CLIP", clip.backend.encode(prompt).tokens, clip([prompt], 12)[0].tolist())
     print("T5  ", t5.backend.encode(prompt, out_type=str), t5([prompt], 12)[0].tolist())
     clip_l = CLIPTextEncoder(CLIPConfig(vocab_size=2048, num_layers=2))
-    context, pooled = TextEncoders({"clip_l": clip_l}, {"clip_l": clip}, TextConfig())([prompt])
-    print(f"context {tuple(context.shape)}, {(context == 0).float().mean():.0%} of it zero; "
-          f"pooled {tuple(pooled.shape)}, {(pooled == 0).float().mean():.0%} of it zero")
+    text = TextEncoders({"clip_l": clip_l}, {"clip_l": clip}, TextConfig())
+    for name, part in zip(("context", "pooled"), text([prompt])):
+        zeros = (part == 0).float().mean()
+        print(f"{name} {tuple(part.shape)}, {zeros:.0%} of it zero")
 
 
 if __name__ == "__main__":

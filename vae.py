@@ -12,6 +12,7 @@ Run         python vae.py     shapes and losses of random autoencoders with 4, 8
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -50,14 +51,12 @@ def sample_code(mean, logvar, noise=None):
 
 
 # ---- Encoder and decoder -------------------------------------------------------------------------
+conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)   # keeps the resolution
+
+
 def group_norm(channels, groups):
     """Group normalisation with the released epsilon, which is not torch's."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def conv3(in_channels, out_channels):
-    """3x3 convolution that keeps the resolution."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -94,33 +93,13 @@ class AttnBlock(nn.Module):
         for conv in (self.q, self.k, self.v):
             tokens = conv(h).flatten(2).transpose(1, 2)               # (B, HW, D)
             head.append(tokens.unsqueeze(1).contiguous())             # (B, 1, HW, D)
-        h = F.scaled_dot_product_attention(*head).squeeze(1)          # (B, HW, D)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])               # (B, D, H, W)
-        return x + self.proj_out(h)
-
-
-class Downsample(nn.Module):
-    """(B, D, H, W) -> (B, D, H/2, W/2). Pads one row below and one column to the right only."""
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """(B, D, H, W) -> (B, D, 2H, 2W): repeats pixels, then a convolution."""
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv3(channels, channels)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        h = F.scaled_dot_product_attention(*head)
+        h = h.squeeze(1).transpose(1, 2)                              # (B, D, HW)
+        return x + self.proj_out(h.unflatten(2, x.shape[2:]))         # (B, D, H, W)
 
 
 def make_level(in_channels, out_channels, num_blocks, groups):
-    """The residual blocks of one resolution. What changes the resolution is added behind them."""
+    """The residual blocks of one resolution. What changes the resolution is added after them."""
     blocks = []
     for _ in range(num_blocks):
         blocks.append(ResnetBlock(in_channels, out_channels, groups))
@@ -136,7 +115,8 @@ def make_middle(channels, groups):
 
 
 class Encoder(nn.Module):
-    """image (B, 3, 8H, 8W) -> moments (B, 2C, H, W). A level has two residual blocks."""
+    """image (B, 3, 8H, 8W) -> moments (B, 2C, H, W). A level has two residual blocks. Then half the
+    resolution: one column of zeros to the right, one row below, and a convolution of stride 2."""
     def __init__(self, config):
         super().__init__()
         groups = config.norm_groups
@@ -146,7 +126,9 @@ class Encoder(nn.Module):
         for i, channels in enumerate(config.channels):
             level = make_level(width, channels, 2, groups)
             if i < len(config.channels) - 1:
-                level.add_module("downsample", Downsample(channels))
+                pad = nn.ZeroPad2d((0, 1, 0, 1))
+                conv = nn.Conv2d(channels, channels, 3, stride=2)
+                level.add_module("downsample", nn.Sequential(OrderedDict(pad=pad, conv=conv)))
             self.down.append(level)
             width = channels
         self.mid = make_middle(width, groups)
@@ -160,9 +142,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """code (B, C, H, W) -> image (B, 3, 8H, 8W), not clamped. A level has three residual blocks.
-
-    up[0] is the full resolution, so the levels run from the last to the first.
-    """
+    Then each pixel is repeated, 2x2, and a convolution follows. up[0] is the full resolution, so
+    the levels run from the last to the first."""
     def __init__(self, config):
         super().__init__()
         groups = config.norm_groups
@@ -174,7 +155,9 @@ class Decoder(nn.Module):
             level = make_level(width, config.channels[i], 3, groups)
             width = config.channels[i]
             if i > 0:
-                level.add_module("upsample", Upsample(width))
+                repeat = nn.Upsample(scale_factor=2, mode="nearest")
+                conv = conv3(width, width)
+                level.add_module("upsample", nn.Sequential(OrderedDict(repeat=repeat, conv=conv)))
             self.up.insert(0, level)
         self.norm_out = group_norm(width, groups)
         self.conv_out = conv3(width, 3)
@@ -204,21 +187,14 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, image, rng=None):
-        """image -> latent (B, C, H, W) of the mean code. With a Generator the code is sampled."""
-        mean, logvar = self.encode_moments(image)
-        noise = None if rng is None else torch.randn(mean.shape, generator=rng).to(mean)
-        return normalize(sample_code(mean, logvar, noise), self.config)
+    def encode(self, image):
+        """image -> latent (B, C, H, W), without noise."""
+        mean, _ = self.encode_moments(image)
+        return normalize(mean, self.config)
 
     def decode(self, latent):
         """latent (B, C, H, W) -> image (B, 3, 8H, 8W), in about [-1, 1], not clamped."""
         return self.decoder(denormalize(latent, self.config))
-
-    def normalize(self, code):
-        return normalize(code, self.config)
-
-    def denormalize(self, latent):
-        return denormalize(latent, self.config)
 
 
 # ---- Training losses (Rombach et al. 2022, App. G). Each is a mean: a scalar ---------------------
@@ -234,10 +210,8 @@ def reconstruction_loss(image, reconstruction):
 
 def perceptual_loss(image, reconstruction, features):
     """Distance of deep features, in the way of LPIPS (Zhang et al. 2018).
-
     features maps images (B, 3, H, W) to a list of maps (B, D, h, w) or sequences (B, n, D). Each
-    feature vector is scaled to unit length, so that every layer counts alike.
-    """
+    feature vector is scaled to unit length, so that every layer counts alike."""
     total = 0.0
     for real, fake in zip(features(image), features(reconstruction)):
         axis = 1 if real.dim() == 4 else -1
@@ -246,28 +220,15 @@ def perceptual_loss(image, reconstruction, features):
     return total
 
 
-@dataclass(frozen=True)
-class VAELossConfig:
-    """Weights of the objective. They do not depend on the picture size."""
-    kl_weight: float = 2e-4
-    perceptual_weight: float = 0.0          # needs a feature network
-
-
-def vae_loss(vae, image, noise, config=VAELossConfig(), features=None):
+def vae_loss(vae, image, noise, kl_weight=2e-4):
     """The objective on one batch. image (B, 3, 8H, 8W); noise (B, C, H, W), standard normal.
-
     Returns (loss, terms, reconstruction). terms has a scalar for each name. An adversary can be
-    added to them: experiments/table3_fig10_autoencoders.py.
-    """
+    added to them: experiments/table3_fig10_autoencoders.py."""
     mean, logvar = vae.encode_moments(image)
     reconstruction = vae.decoder(sample_code(mean, logvar, noise))
     terms = {"reconstruction": reconstruction_loss(image, reconstruction),
              "kl": kl_loss(mean.float(), logvar.float())}
-    loss = terms["reconstruction"] + config.kl_weight * terms["kl"]
-    if config.perceptual_weight:
-        terms["perceptual"] = perceptual_loss(image, reconstruction, features)
-        loss = loss + config.perceptual_weight * terms["perceptual"]
-    return loss, terms, reconstruction
+    return terms["reconstruction"] + kl_weight * terms["kl"], terms, reconstruction
 
 
 def main():
@@ -277,7 +238,7 @@ def main():
         vae = VAE(VAEConfig(latent_channels, channels=(32, 32, 32, 32)))      # random weights
         with torch.no_grad():
             mean, logvar = vae.encode_moments(image)
-            reconstruction = vae.decode(vae.normalize(mean))
+            reconstruction = vae.decode(normalize(mean, vae.config))
         times = image.numel() / mean.numel()
         absolute = reconstruction_loss(image, reconstruction)
         print(f"{tuple(image.shape)} -> {tuple(mean.shape)}, {times:.0f} times fewer numbers -> "

@@ -119,7 +119,8 @@ def main():
     peak = matmul_peak(device, precision)
     parts = load_components(SHIPPED, ("vae", "text"))
     text = parts.text.config
-    sizes = MMDiTConfig(options.depth, context_dim=text.context_dim, pooled_dim=text.pooled_dim,
+    sizes = MMDiTConfig(options.depth, context_dim=text.t5_width,
+                        pooled_dim=text.clip_l_width + text.clip_g_width,
                         pos_embed_max_size=16)
     model = MMDiT(sizes).to(device)
     if options.compile:

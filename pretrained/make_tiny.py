@@ -72,7 +72,7 @@ from text_encoders import (  # noqa: E402
     relative_position_bucket,
 )
 from train import Run, TrainConfig, fit  # noqa: E402
-from vae import VAE, VAEConfig, VAELossConfig, vae_loss  # noqa: E402
+from vae import VAE, VAEConfig, vae_loss  # noqa: E402
 
 VOCABULARY, SENTINELS = 2048, 16
 TEXT = TextConfig(clip_l_width=64, clip_g_width=128, t5_width=192, clip_length=20, t5_length=20)
@@ -521,8 +521,8 @@ class SpanBatches:
     def __init__(self, corpus: Corpus, tokenizers: Path, size: int):
         tokenizer = T5Tokenizer(tokenizers / "t5" / "spiece.model")
         self.size, self.rows = size, []
-        for ids in tokenizer.encode(corpus.prompts() + 2 * scene_texts(16000)):
-            self.rows.append(ids[:29])
+        for ids, needed in zip(*tokenizer(corpus.prompts() + 2 * scene_texts(16000), 30)):
+            self.rows.append(ids[: min(needed, 30) - 1].tolist())        # without the end token
 
     def __call__(self, step: int):
         rng = np.random.default_rng((13, step))
@@ -622,7 +622,7 @@ class Squares:
 def autoencoder_loss(vae, batch):
     """L1 and KL of one batch, the same number for each of its pictures: (B,)."""
     image, noise, kl_weight = batch
-    loss, _, _ = vae_loss(vae, image, noise, VAELossConfig(kl_weight=kl_weight))
+    loss, _, _ = vae_loss(vae, image, noise, kl_weight)
     return loss.expand(len(image))
 
 
