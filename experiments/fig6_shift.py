@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -30,10 +31,10 @@ sys.path.insert(0, str(ROOT))
 from checkpoints import (
     SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
 from devices import World, command, pick_precision
-from evaluate import BATCH_SIZE, PictureMeasures, draw_with, geneval_cases, success_rates
+from evaluate import PictureMeasures, geneval_cases, success_rates
 from flow import LogitNormal
 from mmdit import MMDiT, load_weights
-from sample import Pipeline
+from sample import Pipeline, generate
 from scenes import captioned_grid, draw_scene
 from train import Run, TrainConfig, fit, flow_loss, read_inputs
 
@@ -71,8 +72,8 @@ class Options:
             raise ValueError(f"--shifts {self.shifts}: give some up to {LOW} and some above it")
 
 
-QUICK = {"depth": 3, "base_steps": 500, "steps": 200, "batch_size": 32, "num_scenes": 4096,
-         "num_prompts": 10, "num_steps": 20}
+QUICK = {"shifts": (1.0, 1.5, 2.0, 3.0, 6.0), "depth": 2, "base_steps": 300, "steps": 120,
+         "batch_size": 16, "num_scenes": 512, "num_prompts": 4, "num_steps": 12}
 FULL = {"depth": 8, "resolution": 128, "base_steps": 4000, "steps": 2000, "batch_size": 128,
         "num_scenes": 65536}
 
@@ -100,16 +101,18 @@ def base_model(options, config, world):
 
 def draw(model, inputs, prompts, size, shift, options, world):
     """A picture, uint8 (size, size, 3), of each prompt, from the same noise for every shift."""
-    settings = {"num_steps": options.num_steps, "guidance_scale": options.guidance_scale,
-                "schedule": "shifted", "timestep_shift": shift, "unconditional": "zeros",
-                "height": size, "width": size}
+    settings = {
+        "num_steps": options.num_steps,
+        "guidance_scale": options.guidance_scale,
+        "schedule": "shifted",
+        "timestep_shift": shift,
+        "unconditional": "zeros",
+        "height": size,
+        "width": size}
     precision = pick_precision("auto", world.device)
     pipeline = Pipeline(model, inputs.vae, inputs.text, settings, world.device, precision)
-    draw_batch = draw_with(pipeline, seed=1)
-    pictures = []
-    for first in range(0, len(prompts), BATCH_SIZE):
-        pictures += draw_batch(prompts[first : first + BATCH_SIZE], first)
-    return pictures
+    pictures = generate(pipeline, prompts, seed=1, batch_size=32)
+    return [np.asarray(picture) for picture in pictures]
 
 
 def run_seed(seed, options, world):
@@ -124,7 +127,8 @@ def run_seed(seed, options, world):
     cases = geneval_cases(options.num_prompts, height=size, width=size)
     prompts = [case.prompt for case in cases]
     real = [draw_scene(case.scene) for case in cases]
-    rows, pictures = [], []
+    rows = []
+    pictures = []
     for trained in options.trained:
         config = replace(config, resolution=size, steps=options.steps, timestep_shift=trained,
                          depth=base.config.depth)
@@ -167,6 +171,16 @@ def curves(rows, measure):
     return found
 
 
+def halves(curve):
+    """The values of a curve {shift: value} for shifts up to 1.5, and above it."""
+    low = []
+    high = []
+    for shift in sorted(curve):
+        half = low if shift <= LOW else high
+        half.append(curve[shift])
+    return low, high
+
+
 def claims(seeds):
     """Rows of the claims table. Intervals are ranges over seeds, in the first three rows also over
     both models. seeds: for each one the rows of `run_seed`."""
@@ -175,18 +189,17 @@ def claims(seeds):
         gains = []
         for rows in seeds:
             for curve in curves(rows, measure).values():
-                high = [value for shift, value in curve.items() if shift > LOW]
-                low = [value for shift, value in curve.items() if shift <= LOW]
+                low, high = halves(curve)
                 gains.append(mean(high) - mean(low))
         found.append((f"sampling with a shift above {LOW} is preferred: {measure}",
                       "Fig. 6: strong preference of people", "{:+.4f}", gains))
-    flatter, better = [], []
+    flatter = []
+    better = []
     for rows in seeds:
         models = curves(rows, "fid")
         first, *_, last = sorted(models)
-        curve = models[first]
-        high = [value for shift, value in curve.items() if shift > LOW]
-        flatter.append(abs(mean(high) - curve[min(curve)]) - (max(high) - min(high)))
+        low, high = halves(models[first])
+        flatter.append(abs(mean(high) - low[0]) - (max(high) - min(high)))
         better.append(models[last][last] - models[first][first])
     found += [("higher shifts differ less among themselves than from the lowest: fid",
                "Fig. 6: less drastic", "{:+.3f}", flatter),
