@@ -59,7 +59,7 @@ T5_NAMES = {
     ".layer.1.DenseReluDense.wo.": ".feed_forward.down.",
 }
 NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
-# Dropped on purpose: 0, 1, 2, ...; CLIP's temperature; what float8 and T5 files carry besides.
+# Dropped on purpose: 0, 1, 2, ...; CLIP's temperature; what scaled float8 and T5 have besides.
 UNUSED = ("position_ids", "logit_scale", "scaled_fp8", "scale_input", "input_scale", "comfy_quant",
           "spiece_model")
 # What tensors cannot tell: fields of configs, the type and the lowest value of each.
@@ -69,14 +69,13 @@ STORED = {"mmdit": {"position_start": (float, -1e6), "position_step": (float, 1e
 # Where our tokenizers lie; convert.py finds others.
 TOKENIZERS = {"clip_l": "clip/merges.txt", "clip_g": "clip/merges.txt", "t5": "t5/spiece.model"}
 
-# A checkpoint on the disk. networks: {"mmdit": {our name: tensor}, ...}; config: what tensors cannot
-# tell; finish: {network: what makes tensors of another layout ours}.
+# A checkpoint on the disk. networks: {"mmdit": {our name: tensor}, ...}; config: its metadata;
+# finish: {network: the function that makes tensors of another layout ours}.
 Model = namedtuple("Model", "path networks config finish")
 
 
 def rename(name, table):
-    """Translate a name by a table of pieces; a piece that begins with "." may stand anywhere. None
-    in the table drops the tensor on purpose."""
+    """Translate a name piece by piece; "." begins a piece that may stand anywhere, None drops."""
     for piece, other in table.items():
         if name.startswith(piece) or (piece[0] == "." and piece in name):
             if other is None:
@@ -89,9 +88,6 @@ def rename(name, table):
 
 def open_weights(file):
     """({key: tensor}, config) of a safetensors file. The tensors are mapped: read when used."""
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; give a .safetensors file or a model folder")
     try:
         with open(file, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
@@ -106,7 +102,7 @@ def open_weights(file):
                 check_value(f"its {name}", value, *rules[name], 1e6)
         return {key: opened.get_tensor(key) for key in opened.keys()}, config
     except Exception as problem:           # A stranger's header can be wrong in every way.
-        reason = importlib.import_module("convert").describe_unreadable(file, problem)
+        reason = importlib.import_module("convert").describe_unreadable(Path(file), problem)
         raise ValueError(reason) from None
 
 
@@ -277,19 +273,23 @@ def load_text(model, dtype, given):
     """(TextEncoders, {encoder: tokenizer file}) of a model. T5 leaves the range of fp16, so bf16
     takes its place. given: a folder with tokenizers in place of tokenizers/ beside the file."""
     beside = model.path.parent
-    places = [Path(given)] if given else [beside / "tokenizers", model.path, beside]
+    places = [beside / "tokenizers", model.path, beside]
+    if given:
+        places = [Path(given)]
     encoders, tokenizers, files = {}, {}, {}
-    sizes = dict(model.config.get("text", {}))
+    config = dict(model.config.get("text", {}))
     for name in [name for name in ENCODERS if name in model.networks] or ENCODERS:
-        kind = torch.bfloat16 if name == "t5" and dtype == torch.float16 else dtype
+        kind = dtype
+        if name == "t5" and dtype == torch.float16:
+            kind = torch.bfloat16
         encoders[name] = read_network(name, model, kind)
-        config = encoders[name].config
-        sizes[f"{name}_width"] = config.hidden_size
+        sizes = encoders[name].config
+        config[f"{name}_width"] = sizes.hidden_size
         files[name] = places[0] / TOKENIZERS[name]
         if not files[name].is_file():
             files[name] = importlib.import_module("convert").find_tokenizer(name, places)
-        tokenizers[name] = load_tokenizer(name, files[name], config.vocab_size)
-    return TextEncoders(encoders, tokenizers, TextConfig(**sizes)).eval(), files
+        tokenizers[name] = load_tokenizer(name, files[name], sizes.vocab_size)
+    return TextEncoders(encoders, tokenizers, TextConfig(**config)).eval(), files
 
 
 def load_tokenizer(name, file, vocab_size):

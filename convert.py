@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from checkpoints import (
     ENCODERS, PREFIXES, Model, check_value, count_layers, load_components, networks_in,
     open_weights, read_json, released_tensors, rename, save_networks, stored_config)
+from devices import PRECISIONS, command
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
 # Folders of tokenizers: ours, then that of diffusers.
@@ -52,8 +52,9 @@ VAE_NAMES = {
     ".mid_block.attentions.0.group_norm.": ".mid.attn_1.norm.",
     ".mid_block.attentions.0.to_out.0.": ".mid.attn_1.proj_out.",
     ".mid_block.attentions.0.to_": ".mid.attn_1.", ".conv_norm_out.": ".norm_out.",
-    ".down_blocks.": ".down.", ".up_blocks.": ".up.",  # counted from the other end: `reorder`
-    ".resnets.": ".block.", ".downsamplers.0.": ".downsample.", ".upsamplers.0.": ".upsample.",
+    ".down_blocks.": ".down.", ".up_blocks.0.": ".up.3.", ".up_blocks.1.": ".up.2.",
+    ".up_blocks.2.": ".up.1.", ".up_blocks.3.": ".up.0.", ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.", ".upsamplers.0.": ".upsample.",
     ".conv_shortcut.": ".nin_shortcut.",
 }
 TABLES = {"mmdit": MMDIT_NAMES, "vae": VAE_NAMES}      # Text encoders have the released names.
@@ -78,10 +79,9 @@ NUMBERS = {"norm_num_groups": ("vae", "norm_groups", int, 1),
            "shift_factor": ("vae", "vae_shift", float, -1e3),
            "shift": ("sampling", "timestep_shift", float, 1e-3)}
 # Their sizes: {field of such a file: field of our config}.
-CLIP_SIZES = {
-    "hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "vocab_size": "vocab_size",
-    "num_attention_heads": "num_heads", "max_position_embeddings": "max_length",
-    "projection_dim": "hidden_size"}
+CLIP_SIZES = {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
+              "num_attention_heads": "num_heads", "max_position_embeddings": "max_length",
+              "vocab_size": "vocab_size", "projection_dim": "hidden_size"}
 SIZES = {
     "mmdit": {"num_layers": "depth", "num_attention_heads": "depth", "patch_size": "patch_size",
               "caption_projection_dim": "hidden_size", "in_channels": "latent_channels",
@@ -119,6 +119,8 @@ FAMILIES = {"lora": "a LoRA", "control": "a ControlNet", "double_blocks.0.": "a 
 
 def describe_unreadable(file, problem):
     """A sentence about a file that is no whole safetensors file: by its first bytes or its name."""
+    if not file.is_file():
+        return f"{file}: no such file; give a .safetensors file or a model folder"
     with open(file, "rb") as raw:
         start = raw.read(32)
     for magic, endings, advice in UNREADABLE:
@@ -136,13 +138,11 @@ def find_foreign(path, hub=True):
     if (path.parent / "model_index.json").is_file():
         raise ValueError(f"{path} is a part of a diffusers folder; give {path.parent}")
     if path.is_dir():
-        raise ValueError(f"{path} has no model.safetensors (a run gets one when it is first "
-                         f"saved); name the file itself")
+        raise ValueError(f"{path} has no model.safetensors; a run gets one when it is first saved")
     owned = re.fullmatch(r"(?!(runs|out|pretrained)/)[\w-][\w.-]*/[\w.-]+", str(path))
     if hub and owned and not path.parent.is_dir() and path.suffix != ".safetensors":
         return from_hub(str(path))
-    raise ValueError(f"{path}: no such file or folder. Give a run folder, a model folder, a "
-                     f"diffusers folder or a .safetensors file")
+    raise ValueError(f"{path}: no such file or folder; give a run, a model or a .safetensors file")
 
 
 def from_hub(name):
@@ -160,8 +160,8 @@ def from_hub(name):
     except Exception as problem:                       # whatever the HTTP library of the day raises
         raise ValueError(
             f"{name}: no such file or folder here, and no diffusers folder on the hub or in its "
-            f"cache ({type(problem).__name__}). For a gated one, accept its licence on its page "
-            f"and run `hf auth login`; without a network, give the path of a download") from None
+            f"cache ({type(problem).__name__}). For a gated one, accept its licence there and run "
+            f"`hf auth login`; without a network, give the path of a download") from None
 
 
 def open_foreign(path, text_encoders=(), vae=None):
@@ -226,9 +226,8 @@ def fit_widths(model):
     """The MM-DiT tells the widths of text encoders that are missing. Those present must fit."""
     widths = {}
     try:
-        mmdit = model.networks["mmdit"]
-        context_dim = mmdit["context_embedder.weight"].shape[1]
-        pooled_dim = mmdit["y_embedder.mlp.0.weight"].shape[1]
+        context_dim = model.networks["mmdit"]["context_embedder.weight"].shape[1]
+        pooled_dim = model.networks["mmdit"]["y_embedder.mlp.0.weight"].shape[1]
         for name in model.networks.keys() & set(ENCODERS):
             widths[name] = model.networks[name]["token_embedding.weight"].shape[1]
     except (KeyError, IndexError):                     # `read_network` says what is missing.
@@ -237,12 +236,10 @@ def fit_widths(model):
     widths.setdefault("clip_g", pooled_dim - widths.get("clip_l", 0))
     widths.setdefault("clip_l", pooled_dim - widths["clip_g"])
     if widths["t5"] != context_dim or widths["clip_l"] + widths["clip_g"] != pooled_dim:
-        raise ValueError(f"{model.path}: the text encoders are {widths} wide, but its MM-DiT "
-                         f"needs {pooled_dim} of both CLIP together and {context_dim} of T5")
-    text = dict(model.config.get("text", {}))
-    for name, width in widths.items():
-        text[f"{name}_width"] = width
-    model.config["text"] = text
+        raise ValueError(f"{model.path}: the text encoders are {widths} wide, but its MM-DiT needs "
+                         f"{pooled_dim} of both CLIP together and {context_dim} of T5")
+    found = {f"{name}_width": width for name, width in widths.items()}
+    model.config["text"] = model.config.get("text", {}) | found
 
 
 def find_tokenizer(name, places):
@@ -252,8 +249,8 @@ def find_tokenizer(name, places):
             for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
                 if (place / home / kind).is_file():
                     return place / home / kind
-    raise ValueError(f"{places[0]}: no tokenizers there for {name}; name a folder with "
-                     f"clip/merges.txt and t5/spiece.model by --tokenizers")
+    raise ValueError(f"{places[0]}: no tokenizers there for {name}; give their folder, which has "
+                     f"clip/merges.txt and t5/spiece.model, with --tokenizers")
 
 
 # ---- Diffusers folders ---------------------------------------------------------------------------
@@ -303,30 +300,21 @@ def read_config(model, part, file):
         expected["num_attention_heads"] = told["hidden_size"] // 64
     for key, value in expected.items():
         if told.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {told[key]!r:.80}; give a model where it is "
-                             f"{value!r}")
+            raise ValueError(f"{file}: {key} is {told[key]!r:.80}, but must be {value!r}")
     for key, (ours, name, kind, low) in NUMBERS.items():
         if told.get(key) is not None:
             check_value(f"{file}: {key}", told[key], kind, low, 1e3)
             model.config[ours] = {name: told[key]} | model.config.get(ours, {})
 
 
-def reorder(tensors):
-    """Exchange the two orders, in either direction: the levels of the VAE's decoder are counted
-    from the other end, and (shift, scale) is (scale, shift) in two layers of the MM-DiT."""
-    levels = count_layers(tensors, "decoder.up.")
+def swap_shift_scale(tensors):
+    """In two layers of the MM-DiT, (shift, scale) is (scale, shift) in diffusers; either way."""
     last = count_layers(tensors, "joint_blocks.") - 1
-    swapped = ("final_layer.adaLN_mod", f"joint_blocks.{last}.context_block.adaLN_mod")
-    reordered = {}
-    for key, tensor in tensors.items():
-        level = re.match(r"decoder\.up\.(\d+)", key)
-        if level:
-            key = f"decoder.up.{levels - 1 - int(level[1])}{key[level.end():]}"
-        if key.startswith(swapped):
-            shift, scale = tensor.chunk(2)
-            tensor = torch.cat([scale, shift])
-        reordered[key] = tensor
-    return reordered
+    for layer in ("final_layer", f"joint_blocks.{last}.context_block"):
+        for kind in ("weight", "bias"):
+            key = f"{layer}.adaLN_modulation.1.{kind}"
+            if key in tensors:
+                tensors[key] = torch.cat(tensors[key].chunk(2)[::-1])
 
 
 def from_diffusers(tensors):
@@ -338,16 +326,19 @@ def from_diffusers(tensors):
         elif "joint_blocks." in key and ".q." in key:
             parts = [tensors.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
             tensors[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-    return reorder(tensors)
+    swap_shift_scale(tensors)
+    return tensors
 
 
 def to_diffusers(name, tensors):
     """The inverse, with the names of diffusers, for tensors by their released names."""
+    tensors = dict(tensors)
     if name not in TABLES:
-        return dict(tensors)
+        return tensors
+    swap_shift_scale(tensors)
     table = {ours: theirs for theirs, ours in TABLES[name].items()}
     renamed = {}
-    for key, tensor in reorder(tensors).items():
+    for key, tensor in tensors.items():
         if ".mid.attn_1." in key and tensor.dim() == 4:
             tensor = tensor[:, :, 0, 0]
         if ".qkv." in key:
@@ -384,20 +375,15 @@ def write_json(file, value):
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tokenizer(folder, name, parts):
-    """The files of one tokenizer, and its token count and padding. Returns its class by name."""
-    tokenizer = parts.text.tokenizers[name]
+def tokenizer_config(name, text):
+    """The tokenizer_config.json of one text encoder: its token count and padding."""
+    tokenizer = text.tokenizers[name]
     if name == "t5":
-        kind = "T5Tokenizer"
-        spare = parts.text.encoders["t5"].config.vocab_size - tokenizer.vocab_size
-        about = {"model_max_length": parts.text.config.t5_length, "extra_ids": min(100, spare)}
-    else:
-        kind = "CLIPTokenizer"
-        about = {"model_max_length": parts.text.config.clip_length,
-                 "pad_token": tokenizer.backend.id_to_token(tokenizer.padding)}
-    shutil.copytree(parts.tokenizers[name].parent, folder)
-    write_json(folder / "tokenizer_config.json", about | {"tokenizer_class": kind})
-    return kind
+        spare = text.encoders["t5"].config.vocab_size - tokenizer.vocab_size
+        return {"tokenizer_class": "T5Tokenizer", "model_max_length": text.config.t5_length,
+                "extra_ids": min(100, spare)}
+    return {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.config.clip_length,
+            "pad_token": tokenizer.backend.id_to_token(tokenizer.padding)}
 
 
 def save_diffusers(out, parts, networks, dtype=None):
@@ -415,8 +401,11 @@ def save_diffusers(out, parts, networks, dtype=None):
         if name == "clip_l":                           # Its pooled vector passes unchanged.
             tensors["text_projection.weight"] = torch.eye(config["hidden_size"])
         if name in ENCODERS:
-            tokenizer = HOMES[name][1]
-            index[tokenizer] = ["transformers", save_tokenizer(out / tokenizer, name, parts)]
+            home = HOMES[name][1]
+            tokenizer = tokenizer_config(name, parts.text)
+            shutil.copytree(parts.tokenizers[name].parent, out / home)
+            write_json(out / home / "tokenizer_config.json", tokenizer)
+            index[home] = ["transformers", tokenizer["tokenizer_class"]]
             index[folder] = ["transformers", config["architectures"][0]]
             save_file(tensors, out / folder / "model.safetensors", metadata)
         else:
@@ -427,13 +416,13 @@ def save_diffusers(out, parts, networks, dtype=None):
     write_json(out / "model_index.json", index)
 
 
-def export(path, out, layout, dtype=None, tokenizers=None):
+def export(path, out, layout, dtype=None):
     """Write the folder `out`, by one rename. layout: "diffusers", or "single-file" for a
     model.safetensors with tokenizers/ beside it. dtype None keeps what is stored."""
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another name")
-    parts = load_components(path, dtype=None, tokenizers=tokenizers)
+    parts = load_components(path, dtype=None)
     networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
     partial = out.with_name(f"{out.name[:40]}.{os.urandom(6).hex()}.partial")
     try:
@@ -460,13 +449,11 @@ def main():
     parser.add_argument("path", help="run folder, model folder, .safetensors file, hub name")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--to", choices=("diffusers", "single-file"), default="diffusers")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    parser.add_argument("--tokenizers", help="folder with clip/ and t5/")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="default: as stored")
     options = parser.parse_args()
-    export(options.path, options.out, options.to, DTYPES.get(options.dtype), options.tokenizers)
+    export(options.path, options.out, options.to, PRECISIONS.get(options.dtype))
     print(options.out)
 
 
 if __name__ == "__main__":
-    from devices import command
     command(main)

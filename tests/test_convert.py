@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -153,15 +152,15 @@ def test_a_folder_with_tokenizer_json_only_gives_the_same_ids(exported, folder):
 
 def test_a_hub_name_without_a_network_is_answered_within_seconds():
     """The hub's client would try again for 26 s. A run's own folders are never taken for names."""
-    started = time.time()
-    code = ("import checkpoints, socket\n"
+    code = ("import checkpoints, convert, socket, time\n"
             "def no_network(*a, **k): raise socket.gaierror(-2, 'Name or service not known')\n"
             "socket.getaddrinfo = no_network\n"
+            "started = time.time()\n"
             "try: checkpoints.open_model('someone/no-such-model')\n"
-            "except ValueError as problem: print(problem)\n")
+            "except ValueError as problem: print(problem, time.time() - started, sep='\\n')\n")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "someone/no-such-model: no such file or folder here" in out.stdout, out.stderr
-    assert time.time() - started < 20
+    assert float(out.stdout.split()[-1]) < 15
 
 
 @pytest.mark.parametrize("path", ["runs/mine", "out/x", "pretrained/other", "a/b.safetensors",
