@@ -96,8 +96,7 @@ def to_tensor(image):
 def from_tensor(image):
     """(3, height, width) in [-1, 1] -> RGB picture: the inverse of to_tensor, clamped, rounded."""
     pixels = (image.detach().cpu().float().clamp(-1, 1) + 1) * 127.5
-    pixels = pixels.round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy())
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
 
 
 def aspect_buckets(resolution):
@@ -206,7 +205,7 @@ class ImageFiles:
             # tarfile takes a header that it cannot read for the end. A real end is all zeros.
             if any(Part(name, path, tar.offset).read(2 * tarfile.RECORDSIZE)):
                 raise ValueError(f"nothing to read at byte {tar.offset}")
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except Exception as error:
             self.problems.append(f"{name}: damaged or not an uncompressed tar ({error})")
 
     def pair_up(self, files):
@@ -257,8 +256,7 @@ class ImageFiles:
 
     def image(self, index, height, width):
         """uint8 (height, width, 3), scaled and centre-cropped. ValueError as from read_image."""
-        image = read_image(self.records[index])
-        return np.array(resize_and_crop(image, height, width))
+        return np.array(resize_and_crop(read_image(self.records[index]), height, width))
 
     def picture_size(self, index):
         """(height, width) of the upright picture, from its header; (1, 1) if that is broken. An
@@ -445,8 +443,8 @@ class Batches:
         """The sample numbers of this process's share of a step."""
         epoch, place = divmod(step, self.per_epoch)
         share = self.config.batch_size // self.world.size
-        start = self.world.rank * share
-        return self.epoch(epoch)[place][start : start + share].tolist()
+        first = self.world.rank * share
+        return self.epoch(epoch)[place][first : first + share].tolist()
 
     def __call__(self, step):
         """The batch of a step. Beside a GPU a thread makes the next one meanwhile."""
@@ -472,11 +470,9 @@ class Batches:
             noise.append(rng.standard_normal(shape, np.float32))
         noise = torch.from_numpy(np.stack(noise)).to(self.world.device)
         noise, code_noise = noise.chunk(2, dim=1)                     # (B, C, H, W) each
-        stored = self.folder.read(indices, rows)
-        latent, context, pooled = self.inputs(stored, code_noise)
+        latent, context, pooled = self.inputs(self.folder.read(indices, rows), code_noise)
         draws = torch.from_numpy(np.stack(draws)).float()             # (B, 5)
-        keep = draws[:, 2:] >= config.encoder_dropout                 # (B, 3)
-        keep = keep.to(self.world.device)
+        keep = (draws[:, 2:] >= config.encoder_dropout).to(self.world.device)     # (B, 3)
         context, pooled = drop_encoders(context, pooled, keep, self.text_config)
         return Batch(latent, context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6))
 
@@ -497,8 +493,7 @@ class Batches:
             rows = [self.folder.caption_rows(index)[-1] for index in group]
             latent, context, pooled = self.inputs(self.folder.read(group, rows))
             rng = torch.Generator().manual_seed(self.config.seed)
-            noise = torch.randn(latent.shape, generator=rng)
-            yield latent, context, pooled, noise.to(latent)
+            yield latent, context, pooled, torch.randn(latent.shape, generator=rng).to(latent)
 
 
 def pick_caption(captions, draw, full_share):
