@@ -38,18 +38,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import train
 from checkpoints import (SHIPPED, add_options, check_options, find_model_file, given_options,
                          option, portable, write_atomically)
 from data import Batches, ImageFiles
 from devices import World, command, pick_precision
-from evaluate import PictureMeasures
-from flow import density
+from evaluate import PictureMeasures, draw_paths
+from flow import density, validate
 from mmdit import (HeadNorm, JointBlock, MMDiT, MMDiTConfig, StreamBlock, add_gated, attend,
                    crop_center, joint_attention, merge_heads, modulate)
-from sample import Pipeline, generate
+from sample import Pipeline
 from scenes import HELD_OUT_SEED, Scenes
+from train import Run, TrainConfig, fit, flow_loss, read_inputs
 
+
+# ---- The backbones -------------------------------------------------------------------------------
 
 def into_attention(column: StreamBlock, x, mod):
     """The upper part of a column of Fig. 2b: x (B, n, D) -> q, k, v, (B, heads, n, 64) each."""
@@ -61,8 +63,6 @@ def out_of_attention(column: StreamBlock, x, attended, mod):
     x = add_gated(x, mod.gate_attn, column.attn.proj(attended))
     return add_gated(x, mod.gate_mlp, column.mlp(modulate(x, mod.shift_mlp, mod.scale_mlp)))
 
-
-# ---- DiT: one set of weights ---------------------------------------------------------------------
 
 class DiTBlock(nn.Module):
     """One column for all tokens: "a special case of MM-DiT with one shared set of weights"."""
@@ -91,8 +91,6 @@ class DiT(MMDiT):
             self.joint_blocks[i] = DiTBlock(config)
         self.initialize()
 
-
-# ---- CrossDiT: attention across to the text ------------------------------------------------------
 
 class CrossAttention(nn.Module):
     """Image tokens ask, text tokens answer: context (B, L, D), x (B, N, D) -> (B, N, D)."""
@@ -151,8 +149,6 @@ class CrossDiT(MMDiT):
             if name.endswith("cross.proj"):
                 assign(module.weight, torch.zeros(module.weight.shape))
 
-
-# ---- UViT: convolutions around a transformer -----------------------------------------------------
 
 class ResidualBlock(nn.Module):
     """(B, inputs, H, W) -> (B, width, H, W): two convolutions, modulated by cond between them."""
@@ -214,8 +210,6 @@ class UViT(CrossDiT):
         return self.final_layer(image)                            # (B, C, H, W)
 
 
-# ---- MM-DiT with three sets of weights -----------------------------------------------------------
-
 class ThreeSetBlock(JointBlock):
     """Fig. 2b with three columns: CLIP tokens, T5 tokens, image tokens."""
 
@@ -244,26 +238,11 @@ class ThreeSetBlock(JointBlock):
         return torch.cat([clip, t5], dim=1), x
 
 
-class ThreeSetText(nn.Module):
-    """The linear layers before the blocks: one for the first clip_tokens, one for the T5 tokens."""
-
-    def __init__(self, config: MMDiTConfig, clip_tokens):
-        super().__init__()
-        self.clip_tokens = clip_tokens
-        self.clip = nn.Linear(config.context_dim, config.hidden_size)
-        self.t5 = nn.Linear(config.context_dim, config.hidden_size)
-
-    def forward(self, context):
-        clip, t5 = context[:, : self.clip_tokens], context[:, self.clip_tokens :]
-        return torch.cat([self.clip(clip), self.t5(t5)], dim=1)   # (B, L, D)
-
-
 class ThreeSetMMDiT(MMDiT):
     """MM-DiT with three sets of weights. The first clip_tokens of the text come from CLIP."""
 
     def __init__(self, config: MMDiTConfig, clip_tokens=77):
         super().__init__(config)
-        self.context_embedder = ThreeSetText(config, clip_tokens)
         for i in range(config.depth):
             self.joint_blocks[i] = ThreeSetBlock(config, clip_tokens, last=i == config.depth - 1)
         self.initialize()
@@ -329,10 +308,11 @@ def reference(options):
 
 
 def report(average, step, pipeline, unseen, prompts, measures):
-    """The report of `fit`: that of train.py, and CLIP score, FID and KID."""
+    """The report of `fit`: validation loss, CLIP score and FID. It has no pictures to keep."""
+    levels = validate(average, unseen.validation(64), pipeline.precision)                 # (8,)
     pipeline.mmdit = average
-    entries, grid = train.report(average, step, pipeline, unseen, prompts[:8])
-    return entries | measures(generate(pipeline, prompts, seed=1, batch_size=64)), grid
+    pictures, _ = draw_paths(pipeline, prompts, seed=1)
+    return {"validation": levels[:-1].mean().item(), **measures(pictures)}, None
 
 
 def learn(name, config, inputs, world, measure_average):
@@ -343,10 +323,10 @@ def learn(name, config, inputs, world, measure_average):
     model.to(world.device)
     latent, context, pooled, _ = next(inputs.unseen.validation(1))
     size = measure(model, latent, context, pooled)
-    loss = partial(train.flow_loss, density=density("lognorm(0, 1)"), timestep_shift=1.0)
+    loss = partial(flow_loss, density=density("lognorm(0, 1)"), timestep_shift=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        run = train.Run(Path(folder), config, world, report=measure_average)
-        train.fit(model, loss, batches, config, run)
+        run = Run(Path(folder), config, world, report=measure_average)
+        fit(model, loss, batches, config, run)
     return size, [entry for entry in run.entries if "validation" in entry]
 
 
@@ -412,12 +392,12 @@ def read_options(arguments=None):
 def main(arguments=None):
     """Train and compare the five backbones."""
     options = read_options(arguments)
-    config = train.TrainConfig(
+    config = TrainConfig(
         data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
         resolution=RESOLUTION, depth=options.depth, steps=options.steps, every=options.steps // 4,
         batch_size=options.batch_size, optimizer="adamw", lr=1e-3, cooldown=0.4)
     world = World(config.device)
-    inputs = train.read_inputs(config, world)
+    inputs = read_inputs(config, world)
     file = find_model_file(options.encoders)
     pictures, prompts = reference(options)
     pipeline = Pipeline(None, inputs.vae, inputs.text, SAMPLING, world.device,

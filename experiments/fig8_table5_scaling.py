@@ -42,10 +42,11 @@ from checkpoints import (FROZEN, SHIPPED, add_options, check_options, find_model
                          given_options, option, portable, write_atomically)
 from data import Batches
 from devices import World, command, pick_precision
-from evaluate import GENEVAL_TASKS, PictureMeasures, geneval_cases, success_rates, wilson
+from evaluate import (GENEVAL_TASKS, PictureMeasures, draw_paths, geneval_cases, success_rates,
+                      wilson)
 from flow import density, validate
 from mmdit import MMDiT, count_parameters
-from sample import Pipeline, generate
+from sample import Pipeline
 from scenes import HELD_OUT_SEED, captioned_grid, draw_scene, vocabulary
 from train import Run, TrainConfig, fit, flow_loss, read_inputs
 
@@ -147,7 +148,7 @@ def report(average, step, pipeline, unseen, cases, measures):
         return entries, None
     pipeline.mmdit = average
     prompts = [case.prompt for case in cases]
-    pictures = generate(pipeline, prompts, HELD_OUT_SEED, batch_size=64)
+    pictures, _ = draw_paths(pipeline, prompts, HELD_OUT_SEED)
     rates = success_rates(cases, [np.asarray(picture) for picture in pictures])
     entries |= {"lax": rates["overall_lax"], "strict": rates["overall"], "geneval": rates}
     each = len(cases) // 9                                            # one picture of each task

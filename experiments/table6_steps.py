@@ -1,10 +1,9 @@
 """table6_steps.py: do bigger models need fewer steps? (SD3, arXiv:2403.03206v1, Table 6)
 
 Models of several depths draw the same prompts from the same noise with 5, 10, 20 and 50 steps of
-Euler's method. The drop of the CLIP score is relative to 50 steps. The path length, the sum of
-||v dt|| over 50 steps, is that of the velocity which is followed, with guidance. It is at least the
-distance from noise to sample, and equal to it if the path is straight; their ratio stands beside
-it. Models of one depth are averaged.
+Euler's method. The drop of the CLIP score is relative to 50 steps. The path length is the sum of
+||v dt|| over 50 steps; v is the velocity that is followed, with guidance. Models of one depth are
+averaged.
 
 Differs from the paper: the models are those of fig8_table5_scaling.py, or any --checkpoints; the
 prompts are captions of held-out scenes; the CLIP is the one beside each model's encoders.
@@ -12,7 +11,7 @@ prompts are captions of held-out scenes; the CLIP is the one beside each model's
 Rule        A claim compares the smallest and the largest depth. It held if the 95 % interval of the
             difference is above 0, and did not if it is below. Intervals are those of 2000 bootstrap
             samples of the prompts.
-Shapes      M prompts   C latent channels   H W latent height, width
+Shapes      M prompts
 Run         python experiments/fig8_table5_scaling.py --quick     trains the models
             python experiments/table6_steps.py --quick            minutes on one CPU core
 """
@@ -21,7 +20,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,15 +31,14 @@ sys.path.insert(0, str(ROOT))
 import sample
 from checkpoints import (add_options, check_options, find_model_file, given_options, option,
                          run_encoders, write_atomically)
-from data import from_tensor
-from devices import autocast, command
-from evaluate import PictureMeasures
+from devices import command
+from evaluate import PictureMeasures, draw_paths
 from scenes import HELD_OUT_SEED, Scenes
 
 STEPS = (5, 10, 20, 50)
 COLUMNS = ("drop of the CLIP score at 5 of 50 steps, %", "drop at 10 of 50 steps, %",
-           "drop at 20 of 50 steps, %", "path length", "path length / distance")
-PAPER = {                    # depth: the first four columns
+           "drop at 20 of 50 steps, %", "path length")
+PAPER = {                    # depth: COLUMNS
     15: (4.30, 0.86, 0.21, 191.13),
     30: (3.59, 0.70, 0.24, 187.96),
     38: (2.71, 0.14, 0.08, 185.96),
@@ -65,32 +63,13 @@ PRESETS = {"quick": {"num_prompts": 96}, "full": {"num_prompts": 2000}}
 
 # ---- Drawing and measuring -----------------------------------------------------------------------
 
-@torch.no_grad()
-def draw(pipeline, prompts, seed, settings):
-    """Pictures of M prompts; their path lengths and the distances from noise to sample, (M,) each.
-    As in sample.py, picture i begins at the noise of seed + i."""
-    noise = torch.empty(len(prompts), *sample.latent_shape(pipeline, settings))     # (M, C, H, W)
-    for i in range(len(prompts)):
-        noise[i].normal_(generator=torch.Generator().manual_seed(seed + i))
-    noise = noise.to(pipeline.device)
-    context, pooled = sample.encode(pipeline, prompts, settings)
-    with autocast(pipeline.device, pipeline.precision):
-        latents, lengths = sample.sample_latents(pipeline.mmdit, context, pooled, noise, settings)
-        images = pipeline.vae.decode(latents).float().cpu()                         # (M, 3, 8H, 8W)
-    distances = (latents - noise).flatten(1).norm(dim=1)                            # (M,)
-    pictures = [from_tensor(image) for image in images]
-    return pictures, lengths.cpu(), distances.cpu()
-
-
 def measure(checkpoint, options):
-    """(depth, numbers (6, M)): for each prompt the CLIP scores with STEPS, and of 50 steps the path
-    length and the distance."""
+    """(depth, numbers (5, M)): for each of M prompts the CLIP scores with STEPS, and the length of
+    the path with the most of them."""
     pipeline = sample.load(checkpoint)
-    defaults = pipeline.defaults | {"guidance_scale": options.guidance_scale}
-    settings = sample.Settings(**defaults)
     scenes = Scenes(options.num_prompts, HELD_OUT_SEED)
     prompts = [scenes.captions(index)[-1] for index in range(len(scenes))]
-    real = [scenes.image(0, settings.height, settings.width)]         # only FID would need more
+    real = [scenes.image(0, 64, 64)]                                  # Only FID would need more.
     folder = find_model_file(checkpoint).parent
     encoders = run_encoders(folder)
     if encoders:
@@ -98,22 +77,16 @@ def measure(checkpoint, options):
     measures = PictureMeasures(real, prompts, pipeline.text, folder, pipeline.device)
     numbers = []
     for num_steps in STEPS:
-        settings = replace(settings, num_steps=num_steps)
-        features, lengths, distances = [], [], []
-        for first in range(0, len(prompts), 64):
-            part = prompts[first : first + 64]
-            pictures, length, distance = draw(pipeline, part, options.seed + first, settings)
-            features.append(measures.features(pictures))
-            lengths.append(length)
-            distances.append(distance)
-        cosines = F.cosine_similarity(torch.cat(features), measures.text_features)      # (M,)
-        numbers.append(cosines.cpu())
-    numbers += [torch.cat(lengths), torch.cat(distances)]
+        pictures, lengths = draw_paths(pipeline, prompts, options.seed, num_steps=num_steps,
+                                       guidance_scale=options.guidance_scale)
+        features = measures.features(pictures)                        # (M, d)
+        numbers.append(F.cosine_similarity(features, measures.text_features).cpu())
+    numbers.append(lengths)
     return pipeline.mmdit.config.depth, torch.stack(numbers).double()
 
 
 def measure_all(checkpoints, options):
-    """{depth: numbers (6, M)}, the smallest first; models of one depth are averaged."""
+    """{depth: numbers (5, M)}, the smallest first; models of one depth are averaged."""
     found = {}
     for checkpoint in checkpoints:
         depth, numbers = measure(checkpoint, options)
@@ -127,21 +100,20 @@ def measure_all(checkpoints, options):
 # ---- What it says --------------------------------------------------------------------------------
 
 def columns(means):
-    """The columns of Table 6 from the means of the six numbers: (6, ...) -> (5, ...)"""
-    scores, length, distance = means[:4], means[4:5], means[5:6]
-    drops = 100 * (1 - scores[:3] / scores[3])                        # (3, ...) in %
-    return torch.cat([drops, length, length / distance])
+    """Table 6 from the means of the numbers: drops in % and path length, (5, ...) -> (4, ...)"""
+    drops = 100 * (1 - means[:3] / means[3])                          # (3, ...)
+    return torch.cat([drops, means[4:]])
 
 
 def bootstrap(averages, seed, repetitions=2000):
     """The columns for other draws of the prompts, which are the same for all depths:
-    {depth: (5, repetitions)}"""
+    {depth: (4, repetitions)}"""
     rng = torch.Generator().manual_seed(seed)
     M = next(iter(averages.values())).shape[1]
     chosen = torch.randint(M, (repetitions, M), generator=rng)
     samples = {}
     for depth, numbers in averages.items():
-        samples[depth] = columns(numbers[:, chosen].mean(dim=2))      # (6, repetitions) -> (5, ...)
+        samples[depth] = columns(numbers[:, chosen].mean(dim=2))      # (5, n) -> (4, n)
     return samples
 
 
@@ -155,7 +127,7 @@ def claims(table, samples):
     """Does the largest model lose less CLIP score with few steps, and is its path shorter?"""
     small, large = min(table), max(table)
     rows = []
-    for place, name in enumerate(COLUMNS[:4]):
+    for place, name in enumerate(COLUMNS):
         low, high = interval(samples[small][place] - samples[large][place])
         verdict = "cannot be told"
         if low > 0:
@@ -178,13 +150,12 @@ def draw_figure(averages, file):
     figure = Figure((10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for depth, numbers in averages.items():
-        means = numbers.mean(dim=1)                                   # (6,)
+        means = numbers.mean(dim=1)                                   # (5,)
         left.plot(STEPS, 100 * means[:4] / means[3], ".-", label=f"depth {depth}")
         right.plot(depth, means[4], "o", color="C0")
-        right.plot(depth, means[5], "x", color="C1")
     left.set(xlabel="sampling steps", ylabel="CLIP score, % of that with 50 steps")
     left.legend()
-    right.set(xlabel="depth", ylabel="o path length, x distance from noise to sample")
+    right.set(xlabel="depth", ylabel="path length")
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
@@ -223,8 +194,7 @@ def main(arguments=None):
     for depth, numbers in averages.items():
         table[depth] = columns(numbers.mean(dim=1)).tolist()
         intervals[depth] = [interval(values) for values in samples[depth]]
-    print("Table 6, depth   drop of the CLIP score at 5, 10, 20 of 50 steps, %   path length   / "
-          "distance")
+    print("Table 6, depth   drop of the CLIP score at 5, 10, 20 of 50 steps, %   path length")
     for depth, row in table.items():
         print(f"ours, {depth:2}  ", *(f"{value:10.2f}" for value in row))
     for depth, row in PAPER.items():

@@ -120,9 +120,9 @@ def test_losses_without_order_follow_no_power_law():
 
 
 def test_the_verdict_on_the_quality_follows_the_intervals():
-    """CLIP score is 1 - loss here; 120 pictures a size tell .1 from .4 and not .1 from .11."""
+    """CLIP score is 1 - loss here; 120 pictures a size tell .1 from .3 and not .1 from .11."""
     losses = [(0.9, 0.8, 0.7), (0.8, 0.7, 0.6)]
-    rows = fig8.claims_of_quality(made_up(losses, (0.1, 0.4)))
+    rows = fig8.claims_of_quality(made_up(losses, (0.1, 0.3)))
     assert verdicts(rows)[2:] == ["held", "held"]
     assert rows[2]["here"].startswith("r = -1.000 over 6")
     assert verdicts(fig8.claims_of_quality(made_up(losses, (0.1, 0.11))))[3] == "cannot be told"
