@@ -30,13 +30,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import flow
 import sample
 from checkpoints import (
-    CLIP_NAMES, SHIPPED, add_options, check_options, find_model_file, given_options, open_weights,
-    option, read_json, read_tensors, rename, run_encoders, write_atomically)
+    CLIP_NAMES, SHIPPED, add_options, check_options, count_layers, find_model_file, given_options,
+    open_weights, option, read_json, read_tensors, rename, run_encoders, write_atomically)
 from data import ImageFiles, from_tensor, read_lines, to_tensor
 from devices import autocast, command
 from scenes import (
@@ -151,18 +152,18 @@ def load_image_tower(place=SHIPPED, name="clip_l") -> CLIPImageEncoder:
     if "projection.weight" not in chosen:
         raise ValueError(f"{file} holds no image tower for {name}; give a file of make_tiny.py, or "
                          f"model.safetensors of openai/clip-vit-large-patch14 with --tower")
-    tensors = read_tensors(chosen, torch.float32, shapes_only=False)
+    tensors = read_tensors(chosen, torch.float32)
     D, _, patch_size, _ = tensors["patch_embedding.weight"].shape
     side = round((len(tensors["position_embedding.weight"]) - 1) ** 0.5)         # in patches
-    num_layers = len({key.split(".")[1] for key in tensors if key.startswith("layers.")})
+    projection_dim = len(tensors["projection.weight"])
     activation = "quick_gelu" if name == "clip_l" else "gelu"
-    config = CLIPImageConfig(side * patch_size, patch_size, D, num_layers,
-                             len(tensors["projection.weight"]), activation)
+    config = CLIPImageConfig(side * patch_size, patch_size, D, count_layers(tensors, "layers."),
+                             projection_dim, activation)
     tower = CLIPImageEncoder(config)
     tower.load_state_dict(tensors)
     if "text_projection.weight" in entries:
         text = {"weight": entries["text_projection.weight"]}
-        tower.text_projection = read_tensors(text, torch.float32, shapes_only=False)["weight"]
+        tower.text_projection = read_tensors(text, torch.float32)["weight"]
     return tower.eval().requires_grad_(False)
 
 
@@ -658,9 +659,14 @@ def draw_prompts(pipeline, prompts, folder, count, seed, settings):
 # ---- The report of a run: one HTML file that needs no other --------------------------------------
 
 def html_grid(pictures, texts):
-    """A grid of pictures, four in a row, each above its text: one picture inside of the page."""
+    """A grid of pictures of at most 256 px, four in a row, each above its text: one picture inside
+    of the page."""
+    small = []
+    for picture in pictures:
+        small.append(Image.fromarray(np.asarray(picture)))
+        small[-1].thumbnail((256, 256))
     content = io.BytesIO()
-    captioned_grid(pictures, texts, 4).save(content, "PNG")
+    captioned_grid(small, texts, 4).save(content, "PNG")
     code = base64.b64encode(content.getvalue()).decode()
     return f'<img src="data:image/png;base64,{code}" alt="">'
 
@@ -713,24 +719,26 @@ def write_report(file, record, pictures, prompts, measure, training):
     """One page: what was printed, curves, pictures, and what resembles a training picture."""
     drawn = measure.features(pictures)                                           # (M, d)
     cosines = F.cosine_similarity(drawn, measure.text_features[: len(drawn)])    # (M,)
-    texts = [f"{cosine:.3f} {prompt}" for cosine, prompt in zip(cosines.tolist(), prompts)]
-    order = cosines.argsort(descending=True).tolist()
+    best_first = cosines.argsort(descending=True).tolist()
+    title = html.escape(record["checkpoint"])
+    printed = html.escape("\n".join(record["printed"]))
     by_t = list(zip(np.linspace(0, 1, 8), record["losses"]["validation_by_t"]))
-    parts = [f'<!DOCTYPE html><meta charset="utf-8"><title>{html.escape(str(file))}</title>',
-             '<body style="font: 15px sans-serif; margin: 2em">',
-             f"<h1>{html.escape(record['checkpoint'])}</h1>",
-             f"<pre>{html.escape(chr(10).join(record['printed']))}</pre>",
+    parts = [f'<!DOCTYPE html><meta charset="utf-8"><title>{title}</title>',
+             f'<body style="font: 15px sans-serif; margin: 2em"><h1>{title}</h1>',
+             f'<pre style="font-size: 11px; overflow: auto">{printed}</pre>',
              "<h2>Loss of unseen pictures by t</h2>", svg_curve(by_t, "t")]
     for name in ("loss", "validation"):
         points = log_curve(file.with_name("log.jsonl"), name)
         if points:
             parts += [f"<h2>{name} by step</h2>", svg_curve(points, "step")]
-    for title, chosen in (("Pictures", sorted(order)[:24]), ("Best prompts", order[:8]),
-                          ("Worst prompts", order[-8:])):
-        grid = html_grid([pictures[i] for i in chosen], [texts[i] for i in chosen])
-        parts += [f"<h2>{title}, with the cosines of picture and prompt</h2>", grid]
-    parts += ["<h2>Nearest training pictures, with cosines</h2>",
-              html_grid(*nearest_pictures(pictures[:8], measure, training))]
+    shown = {"Pictures": range(min(24, len(pictures))), "Best prompts": best_first[:8],
+             "Worst prompts": best_first[-8:]}
+    for name, numbers in shown.items():
+        texts = [f"{cosines[i]:.3f} {prompts[i]}" for i in numbers]
+        parts.append(f"<h2>{name}, each with the cosine of picture and prompt</h2>")
+        parts.append(html_grid([pictures[i] for i in numbers], texts))
+    parts.append("<h2>Nearest training pictures, with cosines</h2>")
+    parts.append(html_grid(*nearest_pictures(pictures[:8], measure, training)))
     page = partial(Path.write_text, data="\n".join(parts), encoding="utf-8")
     write_atomically(file, page)
 
@@ -852,6 +860,8 @@ def reference(checkpoint, pipeline, options, size):
     training = Scenes(512, seed)
     if options.data:
         unseen = training = ImageFiles(options.data)
+    if len(unseen) < 8:
+        raise ValueError(f"--data {options.data} holds {len(unseen)} pictures; give at least 8")
     real = []
     captions = []
     for index in range(min(options.num_pictures, len(unseen))):
