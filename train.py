@@ -2,13 +2,11 @@
 
 Read with   App. B.3: flow_loss is Eq. 19, 23 and 8, then train_step; fit is the loop
 Not here    loss (flow.py), network (mmdit.py), pictures (data.py), processes (devices.py)
-Shapes      B samples of this process
 Run         python train.py     ten minutes on drawn scenes; torchrun ... for several processes
 """
 
 import time
 STARTED = time.time()                    # --minutes counts from here; importing torch takes seconds
-
 import argparse
 import copy
 import fcntl
@@ -46,7 +44,6 @@ PRESETS = {
     "tiny":  dict(optimizer="muon",  lr=6e-4, warmup_steps=0,    cooldown=0.8, ema=0.0,
                   ema_every=1,   batch_size=64,   resolution=64),
 }
-FIXED = ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size")      # within a run
 
 
 @dataclass(frozen=True)
@@ -296,13 +293,12 @@ class Run:
 
     def sample(self, average):
         """Validation, pictures, and the curves of the losses."""
-        if self.stopping or not self.report:
-            return
-        entries, picture = self.report(average, self.done)
-        self.log(**entries)
-        self.write("loss.png", partial(draw_losses(self.entries).save, format="PNG"))
-        if picture:
-            self.write(f"samples-{self.done:06}.png", partial(picture.save, format="PNG"))
+        if self.report and not self.stopping:
+            entries, picture = self.report(average, self.done)
+            self.log(**entries)
+            self.write("loss.png", partial(draw_losses(self.entries).save, format="PNG"))
+            if picture:
+                self.write(f"samples-{self.done:06}.png", partial(picture.save, format="PNG"))
 
     def save(self, model, average, optimizers):
         """The average as model.safetensors, and a checkpoint. The last two checkpoints stay."""
@@ -421,8 +417,6 @@ def read_config(arguments=None):
     parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
     options = parser.parse_args(arguments)
     given = given_options(options, TrainConfig)
-    if given.get("data"):
-        given["data"] = str(Path(given["data"]).resolve())       # It holds in any working folder.
     folder = Path(given.get("out") or "runs/none")
     if not checkpoints_of(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
@@ -432,7 +426,7 @@ def read_config(arguments=None):
     stored = read_json(folder / "config.json", {"train": dict, "encoders": dict})
     given = PRESETS.get(options.preset, {}) | given
     try:
-        for name in FIXED:
+        for name in ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size"):
             if given.get(name, stored["train"][name]) != stored["train"][name]:
                 raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
         given["num_scenes"] = stored["train"]["num_scenes"]      # The same pictures come again.
@@ -459,14 +453,12 @@ def main(arguments=None):
     frozen = find_model_file(config.encoders)
     config = replace(config, num_scenes=max(64, len(inputs.training)), encoders=portable(frozen),
                      resolution=inputs.training.resolution)
-
     model = make_model(inputs.sizes, config, world, trained=True)
     average = make_model(inputs.sizes, config, world, trained=False)
     model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
     if start:
         load_weights(model, start, devices.assign)
     average.load_state_dict(model.state_dict())
-
     sampling = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted",
                 "timestep_shift": config.timestep_shift, "unconditional": "zeros",
                 "height": config.resolution, "width": config.resolution}
@@ -487,9 +479,8 @@ def main(arguments=None):
     encoders = {"path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}
     about = {"model": asdict(inputs.sizes), "encoders": encoders}
     run = Run(folder, config, world, times, report, average, metadata, about)
-    millions = count_parameters(inputs.sizes) / 1e6
-    run.say(f"{millions:.1f} M parameters; {len(inputs.training)} pictures; {world.size} x "
-            f"{world.device}, {precision}, {world.parallel}\n{departures(config)}")
+    run.say(f"{count_parameters(inputs.sizes):,} parameters, {len(inputs.training)} pictures, "
+            f"{world.size} {world.device} {precision} {world.parallel}\n{departures(config)}")
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
     fit(model, loss, inputs.batches, config, run)
     conclude(run, pipeline, prompts[0])

@@ -419,6 +419,20 @@ def test_adamw_has_the_papers_epsilon_beside_qk_norm(qk_norm, share):
     assert -layer.weight.item() / 0.05 == pytest.approx(share, rel=2e-3)
 
 
+def test_adamw_averages_gradients_by_09_and_squares_by_099():
+    """By hand, for the gradients 1 and 0: m = .9 * .1 / (1 - .9^2), v = .99 * .01 / (1 - .99^2)."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.zero_()
+    optimizer, = train.make_optimizers(layer, settings())
+    for gradient in (1.0, 0.0):
+        before = layer.weight.item()
+        layer.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+    second = (0.09 / 0.19) / math.sqrt(0.0099 / 0.0199)
+    decay = 0.01 * before                                              # AdamW's, of the weights
+    assert before - layer.weight.item() == pytest.approx(0.05 * (second + decay), rel=1e-4)
+
+
 def test_muon_takes_the_matrices_of_the_blocks_at_16_times_the_rate(tmp_path):
     sizes = MMDiTConfig(2, latent_channels=4, context_dim=64, pooled_dim=64, pos_embed_max_size=4)
     model = MMDiT(sizes)
