@@ -467,15 +467,27 @@ def find_word(view, rest, word):
     return local_max(mask, view.radius) > 0.5
 
 
+def wilson(share, n):
+    """95 % interval (low, high) of a share that was seen in n cases (Wilson 1927)."""
+    z = 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
 def success_rates(cases, images) -> dict:
     """{"overall": mean of GenEval's six tasks, "overall_lax", "n": pictures of a task,
-    "strict": {task: share that passes}, "lax": {task: share}}."""
+    "strict": {task: share that passes}, "intervals": of these, 95 %, "lax": {task: share}}."""
     passed = {task: [] for task in TASKS}
     for case, image in zip(cases, images, strict=True):
         passed[case.task].append(score(case, image))
-    rates = {"overall": 0, "overall_lax": 0, "n": len(cases) // len(TASKS), "strict": {}, "lax": {}}
+    n = len(cases) // len(TASKS)
+    rates = {"overall": 0, "overall_lax": 0, "n": n, "strict": {}, "intervals": {}, "lax": {}}
     for task in TASKS:
-        rates["strict"][task], rates["lax"][task] = np.mean(passed[task], axis=0).tolist()
+        strict, lax = np.mean(passed[task], axis=0).tolist()
+        rates["strict"][task] = strict
+        rates["intervals"][task] = wilson(strict, n)
+        rates["lax"][task] = lax
     for name, column in (("overall", "strict"), ("overall_lax", "lax")):
         rates[name] = sum(rates[column][task] for task in GENEVAL_TASKS) / len(GENEVAL_TASKS)
     return rates
@@ -496,14 +508,6 @@ def format_scores(scores) -> str:
     """One line: GenEval .950, lax .960 (single object 1.00, ...)."""
     tasks = ", ".join(f"{task} {share:.2f}" for task, share in scores["strict"].items())
     return f"GenEval {scores['overall']:.3f}, lax {scores['overall_lax']:.3f} ({tasks})"
-
-
-def wilson(share, n):
-    """95 % interval (low, high) of a share that was seen in n cases (Wilson 1927)."""
-    z = 1.96
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def controls(cases, pipeline=None):
@@ -848,14 +852,15 @@ def note(record, lines):
     write_atomically(record["out"], partial(Path.write_text, data=text))
 
 
-def reference(checkpoint, pipeline, options, size):
+def reference(pipeline, options, size):
     """What a model is measured with: (unseen pictures, their captions, PictureMeasures of these,
     pictures of its training). Scenes, or --data. ValueError for what is missing."""
-    named = run_encoders(Path(checkpoint))
-    file, seed = find_model_file(checkpoint), 0
+    file = pipeline.parts.file
+    seed = 0
+    named = run_encoders(file.parent)
     if named:                                                # a run
         file = named[0]
-        seed = read_json(Path(checkpoint) / "config.json", {"train": dict})["train"].get("seed", 0)
+        seed = read_json(pipeline.parts.file.with_name("config.json"))["train"]["seed"]
     unseen = Scenes(options.num_pictures, HELD_OUT_SEED)
     training = Scenes(512, seed)
     if options.data:
@@ -879,7 +884,7 @@ def measure_model(record, pipeline, options, size, unseen, captions, measure, tr
     record["measures"] = measure_grid(pipeline, captions, measure, options.seed, grid)
     note(record, measure_lines(record))
     pictures, _ = draw_paths(pipeline, captions[:64], options.seed, **grid[0])
-    file = Path(record["checkpoint"]) / "report.html"
+    file = pipeline.parts.file.with_name("report.html")
     if not file.with_name("log.jsonl").is_file():            # no run
         file = Path(options.out).with_name("report.html")
     write_report(file, record, pictures, captions, measure, training)
@@ -914,16 +919,13 @@ def main():
     if prompts:
         return draw_prompts(pipeline, prompts, out, options.per_prompt, options.seed, grid[0])
     if pipeline:
-        material = reference(arguments.checkpoint, pipeline, options, size)
+        material = reference(pipeline, options, size)
     record = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint,
               **asdict(options), "height": size[0], "width": size[1], "rows": {}, "printed": []}
     if not options.data:
         head = "  ".join(f"{task:>9}" for task in TASKS)
         note(record, [f"{'':40} strict    lax  {head}"])
         for name, rates in rows(pipeline, options, size):
-            rates["intervals"] = {}
-            for task, share in rates["strict"].items():
-                rates["intervals"][task] = wilson(share, rates["n"])
             record["rows"][name] = rates
             note(record, score_lines(name, rates))
     if pipeline:

@@ -33,7 +33,7 @@ from text_encoders import quick_gelu
 from vae import perceptual_loss
 
 ROOT = Path(__file__).parents[1]
-TINY = CLIPImageConfig(32, 8, hidden_size=128, num_layers=2, projection_dim=48)
+TINY = CLIPImageConfig(32, 8, hidden_size=128, num_layers=3, projection_dim=48)
 
 
 def random(*shape, seed=0):
@@ -95,7 +95,7 @@ def test_tower_is_its_definition():
 def test_features_are_the_patches_of_every_layer_and_carry_gradients_to_the_image():
     encoder, image = tiny_encoder(), random(2, 3, 32, 32).float()
     features = encoder.features(image)
-    assert [x.shape for x in features] == [(2, 16, 128)] * 2
+    assert [x.shape for x in features] == [(2, 16, 128)] * 3
     reconstruction = (image + 0.1).requires_grad_()
     assert perceptual_loss(image, image, encoder.features) == 0
     perceptual_loss(image, reconstruction, encoder.features).backward()
@@ -421,13 +421,21 @@ def test_a_word_passes_if_it_is_spelled_right_wherever_it_stands():
     assert passes(picture_of(RED_STAR, word="BOOK"), "word", (), word="BOOK")[0] is False
 
 
+def test_four_pixels_in_a_thousand_may_be_dirty():
+    """.004 of 64 x 64 px are 16.4."""
+    for dirty, strict in ((16, True), (17, False)):
+        image = picture_of(RED_STAR).copy()
+        image[50, 10 : 10 + dirty] = 0
+        assert passes(image, "single object", (RED_STAR,)) == (strict, True)
+
+
 def test_a_relation_needs_a_clear_offset():
-    """A tenth of both sizes together: things of 20 px need more than 4 px between their centres."""
-    first = Thing("star", "red", "small", 10, 10, 20)
+    """A tenth of both sizes together: things of 100 px need more than 20 px between centres."""
+    first = Thing("star", "red", "small", 10, 10, 100)
     case = Case("position", "", Scene("pair", 64, 64, "white", (first, BLUE_RING), "left of"),
                 ("relation",))
-    for apart, holds in ((5, True), (4, False), (-5, False)):
-        second = replace(BLUE_RING, left=10 + apart, diameter=20)
+    for apart, holds in ((21, True), (20, False), (-21, False)):
+        second = replace(BLUE_RING, left=10 + apart, diameter=100)
         assert evaluate.fits(case, (first, second)) == holds
 
 
@@ -700,7 +708,8 @@ def test_the_command_stores_every_row_with_its_intervals(tmp_path):
 
 def test_what_was_scored_is_kept_when_it_stops(tmp_path, monkeypatch):
     def stops(pipeline, options, size):
-        yield "first", {"overall": 1, "overall_lax": 1, "n": 4, "strict": dict.fromkeys(TASKS, 1.0)}
+        yield "first", {"overall": 1, "overall_lax": 1, "n": 4, "strict": dict.fromkeys(TASKS, 1.0),
+                        "intervals": dict.fromkeys(TASKS, (0.5, 1))}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "rows", stops)
