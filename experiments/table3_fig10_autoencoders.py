@@ -96,7 +96,7 @@ class PatchDiscriminator(nn.Sequential):
         super().__init__(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
         for width in (channels, 2 * channels):
             self.append(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1))
-            self.append(group_norm(2 * width, groups))
+            self.append(group_norm(groups, 2 * width))
             self.append(nn.LeakyReLU(0.2))
         self.append(nn.Conv2d(4 * channels, 1, 3, padding=1))
 
@@ -267,14 +267,14 @@ def ssim(image, reconstruction):
 @torch.no_grad()
 def measure(vae, images, tower):
     """(the columns of Table 3, {measure: of each picture (N,)}, reconstructions of (N, 3, H, W))"""
-    reconstructions, distances, real, fake = [], [], [], []
-    for image in images.split(1):
-        reconstruction = vae.decode(vae.encode(image)).clamp(-1, 1)
+    parts, distances, real, fake = [], [], [], []
+    for part in images.split(16):
+        parts.append(vae.decode(vae.encode(part)).clamp(-1, 1))
+    reconstructions = torch.cat(parts)
+    for image, reconstruction in zip(images.split(1), reconstructions.split(1), strict=True):
         distances.append(perceptual_loss(image, reconstruction, tower.features))
         real.append(tower(image))
         fake.append(tower(reconstruction))
-        reconstructions.append(reconstruction)
-    reconstructions = torch.cat(reconstructions)
     by_picture = {"perceptual": torch.stack(distances), "ssim": ssim(images, reconstructions),
                   "psnr": psnr(images, reconstructions)}
     numbers = {"fid": frechet_distance(torch.cat(real), torch.cat(fake)).item()}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ spec.loader.exec_module(table4)
 def rates(share, n=100, **others):
     """What success_rates gives, with one share for all tasks but `others`."""
     lax = dict.fromkeys(TASKS, share) | {name.replace("_", " "): x for name, x in others.items()}
-    return {"n": n, "lax": lax, "strict": dict.fromkeys(TASKS, 0.0)}
+    return {"n": n, "lax": lax, "clip_score": share / 2, "clip_error": 0.003}
 
 
 def of_seed(short, mix):
@@ -47,11 +48,15 @@ def test_the_full_wording_tells_all_and_asks_for_the_same():
 def test_gains_by_hand():
     """Two seeds, two tasks: .2 -> .5 and .4 -> .4; variances p (1 - p) / 100, over 4 tasks^2."""
     scores = [of_seed(rates(0.2), rates(0.5)), of_seed(rates(0.4), rates(0.4))]
-    short, mix, by_seed, reach = table4.gains(scores, "plain", ("position", "counting"))
+    short, mix, by_seed, reach = table4.gains(
+        scores, "plain", partial(table4.share_of, tasks=("position", "counting")))
     assert (short, mix) == pytest.approx((0.3, 0.45))
     assert by_seed == pytest.approx([0.3, 0])
     variance = 2 * (0.16 + 0.25 + 0.24 + 0.24) / 100 / 4
     assert reach == pytest.approx(1.96 * math.sqrt(variance) / 2)
+    short, mix, by_seed, reach = table4.gains(scores, "full", table4.clip_of)
+    assert (short, mix, *by_seed) == pytest.approx((0.15, 0.225, 0.15, 0))
+    assert reach == pytest.approx(1.96 * math.sqrt(4 * 0.003**2) / 2)
 
 
 @pytest.mark.parametrize("pairs, verdict", [
@@ -64,19 +69,21 @@ def test_all_seeds_and_the_interval_must_agree(pairs, verdict):
     scores = []
     for short, mix in pairs:
         scores.append(of_seed(rates(short), rates(mix)))
-    row = table4.judge("claim", "paper", table4.gains(scores, "plain", GENEVAL_TASKS))
+    row = table4.judge("claim", "paper", table4.gains(scores, "plain"))
     assert row["verdict"] == verdict
 
 
 def test_each_claim_reads_its_own_tasks_and_wording():
     low, high = rates(0.0), rates(0.0)
     better = {"plain": rates(0.0, position=1.0, background=0.5), "full": rates(0.0, counting=1.0)}
+    better["full"]["clip_score"] = 0.25
     scores = [{"short": {"plain": low, "full": high}, "mix": better}]
-    overall, pair, unsaid, detailed = table4.claims(scores)
+    overall, pair, unsaid, detailed, fit = table4.claims(scores)
     assert overall["here"] == "0.000 -> 0.167"
     assert pair["here"] == "0.000 -> 0.500"
     assert unsaid["here"] == "0.000 -> 0.250"
     assert detailed["here"] == "0.000 -> 0.167"
+    assert fit["here"] == "0.000 -> 0.250"
 
 
 def test_a_tiny_run_trains_on_the_mix_that_it_names(tmp_path, monkeypatch, capsys):
@@ -94,7 +101,7 @@ def test_a_tiny_run_trains_on_the_mix_that_it_names(tmp_path, monkeypatch, capsy
                  "--num-prompts", "1", "--out", str(out)])
     assert shares == [(0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
     record = json.loads(out.read_text())
-    assert len(record["seeds"]) == 2 and len(record["claims"]) == 4
+    assert len(record["seeds"]) == 2 and len(record["claims"]) == 5
     assert record["images_seen"] == 8
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "43.27" in capsys.readouterr().out
