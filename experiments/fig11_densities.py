@@ -227,8 +227,10 @@ def main(arguments=None):
         verdict = "held" if holds else "did not hold at this size"
         claims.append(dict(zip(CLAIM, [*row, verdict], strict=True)))
         print(f"{verdict}: {row[0]} ({row[1]}); here {row[2]}")
+    settings = asdict(options)
+    del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig11_densities.py", *sys.argv[1:]]),
-              "settings": asdict(options), "densities": found, "claims": claims}
+              "settings": settings, "densities": found, "claims": claims}
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(options.out, lambda partial: partial.write_text(text))
     draw_figure(found, options, Path(options.out).with_suffix(".png"))

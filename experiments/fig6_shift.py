@@ -256,8 +256,10 @@ def main(arguments=None):
     for row in table:
         print(f"{row['verdict']}: {row['claim']} ({row['paper']}); here {row['here']}, from "
               f"{row['interval'][0]} to {row['interval'][1]}")
+    settings = asdict(options)
+    del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig6_shift.py", *sys.argv[1:]]),
-              "settings": asdict(options), "device": str(world.device),
+              "settings": settings, "device": str(world.device),
               "threads": torch.get_num_threads(), "seeds": seeds, "claims": table}
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(out, lambda partial: partial.write_text(text))

@@ -113,16 +113,16 @@ def seed(without, added, usual, normed=(8, 3.0, 1.0)):
 
 def test_verdicts_by_hand():
     """Logits of 4 become 64 and 128: 4 and 5 doublings. With QK-norm they end at 8."""
-    found = [seed((64, 2.0, 1.5), (9, 3, 1.1), (8, 3, 0.9)),
-             seed((128, 1.9, 1.6), (9, 3, 1.0), (8, 3, 1.1))]
+    found = [seed((64, 2.0, 1.5), (16, 3, 1.1), (8, 3, 0.9)),
+             seed((128, 1.9, 1.6), (16, 3, 1.0), (8, 3, 1.1))]
     rows = fig5.claims(found)
-    assert [row["interval"] for row in rows] == [[4, 5], [3, 4], [1, 1.1], [0.5, 0.6], [0.4, 0.6],
-                                                 [-0.1, 0.1]]
-    assert [row["verdict"] for row in rows] == ["held"] * 5 + ["cannot be told"]
-    assert rows[0]["here"] == "it doubles 4.50 times" and "0.01 %" in rows[5]["here"]
-    calm = seed((7, 3.1, 0.9), (9, 3, 1.1), (8, 3, 1.3))
+    assert [row["interval"] for row in rows] == [[4, 5], [3, 4], [1, 1.1], [0.5, 0.6], [2, 3],
+                                                 [0.4, 0.5], [-0.1, 0.1]]
+    assert [row["verdict"] for row in rows] == ["held"] * 6 + ["cannot be told"]
+    assert rows[0]["here"] == "it doubles 4.50 times" and "0.01 %" in rows[6]["here"]
+    calm = seed((7, 3.1, 0.9), (9, 3, 1.6), (8, 3, 1.3))
     verdicts = [row["verdict"] for row in fig5.claims([calm, calm])]
-    assert verdicts == ["did not hold at this size"] * 5 + ["held"]
+    assert verdicts == ["did not hold at this size"] * 6 + ["held"]
     assert {row["verdict"] for row in fig5.claims([calm])} == {"cannot be told"}
 
 
@@ -134,7 +134,7 @@ def test_a_tiny_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):
                "--device", "cpu", "--out", str(out)])
     record = json.loads(out.read_text())
     arms = record["seeds"][0]
-    assert list(arms) == list(fig5.ARMS) and len(record["claims"]) == 6
+    assert list(arms) == list(fig5.ARMS) and len(record["claims"]) == 7
     for arm in arms.values():
         assert [point["step"] for point in arm["points"]] == [0, 1, 2] and not arm["stopped"]
         for point in arm["points"]:
