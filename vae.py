@@ -38,11 +38,6 @@ def normalize(code, config):
     return (code - config.vae_shift) * config.vae_scale
 
 
-def denormalize(latent, config):
-    """The inverse of `normalize`."""
-    return latent / config.vae_scale + config.vae_shift
-
-
 def sample_code(mean, logvar, noise=None):
     """mean + std * noise, or the mean alone without noise. All are (B, C, H, W)."""
     if noise is None:
@@ -52,20 +47,16 @@ def sample_code(mean, logvar, noise=None):
 
 # ---- Encoder and decoder -------------------------------------------------------------------------
 conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)   # keeps the resolution
-
-
-def group_norm(channels, groups):
-    """Group normalisation with the released epsilon, which is not torch's."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+group_norm = partial(nn.GroupNorm, eps=1e-6)           # the released epsilon, which is not torch's
 
 
 class ResnetBlock(nn.Module):
     """(B, in, H, W) -> (B, out, H, W): norm, SiLU, convolution, twice, plus the input."""
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = group_norm(groups, in_channels)
         self.conv1 = conv3(in_channels, out_channels)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = group_norm(groups, out_channels)
         self.conv2 = conv3(out_channels, out_channels)
         self.nin_shortcut = nn.Identity()
         if in_channels != out_channels:
@@ -81,7 +72,7 @@ class AttnBlock(nn.Module):
     """Self-attention with one head over all positions. (B, D, H, W) -> (B, D, H, W)."""
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = group_norm(groups, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -132,7 +123,7 @@ class Encoder(nn.Module):
             self.down.append(level)
             width = channels
         self.mid = make_middle(width, groups)
-        self.norm_out = group_norm(width, groups)
+        self.norm_out = group_norm(groups, width)
         self.conv_out = conv3(width, 2 * config.latent_channels)
 
     def forward(self, image):
@@ -159,7 +150,7 @@ class Decoder(nn.Module):
                 conv = conv3(width, width)
                 level.add_module("upsample", nn.Sequential(OrderedDict(repeat=repeat, conv=conv)))
             self.up.insert(0, level)
-        self.norm_out = group_norm(width, groups)
+        self.norm_out = group_norm(groups, width)
         self.conv_out = conv3(width, 3)
 
     def forward(self, code):
@@ -194,7 +185,8 @@ class VAE(nn.Module):
 
     def decode(self, latent):
         """latent (B, C, H, W) -> image (B, 3, 8H, 8W), in about [-1, 1], not clamped."""
-        return self.decoder(denormalize(latent, self.config))
+        code = latent / self.config.vae_scale + self.config.vae_shift         # undoes `normalize`
+        return self.decoder(code)
 
 
 # ---- Training losses (Rombach et al. 2022, App. G). Each is a mean: a scalar ---------------------
