@@ -287,7 +287,7 @@ class Options:
 
 
 PRESETS = {
-    "quick": {"depth": 2, "steps": 240, "batch_size": 32, "num_scenes": 4096, "num_pictures": 64},
+    "quick": {"depth": 2, "steps": 160, "batch_size": 32, "num_scenes": 2048, "num_pictures": 64},
     "full": {"depth": 8, "steps": 2500, "batch_size": 256, "num_scenes": 65536,
              "num_pictures": 1000},
 }

@@ -82,8 +82,8 @@ class Options:
 
 
 PRESETS = {
-    "quick": {"depths": (1, 2, 3, 4), "steps": 200, "points": 4, "batch_size": 32,
-              "num_scenes": 4096, "num_prompts": 8},
+    "quick": {"depths": (1, 2, 3, 4), "steps": 160, "points": 4, "batch_size": 32,
+              "num_scenes": 2048, "num_prompts": 6},
     "full": {"depths": (2, 4, 6, 8, 12), "steps": 3000, "batch_size": 256, "num_scenes": 65536,
              "num_prompts": 50},
 }

@@ -58,7 +58,7 @@ class Options:
         check_options(self)
 
 
-PRESETS = {"quick": {"num_prompts": 96}, "full": {"num_prompts": 2000}}
+PRESETS = {"quick": {"num_prompts": 64}, "full": {"num_prompts": 2000}}
 
 
 # ---- Drawing and measuring -----------------------------------------------------------------------
