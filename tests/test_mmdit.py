@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from mmdit import (
     count_parameters,
     crop_center,
     gelu,
+    load_weights,
+    model_sizes,
     modulate,
     paper_positions,
     sincos_2d,
@@ -569,6 +572,72 @@ def test_running_mmdit_prints_the_sizes(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows[-1] == ["38", "2432", "38", "8.057", "B"]
     assert ["24", "1536", "24", "2.028", "B"] in rows
+
+
+# ---- The model of a new run (Sec. 5.3.2) ---------------------------------------------------------
+
+VAE_SIZES = SimpleNamespace(latent_channels=4)
+TEXT_SIZES = SimpleNamespace(t5_width=64, clip_l_width=24, clip_g_width=40)
+
+
+def new_run(resolution, depth=4):
+    return SimpleNamespace(resolution=resolution, depth=depth, qk_norm=True)
+
+
+@pytest.mark.parametrize("resolution, spacing", [(64, 4), (256, 1), (512, 1 / 2), (1024, 1 / 4)])
+@pytest.mark.parametrize("start", [None, SimpleNamespace(config=MMDiTConfig(
+    4, position_start=-8.0, position_step=4.0))])
+def test_positions_of_a_new_model_are_the_papers(resolution, spacing, start):
+    """Sec. 5.3.2: a distance of 256 / S. A picture of S x S px has the positions 0 to 15 + a rest,
+    also after --init from another resolution. The grid reaches to twice that, or to the buckets."""
+    sizes = model_sizes(new_run(resolution), VAE_SIZES, TEXT_SIZES, resolution, start)
+    s = resolution // 16
+    positions = sizes.positions
+    middle = positions[s // 2 : s // 2 + s]
+    assert len(positions) == 2 * s and middle.tolist() == [spacing * i for i in range(s)]
+    wide = model_sizes(new_run(resolution), VAE_SIZES, TEXT_SIZES, 3 * resolution, start)
+    assert wide.pos_embed_max_size == 3 * s and wide.position_start == -16
+
+
+def test_a_released_model_keeps_its_own_positions():
+    released = MMDiTConfig(2, latent_channels=4, context_dim=64, pooled_dim=64, qk_norm=False,
+                           pos_embed_max_size=12, position_step=64 / 12, dual_attention_layers=1)
+    config = new_run(64, depth=2)
+    weights = MMDiT(released)
+    sizes = model_sizes(config, VAE_SIZES, TEXT_SIZES, 64, weights)
+    assert sizes == replace(released, qk_norm=True)
+    model = MMDiT(sizes)
+    weights.pos_embed.mul_(1.5)                        # The stored table is taken, not computed.
+    load_weights(model, weights)
+    assert torch.equal(model.pos_embed, weights.pos_embed)
+
+
+def start_sizes(**values):
+    start = {"latent_channels": 4, "context_dim": 64, "pooled_dim": 64, "pos_embed_max_size": 8,
+             "position_start": -8.0, "position_step": 4.0}
+    return MMDiTConfig(1, **start | values)
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_run_can_start_from_another_model_and_gain_qk_norm(theirs):
+    """And at another resolution it has the positions of its own."""
+    model = MMDiT(start_sizes(position_start=-8.0, position_step=2.0, pos_embed_max_size=16))
+    weights = MMDiT(start_sizes(qk_norm=theirs))
+    for parameter in weights.parameters():
+        parameter.data.normal_()
+    grid = model.pos_embed.clone()
+    load_weights(model, weights)
+    assert torch.equal(model.final_layer.linear.weight, weights.final_layer.linear.weight)
+    scales = model.joint_blocks[0].x_block.attn.ln_q.weight
+    assert torch.equal(scales, weights.joint_blocks[0].x_block.attn.ln_q.weight if theirs
+                       else torch.ones(64))
+    assert torch.equal(model.pos_embed, grid) and not torch.equal(grid[:, :64], weights.pos_embed)
+
+
+@pytest.mark.parametrize("ours", [{"context_dim": 128}, {"latent_channels": 8}, {"qk_norm": False}])
+def test_a_model_of_other_sizes_is_no_start(ours):
+    with pytest.raises(ValueError, match="--init has .*; give its --depth"):
+        load_weights(MMDiT(start_sizes(**ours)), MMDiT(start_sizes()))
 
 
 # ---- Precision and speed -------------------------------------------------------------------------

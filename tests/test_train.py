@@ -553,78 +553,17 @@ def test_longer_gradients_are_scaled_to_the_limit():
     torch.testing.assert_close(layer.weight.detach(), torch.tensor([[-0.6, -0.8]]))
 
 
-# --- Sizes, positions, another model's weights ----------------------------------------------------
-
-VAE = SimpleNamespace(latent_channels=4)
-TEXT = SimpleNamespace(t5_width=64, clip_l_width=24, clip_g_width=40)
-
-
-@pytest.mark.parametrize("resolution, spacing", [(64, 4), (256, 1), (512, 1 / 2), (1024, 1 / 4)])
-@pytest.mark.parametrize("start", [None, SimpleNamespace(config=MMDiTConfig(
-    4, position_start=-8.0, position_step=4.0))])
-def test_positions_of_a_new_model_are_the_papers(resolution, spacing, start):
-    """Sec. 5.3.2: a distance of 256 / S. A picture of S x S px has the positions 0 to 15 + a rest,
-    also after --init from another resolution. The grid reaches to twice that, or to the buckets."""
-    sizes = train.model_sizes(TrainConfig(resolution=resolution), VAE, TEXT, resolution, start)
-    s = resolution // 16
-    positions = sizes.positions
-    middle = positions[s // 2 : s // 2 + s]
-    assert len(positions) == 2 * s and middle.tolist() == [spacing * i for i in range(s)]
-    wide = train.model_sizes(TrainConfig(resolution=resolution), VAE, TEXT, 3 * resolution, start)
-    assert wide.pos_embed_max_size == 3 * s and wide.position_start == -16
-
-
-def test_a_released_model_keeps_its_own_positions():
-    released = MMDiTConfig(2, latent_channels=4, context_dim=64, pooled_dim=64, qk_norm=False,
-                           pos_embed_max_size=12, position_step=64 / 12, dual_attention_layers=1)
-    config = TrainConfig(resolution=64, depth=2)
-    weights = MMDiT(released)
-    sizes = train.model_sizes(config, VAE, TEXT, 64, weights)
-    assert sizes == dataclasses.replace(released, qk_norm=True)
-    model = MMDiT(sizes)
-    weights.pos_embed.mul_(1.5)                        # The stored table is taken, not computed.
-    train.load_weights(model, weights)
-    assert torch.equal(model.pos_embed, weights.pos_embed)
-
-
-def start_sizes(**values):
-    start = {"latent_channels": 4, "context_dim": 64, "pooled_dim": 64, "pos_embed_max_size": 8,
-             "position_start": -8.0, "position_step": 4.0}
-    return MMDiTConfig(1, **start | values)
-
-
-@pytest.mark.parametrize("theirs", [True, False])
-def test_a_run_can_start_from_another_model_and_gain_qk_norm(theirs):
-    """And at another resolution it has the positions of its own."""
-    model = MMDiT(start_sizes(position_start=-8.0, position_step=2.0, pos_embed_max_size=16))
-    weights = MMDiT(start_sizes(qk_norm=theirs))
-    for parameter in weights.parameters():
-        parameter.data.normal_()
-    grid = model.pos_embed.clone()
-    train.load_weights(model, weights)
-    assert torch.equal(model.final_layer.linear.weight, weights.final_layer.linear.weight)
-    scales = model.joint_blocks[0].x_block.attn.ln_q.weight
-    assert torch.equal(scales, weights.joint_blocks[0].x_block.attn.ln_q.weight if theirs
-                       else torch.ones(64))
-    assert torch.equal(model.pos_embed, grid) and not torch.equal(grid[:, :64], weights.pos_embed)
-
-
-@pytest.mark.parametrize("ours", [{"context_dim": 128}, {"latent_channels": 8}, {"qk_norm": False}])
-def test_a_model_of_other_sizes_is_no_start(ours):
-    with pytest.raises(ValueError, match="--init has .*; give its --depth"):
-        train.load_weights(MMDiT(start_sizes(**ours)), MMDiT(start_sizes()))
-
-
 def test_compilation_and_recomputation_change_no_gradient(monkeypatch):
     """And a block that is computed again is compiled: the compiler gives up inside a checkpoint."""
     compiler = functools.partial(torch.compile, backend="aot_eager")   # It needs no C++ compiler.
     monkeypatch.setattr(train.torch, "compile", compiler)
+    sizes = MMDiTConfig(1, latent_channels=4, context_dim=64, pooled_dim=64, pos_embed_max_size=8)
     gradients, graphs = [], []
     for names in ((), ("recompute",), ("compile", "recompute")):
         config = settings(precision="bf16", **dict.fromkeys(names, True))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        model = train.make_model(start_sizes(), config, devices.World("cpu"), trained=True)
+        model = train.make_model(sizes, config, devices.World("cpu"), trained=True)
         model.initialize(torch.Generator().manual_seed(0))
         with torch.no_grad():
             for parameter in model.parameters():
