@@ -71,7 +71,7 @@ class Options:
 
 
 QUICK = {"depth": 2, "steps": 300, "num_scenes": 4096, "num_prompts": 15}
-FULL = {"depth": 6, "steps": 12000, "batch_size": 256, "num_scenes": 65536, "num_prompts": 200}
+FULL = {"depth": 6, "steps": 8000, "batch_size": 256, "num_scenes": 65536}
 
 
 def make_cases(wording, count):
