@@ -924,7 +924,8 @@ def main():
               **asdict(options), "height": size[0], "width": size[1], "rows": {}, "printed": []}
     if not options.data:
         head = "  ".join(f"{task:>9}" for task in TASKS)
-        note(record, [f"{'':40} strict    lax  {head}"])
+        title = f"{options.num_prompts} prompts a task, 95 % intervals"
+        note(record, [f"{title:40} strict    lax  {head}"])
         for name, rates in rows(pipeline, options, size):
             record["rows"][name] = rates
             note(record, score_lines(name, rates))

@@ -417,6 +417,8 @@ def test_a_word_passes_if_it_is_spelled_right_wherever_it_stands():
     assert passes(np.roll(image, (-15, 2), axis=(0, 1)), "word", (), word="BOOK") == (True, True)
     for wrong in ("BOOX", "BOK", "OBOK", "LOOK", "CAT"):
         assert passes(picture_of(word=wrong), "word", (), word="BOOK") == (False, False)
+    short = np.roll(picture_of(word="GO"), (9, 14), axis=(0, 1))
+    assert passes(short, "word", (), word="GO") == (True, True)
     assert passes(picture_of(), "word", (), word="BOOK") == (False, False)
     assert passes(picture_of(RED_STAR, word="BOOK"), "word", (), word="BOOK")[0] is False
 
@@ -682,17 +684,25 @@ def run(*options, cwd):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (["--height", "63"], "must be multiples of 16 px"),
-    (["--without", "t6"], "--without 't6' must be one of"),
+    (["--height", "63"], "must be multiples of 16 px"), (["--num-prompts", "0"], "--num-prompts 0"),
+    (["--without", "t6"], "--without 't6' must be one of"), (["--out", "/proc/no/x"], "/proc/no"),
     (["--without", "none", "t5", "--prompts", ROOT / "requirements.txt"], "one value of each"),
+    (["--prompts", ROOT / "requirements.txt"], "and --out FOLDER"),
     (["--prompts", "none.txt"], "none.txt"), (["--tower", "none"], "none: no such file"),
-    (["--seed", "-1"], "--seed -1 must be"),
-    (["--num-prompts", "0"], "--num-prompts 0 must be"), (["--out", "/proc/no/x"], "/proc/no"),
-    (["--out", "."], "give the name of a file"), (["--guidance-scale", "nan"], "nan must be")])
-def test_wrong_options_are_one_sentence_before_the_work(tmp_path, options, sentence):
-    done = run(SHIPPED, *options, cwd=tmp_path)
-    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.startswith("evaluate.py: ") and done.stdout == ""
+    (["--data", "none"], "none does not exist"), (["--out", "."], "give the name of a file"),
+    (["--guidance-scale", "nan"], "nan must be")])
+def test_wrong_options_are_named_before_the_work(tmp_path, monkeypatch, capsys, options, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(SHIPPED), *map(str, options)])
+    with pytest.raises((ValueError, OSError), match=re.escape(sentence)):
+        evaluate.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_wrong_option_is_one_sentence(tmp_path):
+    done = run(SHIPPED, "--seed", "-1", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.startswith("evaluate.py: --seed -1 must be")
 
 
 def test_the_command_stores_every_row_with_its_intervals(tmp_path):
