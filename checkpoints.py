@@ -100,7 +100,10 @@ def open_weights(file):
         for part, rules in STORED.items():
             for name, value in config.get(part, {}).items():
                 check_value(f"its {name}", value, *rules[name], 1e6)
-        return {key: opened.get_tensor(key) for key in opened.keys()}, config
+        tensors = {}
+        for key in opened.keys():
+            tensors[key] = opened.get_tensor(key)
+        return tensors, config
     except Exception as problem:           # A stranger's header can be wrong in every way.
         reason = importlib.import_module("convert").describe_unreadable(Path(file), problem)
         raise ValueError(reason) from None
@@ -112,11 +115,12 @@ def networks_in(file, tensors):
     for key, tensor in tensors.items():
         if key.endswith(UNUSED):
             continue
-        network = next((name for name in PREFIXES if key.startswith(PREFIXES[name])), None)
-        if network is None:
+        if not key.startswith(tuple(PREFIXES.values())):
             raise ValueError(f"{file} has a {key}, of no known network; give an SD3 or SD3.5 file")
-        name = rename(key.removeprefix(PREFIXES[network]), NAMES[network])
-        first = found.setdefault(network, {}).setdefault(name, tensor)
+        for network, prefix in PREFIXES.items():
+            if key.startswith(prefix):
+                name = rename(key.removeprefix(prefix), NAMES[network])
+                first = found.setdefault(network, {}).setdefault(name, tensor)
         if first is not tensor and not torch.equal(stored_bytes(first), stored_bytes(tensor)):
             raise ValueError(f"{file}: {key} and its second copy differ; fetch the file anew")
     return found
@@ -129,8 +133,7 @@ def stored_bytes(tensor):
 
 def read_network(name, model, dtype=torch.float32):
     """One network (a key of PREFIXES) of an opened model, on the CPU, frozen, by one strict load.
-    dtype: for the matrices of blocks; embeddings, norms, biases and convolutions stay fp32. None:
-    as stored, float8 as fp16."""
+    dtype: for the matrices of blocks; embeddings, norms, biases and convolutions are fp32."""
     if name not in model.networks:
         raise ValueError(f"{model.path} holds no {name}, only {', '.join(model.networks)}. Give "
                          f"what is missing with --text-encoders and --vae")
@@ -160,15 +163,13 @@ def read_tensors(tensors, dtype):
             continue
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, but weights are floating point")
-        kind = dtype or tensor.dtype
-        if dtype and (tensor.dim() != 2 or "embed" in name):
-            kind = torch.float32
-        if kind.itemsize == 1:
-            kind = torch.float16
         scale = tensors.get(name.removesuffix("weight") + "scale_weight")
         if scale is not None:
             tensor = tensor.float() * scale.float()
-        copies[name] = tensor.to(kind, copy=True)
+        if tensor.dim() == 2 and "embed" not in name:
+            copies[name] = tensor.to(dtype, copy=True)
+        else:
+            copies[name] = tensor.to(torch.float32, copy=True)
     return copies
 
 
@@ -179,31 +180,34 @@ def count_layers(names, before, after="."):
 
 
 def infer_config(name, tensors, stored):
-    """(class, config) of a network: sizes from shapes, and from `stored` what they cannot tell."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    """(class, config) of a network: sizes from tensors, and from `stored` what they cannot tell."""
     if name == "mmdit":
-        _, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
-        grid = math.isqrt(shapes["pos_embed"][1])      # released positions: 0, 64 / grid, ...
-        positions = {"position_start": 0.0, "position_step": 64 / grid} | stored
+        _, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
+        grid = math.isqrt(tensors["pos_embed"].shape[1])
+        positions = {"position_start": 0.0, "position_step": 64 / grid}          # as released
         return MMDiT, MMDiTConfig(
-            count_layers(shapes, "joint_blocks."), patch_size, channels,
-            shapes["context_embedder.weight"][1], shapes["y_embedder.mlp.0.weight"][1],
-            "joint_blocks.0.x_block.attn.ln_q.weight" in shapes, grid, **positions,
-            dual_attention_layers=count_layers(shapes, "joint_blocks.", ".x_block.attn2."))
+            count_layers(tensors, "joint_blocks."), patch_size, channels,
+            tensors["context_embedder.weight"].shape[1],
+            tensors["y_embedder.mlp.0.weight"].shape[1],
+            "joint_blocks.0.x_block.attn.ln_q.weight" in tensors, grid, **positions | stored,
+            dual_attention_layers=count_layers(tensors, "joint_blocks.", ".x_block.attn2."))
     if name == "vae":
-        levels = range(count_layers(shapes, "encoder.down."))
-        channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels)
-        return VAE, VAEConfig(shapes["decoder.conv_in.weight"][1], channels, **stored)
-    vocabulary, width = shapes["token_embedding.weight"]
-    layers = count_layers(shapes, "layers.")
+        channels = []
+        for i in range(count_layers(tensors, "encoder.down.")):
+            channels.append(len(tensors[f"encoder.down.{i}.block.0.conv1.weight"]))
+        latent_channels = tensors["decoder.conv_in.weight"].shape[1]
+        return VAE, VAEConfig(latent_channels, tuple(channels), **stored)
+    vocabulary, width = tensors["token_embedding.weight"].shape
+    layers = count_layers(tensors, "layers.")
     if name == "t5":
-        buckets, heads = shapes["position_bias.weight"]
-        ff_size = shapes["layers.0.feed_forward.gate.weight"][0]
+        buckets, heads = tensors["position_bias.weight"].shape
+        ff_size = len(tensors["layers.0.feed_forward.gate.weight"])
         return T5Encoder, T5Config(vocabulary, width, ff_size, layers, heads, buckets)
-    length = shapes["position_embedding.weight"][0]
-    activation = "quick_gelu" if name == "clip_l" else "gelu"
-    projection = shapes.get("projection.weight", [None])[0]
-    return CLIPTextEncoder, CLIPConfig(vocabulary, width, layers, length, activation, projection)
+    length = len(tensors["position_embedding.weight"])
+    if name == "clip_l":
+        return CLIPTextEncoder, CLIPConfig(vocabulary, width, layers, length, "quick_gelu")
+    projection = len(tensors["projection.weight"])
+    return CLIPTextEncoder, CLIPConfig(vocabulary, width, layers, length, "gelu", projection)
 
 
 # ---- A whole model -------------------------------------------------------------------------------
@@ -230,8 +234,10 @@ def open_model(path, text_encoders=(), vae=None):
     file = find_model_file(path)
     if file.is_file() and not text_encoders and not vae:
         tensors, config = open_weights(file)
-        ours = all(key.startswith(tuple(PREFIXES.values())) for key in tensors)
-        networks = networks_in(file, tensors) if ours else {}
+        try:
+            networks = networks_in(file, tensors)
+        except ValueError:                             # convert.py knows it, or refuses it by name.
+            networks = {}
         run = (file.parent / "config.json").is_file()        # It names its encoders itself.
         if networks and (run or len(networks) == len(PREFIXES)):
             return Model(file, networks, config, {})
@@ -462,8 +468,11 @@ def add_options(parser, kind):
 
 def given_options(options, kind):
     """{field: value} of the options of `kind` that were given on the command line."""
-    values = {item.name: getattr(options, item.name) for item in fields(kind)}
-    return {name: value for name, value in values.items() if value is not None}
+    given = {}
+    for item in fields(kind):
+        if getattr(options, item.name) is not None:
+            given[item.name] = getattr(options, item.name)
+    return given
 
 
 def read_json(file, kinds=None):

@@ -386,7 +386,7 @@ def tokenizer_config(name, text):
             "pad_token": tokenizer.backend.id_to_token(tokenizer.padding)}
 
 
-def save_diffusers(out, parts, networks, dtype=None):
+def save_diffusers(out, parts, networks, dtype):
     """Write a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens."""
     stored = stored_config(networks, parts.text.config, parts.sampling, parts.words)
     metadata = {"format": "pt", "config": stored}
@@ -416,13 +416,13 @@ def save_diffusers(out, parts, networks, dtype=None):
     write_json(out / "model_index.json", index)
 
 
-def export(path, out, layout, dtype=None):
+def export(path, out, layout, dtype=torch.float32):
     """Write the folder `out`, by one rename. layout: "diffusers", or "single-file" for a
-    model.safetensors with tokenizers/ beside it. dtype None keeps what is stored."""
+    model.safetensors with tokenizers/ beside it."""
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another name")
-    parts = load_components(path, dtype=None)
+    parts = load_components(path)
     networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
     partial = out.with_name(f"{out.name[:40]}.{os.urandom(6).hex()}.partial")
     try:
@@ -449,9 +449,9 @@ def main():
     parser.add_argument("path", help="run folder, model folder, .safetensors file, hub name")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--to", choices=("diffusers", "single-file"), default="diffusers")
-    parser.add_argument("--dtype", choices=PRECISIONS, help="default: as stored")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="fp32")
     options = parser.parse_args()
-    export(options.path, options.out, options.to, PRECISIONS.get(options.dtype))
+    export(options.path, options.out, options.to, PRECISIONS[options.dtype])
     print(options.out)
 
 

@@ -47,10 +47,10 @@ def test_t5_of_an_exported_single_file_has_its_table_in_transformers(tmp_path):
     from checkpoints import PREFIXES
     from convert import diffusers_config, load_components
 
-    export(SHIPPED, tmp_path / "m.safetensors", "single-file")
+    export(SHIPPED, tmp_path / "m", "single-file")
     t5 = load_components(SHIPPED, ("text",)).text.encoders["t5"]
     prefix = PREFIXES["t5"]
-    whole = load_file(tmp_path / "m.safetensors")
+    whole = load_file(tmp_path / "m" / "model.safetensors")
     tensors = {key.removeprefix(prefix): x for key, x in whole.items() if key.startswith(prefix)}
     theirs = T5EncoderModel(T5Config(**diffusers_config("t5", t5.config)))
     assert tensors.keys() == theirs.state_dict().keys()

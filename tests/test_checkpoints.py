@@ -129,8 +129,22 @@ def test_half_precision_is_half_the_size_and_keeps_all_but_the_matrices_in_fp32(
         assert half["joint_blocks.0.x_block.mlp.fc1.weight"].dtype == dtype
         assert half["pos_embed"].dtype == half["joint_blocks.0.x_block.mlp.fc1.bias"].dtype
         assert half["pos_embed"].dtype == torch.float32
-        stored = read("mmdit", file, dtype=None).state_dict()
-        assert {x.dtype for x in stored.values()} == {dtype}
+        assert {x.dtype for x in load_file(file).values()} == {dtype}
+
+
+def test_embeddings_stay_fp32_in_half_precision(saved):
+    half = read("clip_g", saved, dtype=torch.bfloat16).state_dict()
+    assert half["token_embedding.weight"].dtype == torch.float32
+    assert half["layers.0.fc1.weight"].dtype == torch.bfloat16
+
+
+def test_a_network_that_was_read_does_not_change_with_its_file(networks, saved, tmp_path):
+    """The tensors of an opened file are mapped; those of a network are copies."""
+    file = Path(shutil.copy(saved, tmp_path / "m.safetensors"))
+    network = read("vae", file)
+    with open(file, "r+b") as raw:
+        raw.write(bytes(file.stat().st_size))
+    assert equal(network, networks["vae"])
 
 
 def test_t5_is_never_fp16_because_it_overflows(model_folder):
@@ -232,8 +246,8 @@ def test_what_does_not_fit_is_named_in_one_sentence(what, saved, tmp_path):
 
 
 def test_two_tables_of_t5_that_differ_are_refused(saved, tmp_path):
-    """Programs that read one of them would draw other pictures than programs that read the other."""
-    for change in (lambda x: x[TABLE][5, 7].add_(1), lambda x: x.update({TABLE: torch.ones(3, 2)})):
+    """Programs that read one of them would draw other pictures than those that read the other."""
+    for change in (lambda x: x[TABLE][5, 7].add_(1), lambda x: x.update({TABLE: torch.ones(3)})):
         file = resave(saved, tmp_path / "m.safetensors", change)
         with pytest.raises(ValueError, match="m.safetensors: .*shared.weight and its second copy"):
             open_model(file)
@@ -590,6 +604,7 @@ def test_a_value_of_a_wrong_type_or_out_of_range_is_refused_by_its_flag(name, va
         with pytest.raises(ValueError, match=f"^{flag} .* must be "):
             Example(**{name: value})
     assert Example(layers=[1, 2]).layers == (1, 2)           # JSON has no tuples
+    assert Example(num_steps=1, timestep_shift=100).num_steps == 1     # the ends of both ranges
 
 
 def test_json_files_are_read_with_the_types_of_their_fields(tmp_path):
