@@ -95,8 +95,8 @@ def bin_shares(pi_t, bins):
     """The share of each bin by the distribution function. (bins,)"""
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     inner = distribution(pi_t, edges[1:-1])                           # (bins - 1,)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    return torch.cat([ends[:1], inner, ends[1:]]).diff()
+    zero, one = edges[:1], edges[-1:]                                 # F(0) and F(1)
+    return torch.cat([zero, inner, one]).diff()
 
 
 def chi_squared(counts, shares):
@@ -154,12 +154,15 @@ def logit_normal_claims(found, samples):
 def mode_claims():
     """The same for the left panel: Eq. 20 to 22."""
     t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
-    lowest, agreeing = math.inf, 0
+    lowest = math.inf
+    agreeing = 0
     for name in MODES:
-        pdf = density(name).pdf(t)                                    # (999,)
+        pi_t = density(name)
+        pdf = pi_t.pdf(t)                                             # (999,)
         lowest = min(lowest, pdf.min().item())
-        favours_middle = pdf[499] > pdf[0]
-        agreeing += bool(favours_middle) == (density(name).mode_scale > 0)
+        favours_middle = (pdf[499] > pdf[0]).item()
+        if favours_middle == (pi_t.mode_scale > 0):
+            agreeing += 1
     u = torch.linspace(0, 1, 10001, dtype=torch.float64)
     limit = 2 / (math.pi - 2)
     rising = []
@@ -223,10 +226,12 @@ def main(arguments=None):
         print(f"{name:18} {row['formula_error']:14.1e}  {row['largest_deviation']:12.2f} std errors"
               f"  {row['p_value']:7.3f}  {row['mean']:7.3f}  {row['std']:9.3f}")
     claims = []
-    for *row, holds in logit_normal_claims(found, options.samples) + mode_claims():
+    rows = logit_normal_claims(found, options.samples) + mode_claims()
+    for claim, paper, here, interval, holds in rows:
         verdict = "held" if holds else "did not hold at this size"
-        claims.append(dict(zip(CLAIM, [*row, verdict], strict=True)))
-        print(f"{verdict}: {row[0]} ({row[1]}); here {row[2]}")
+        row = (claim, paper, here, interval, verdict)
+        claims.append(dict(zip(CLAIM, row, strict=True)))
+        print(f"{verdict}: {claim} ({paper}); here {here}")
     settings = asdict(options)
     del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig11_densities.py", *sys.argv[1:]]),
