@@ -208,6 +208,8 @@ class Run:
         about = json.dumps({"train": asdict(self.config), **self.about}, indent=1)
         self.write("config.json", partial(Path.write_text, data=about))
         self.steps = self.total_steps()
+        if not self.steps:
+            raise ValueError("--minutes were over before the first step; give more")
         self.bar = tqdm(initial=self.done, disable=self.world.rank > 0, unit="step")
         self.last_line = time.time()
 
@@ -466,7 +468,6 @@ def main(arguments=None):
     pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, precision)
     prompts = [inputs.held_out.captions(index)[0] for index in inputs.held_out.groups[0][:8]]
     t_density = density(config.density)
-
     def times(batch):
         return shift_time(t_density.quantile(batch.uniform), config.timestep_shift)    # (B,)
 
@@ -489,8 +490,7 @@ def main(arguments=None):
 def conclude(run, pipeline, prompt):
     """The score, if a run on scenes has none yet, and what to do next."""
     count = min(50, run.done // 20)                  # It takes less than a tenth of the training.
-    scored = any("geneval" in entry for entry in run.entries)
-    if count and not (run.config.data or run.stopping or scored):
+    if count and not (run.config.data or run.stopping or any("geneval" in e for e in run.entries)):
         size = run.config.resolution
         scores = geneval(draw_with(pipeline, HELD_OUT_SEED), count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)

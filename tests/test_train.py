@@ -343,6 +343,12 @@ def test_minutes_are_kept_whatever_a_step_takes(seconds, minutes, least, most, t
     assert 1 <= len(steps_of(tmp_path / "run")) <= 2
 
 
+def test_a_run_without_time_for_a_step_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STARTED", train.time.time() - 55)
+    with pytest.raises(ValueError, match="over before the first step; give more"):
+        experiment(tmp_path / "run", steps=0, minutes=1.0)
+
+
 # --- The paper's numbers --------------------------------------------------------------------------
 
 def test_the_papers_preset_is_appendix_b3_and_the_default_of_large_models():
