@@ -11,8 +11,8 @@ Differs  The paper trains depth 15 for 250k steps on photographs with synthetic 
 
 Verdicts: the gain is the share of the mix minus that of the short captions. It holds if every seed
 gains and the 95 % interval of the mean gain is above 0. It did not hold if no seed gains and the
-interval is below 0. The interval follows from the number of prompts: p (1 - p) / n for each share,
-and the spread of the cosines for the CLIP score.
+interval is below 0. The interval follows from the number of prompts: by Agresti and Coull for the
+shares, from the spread of the cosines for the CLIP score.
 
 Run   python experiments/table4_captions.py --quick     small models, one CPU core
       python experiments/table4_captions.py --full      one GPU
@@ -96,12 +96,15 @@ def learn(config, inputs, world):
 
 
 def share_of(rates, tasks=GENEVAL_TASKS):
-    """The mean share of these tasks by GenEval's rule, and its variance."""
+    """The mean share of these tasks by GenEval's rule, and its variance. That has two successes
+    and two failures added to each task (Agresti and Coull 1998): else 0 of 15 would be certain."""
+    n = rates["n"]
     share = variance = 0.0
     for task in tasks:
         passed = rates["lax"][task]
+        likely = (n * passed + 2) / (n + 4)
         share += passed / len(tasks)
-        variance += passed * (1 - passed) / rates["n"] / len(tasks) ** 2
+        variance += likely * (1 - likely) / (n + 4) / len(tasks) ** 2
     return share, variance
 
 

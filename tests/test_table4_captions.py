@@ -46,13 +46,16 @@ def test_the_full_wording_tells_all_and_asks_for_the_same():
 
 
 def test_gains_by_hand():
-    """Two seeds, two tasks: .2 -> .5 and .4 -> .4; variances p (1 - p) / 100, over 4 tasks^2."""
+    """Two seeds, two tasks: .2 -> .5 and .4 -> .4. Two successes and failures join 100 prompts."""
     scores = [of_seed(rates(0.2), rates(0.5)), of_seed(rates(0.4), rates(0.4))]
     short, mix, by_seed, reach = table4.gains(
         scores, "plain", partial(table4.share_of, tasks=("position", "counting")))
     assert (short, mix) == pytest.approx((0.3, 0.45))
     assert by_seed == pytest.approx([0.3, 0])
-    variance = 2 * (0.16 + 0.25 + 0.24 + 0.24) / 100 / 4
+    likely = [22 / 104, 52 / 104, 42 / 104, 42 / 104]
+    variance = 0.0
+    for p in likely:
+        variance += 2 * p * (1 - p) / 104 / 2**2                      # two tasks, their mean
     assert reach == pytest.approx(1.96 * math.sqrt(variance) / 2)
     short, mix, by_seed, reach = table4.gains(scores, "full", table4.clip_of)
     assert (short, mix, *by_seed) == pytest.approx((0.15, 0.225, 0.15, 0))
