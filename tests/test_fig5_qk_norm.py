@@ -48,8 +48,8 @@ def test_hooks_catch_what_the_attention_of_the_last_blocks_gets(qk_norm, monkeyp
     for (q, k), (wanted_q, wanted_k) in zip(pairs, given[1:], strict=True):
         assert torch.equal(q, wanted_q) and torch.equal(k, wanted_k)
     assert pairs[0][0].shape == (2, 3, 7, 64) and pairs[1][0].shape == (2, 3, 4, 64)
-    network(*inputs())
-    assert len(pairs) == 2                                            # The hooks are gone.
+    for module in network.modules():
+        assert not module._forward_hooks                              # They are gone.
 
 
 def test_logit_and_entropy_by_hand():
@@ -106,9 +106,22 @@ def points(*values):
 
 def seed(without, added, usual, normed=(8, 3.0, 1.0)):
     """What run_seed returns, with the last points of the arms."""
-    first = (4, 3.0, 1.5)
-    arms = zip(fig5.ARMS, (without, normed, added, usual), strict=True)
-    return {arm: {"points": points(first, last), "shortened_by": 1e-4} for arm, last in arms}
+    found = {}
+    for arm, last in zip(fig5.ARMS, (without, normed, added, usual), strict=True):
+        first = (4 if arm == "without" else 2, 3.0, 1.5)
+        found[arm] = {"points": points(first, last), "shortened_by": 1e-4}
+    return found
+
+
+@pytest.mark.parametrize("gains, verdict", [
+    ([1.0, 1.5], "held"),
+    ([1.0, 4.0], "cannot be told"),                                   # mean 2.5, but 3 between them
+    ([-1.0, -1.5], "did not hold at this size"),
+    ([-0.1, 3.0], "cannot be told"),
+    ([2.0], "cannot be told"),
+])
+def test_seeds_must_agree_and_lie_closer_than_their_mean_is_large(gains, verdict):
+    assert fig5.judge(gains) == verdict
 
 
 def test_verdicts_by_hand():
