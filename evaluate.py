@@ -650,14 +650,19 @@ def draw_prompts(pipeline, prompts, folder, count, seed, settings):
         prompt = about["prompt"]
         first = number * count
         pictures = sample.generate(pipeline, [prompt] * count, seed + first, count, **settings)
+        words = prompt.replace("/", " ").encode()[:200].decode(errors="ignore")
         alone = len(about) == 1
-        place = folder / "samples" if alone else folder / f"{number:05}" / "samples"
+        place = folder / "samples"
+        if not alone:
+            place = folder / f"{number:05}" / "samples"
         place.mkdir(parents=True, exist_ok=True)
         if not alone:
             (place.parent / "metadata.jsonl").write_text(json.dumps(about) + "\n")
         for i, picture in enumerate(pictures):
-            words = prompt.replace("/", " ").encode()[:200].decode(errors="ignore")
-            picture.save(place / (f"{words}_{first + i:06}.png" if alone else f"{i:04}.png"))
+            name = f"{i:04}.png"
+            if alone:
+                name = f"{words}_{first + i:06}.png"
+            picture.save(place / name)
 
 
 # ---- The report of a run: one HTML file that needs no other --------------------------------------
@@ -691,7 +696,9 @@ def svg_curve(points, across):
 def log_curve(file, name):
     """The points (step, value) that a run's log.jsonl has of a loss; none without a log."""
     points = []
-    for line in read_lines(file) if file.is_file() else ():
+    if not file.is_file():
+        return points
+    for line in read_lines(file):
         entry = json.loads(line)
         if entry.get(name) is not None:
             points.append((entry["step"], entry[name]))
@@ -780,7 +787,8 @@ class Options:
         if self.without:
             choices["without"] = []
             for text in self.without:
-                choices["without"].append(() if text == "none" else tuple(text.split("+")))
+                left_out = () if text == "none" else tuple(text.split("+"))
+                choices["without"].append(left_out)
         return settings_grid(**choices)
 
 

@@ -104,6 +104,15 @@ def test_things_and_words_lie_inside_and_apart_and_relations_hold(height, width)
             assert not word[[0, -1]].any() and not word[:, [0, -1]].any()
 
 
+def test_sizes_are_those_of_their_names_within_two_per_cent():
+    """Shares of the shorter side, here 1024 px; whole pixels take away up to one."""
+    ratios = []
+    for index in range(1000):
+        for thing in make_scene(3, index, 1024, 1100).things:
+            ratios.append(thing.diameter / (scenes.SIZES[thing.size] * 1024))
+    assert 0.977 < min(ratios) < 0.985 and 1.015 < max(ratios) <= 1.02
+
+
 def test_full_captions_are_complete_and_short_ones_are_not():
     left_out, empty = {"color": 0, "size": 0}, 0
     for index in range(2000):
