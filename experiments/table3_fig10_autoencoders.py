@@ -83,7 +83,7 @@ class Options:
 
 
 QUICK = {"warm": True, "steps": 80, "crop": 32, "batch_size": 8, "num_train": 1024,
-         "num_test": 128, "depths": (1, 2), "flow_steps": 150}
+         "num_test": 96, "depths": (1, 2), "flow_steps": 120}
 FULL = {"steps": 3000, "batch_size": 32, "num_train": 20000, "flow_steps": 2000}
 
 

@@ -70,7 +70,7 @@ class Options:
         check_options(self)
 
 
-QUICK = {"depth": 2, "steps": 300, "num_scenes": 4096, "num_prompts": 15}
+QUICK = {"depth": 2, "steps": 400, "num_scenes": 4096, "num_prompts": 15}
 FULL = {"depth": 6, "steps": 8000, "batch_size": 256, "num_scenes": 65536}
 
 

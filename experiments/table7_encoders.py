@@ -248,8 +248,8 @@ def judge(claim, paper, here, interval, bounds):
     elif high < bounds[0] or low > bounds[1]:
         verdict = "did not hold at this size"
     print(f"{verdict}: {claim}: {here}, from {low:.3g} to {high:.3g}; the paper: {paper}")
-    return {"claim": claim, "paper": paper, "here": here, "interval": [low, high],
-            "verdict": verdict}
+    interval = [float(f"{low:.3g}"), float(f"{high:.3g}")]
+    return {"claim": claim, "paper": paper, "here": here, "interval": interval, "verdict": verdict}
 
 
 def judge_digits(claim, rows, column, tolerance):
