@@ -23,6 +23,7 @@ import math
 import random
 import shlex
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,9 +175,9 @@ def draw_figure(cases, pictures, table, file):
     for column, index in enumerate(shown):
         for row, name in enumerate(("all", "no t5")):
             axes[row, column].imshow(pictures[name][index])
-            axes[row, column].set_axis_off()
-        words = cases[index].prompt.replace(" ", "\n", 4).replace("\n", " ", 2)
-        axes[0, column].set_title(words, fontsize=7)
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[row, 0].set_ylabel(name)
+        axes[0, column].set_title(textwrap.fill(cases[index].prompt, 20), fontsize=7)
     write_atomically(file, partial(figure.savefig, dpi=90, format="png"))
 
 

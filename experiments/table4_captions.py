@@ -24,6 +24,7 @@ import random
 import shlex
 import sys
 import tempfile
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -197,11 +198,9 @@ def draw_figure(scores, prompts, pictures, file):
     for column, prompt in enumerate(prompts):
         for row, mix in enumerate(MIXES):
             axes[row, column].imshow(pictures[mix][column])
-            axes[row, column].set_axis_off()
-        words = prompt.split()
-        middle = len(words) // 2
-        title = " ".join(words[:middle]) + "\n" + " ".join(words[middle:])
-        axes[0, column].set_title(title, fontsize=6)
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[row, 0].set_ylabel(mix)
+        axes[0, column].set_title(textwrap.fill(prompt, 20), fontsize=7)
     write_atomically(file, partial(figure.savefig, dpi=90, format="png"))
 
 
