@@ -60,7 +60,7 @@ class Options:
         check_options(self)
 
 
-QUICK = {"num_prompts": 25}
+QUICK = {"num_prompts": 40}
 FULL = {"num_prompts": 500}
 
 
