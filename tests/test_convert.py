@@ -201,16 +201,19 @@ def test_comfyuis_tree_is_found_with_fp16_before_float8(networks, tmp_path):
     assert parts.missing == ()
 
 
-def test_without_t5_a_small_model_takes_its_widths_from_the_mmdit(networks, tmp_path):
-    file = place_comfyui(tmp_path, networks)
-    (tmp_path / "clip" / "clip_l.safetensors").unlink()
-    tensors = load_file(file)
-    save_file(tensors, file)                                 # without the metadata
+@pytest.mark.parametrize("left_out, columns", [("clip_l", slice(0, 64)),
+                                               ("clip_g", slice(64, 128))])
+def test_missing_encoders_of_a_small_model_take_their_widths_from_the_mmdit(
+        left_out, columns, networks, tmp_path):
+    file = place_comfyui(tmp_path, networks)                 # It has no T5.
+    for found in tmp_path.glob(f"*/{left_out}.safetensors"):
+        found.unlink()
+    save_file(load_file(file), file)                         # without the metadata
     parts = load_components(file)
-    assert parts.missing == ("clip_l", "t5")
+    assert parts.missing == (left_out, "t5")
     context, pooled = parts.text(["a cat"])
     assert context.shape[2] == 192 and pooled.shape == (1, 128)
-    assert pooled[:, :64].abs().max() == 0 and pooled[:, 64:].abs().max() > 0
+    assert not pooled[:, columns].any() and pooled.any()
     parts.mmdit(torch.zeros(1, 4, 4, 4), torch.ones(1), context, pooled)
 
 
