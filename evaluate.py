@@ -868,7 +868,11 @@ def reference(pipeline, options, size):
     named = run_encoders(file.parent)
     if named:                                                # a run
         file = named[0]
-        seed = read_json(pipeline.parts.file.with_name("config.json"))["train"]["seed"]
+        stored = read_json(pipeline.parts.file.with_name("config.json"))["train"]
+        seed = stored["seed"]
+        if stored["data"] and not options.data:
+            print(f"note: this model was trained on {stored['data']}, and scenes are new to it; "
+                  f"--data measures on other pictures", file=sys.stderr)
     unseen = Scenes(options.num_pictures, HELD_OUT_SEED)
     training = Scenes(512, seed)
     if options.data:

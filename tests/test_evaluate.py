@@ -21,14 +21,14 @@ from PIL import Image
 
 import evaluate
 import sample
-from checkpoints import SHIPPED
+from checkpoints import FROZEN, SHIPPED, fingerprint
 from data import to_tensor
 from evaluate import (
     GENEVAL_TASKS, SPLITS, TASKS, Case, CLIPImageConfig, CLIPImageEncoder, PictureMeasures,
     assigned_losses, clip_score, draw_paths, frechet_distance, geneval, geneval_cases,
     kernel_distance, load_image_tower, measure_grid, nearest_pictures, psnr, read_prompts, score,
     settings_grid, success_rates, svg_curve, validation_samples, wilson)
-from scenes import Scene, Scenes, Thing, draw_scene, is_held_out
+from scenes import HELD_OUT_SEED, Scene, Scenes, Thing, draw_scene, is_held_out
 from text_encoders import quick_gelu
 from vae import perceptual_loss
 
@@ -667,6 +667,21 @@ def test_a_model_gets_numbers_and_a_report_that_needs_no_other_file(tmp_path, mo
         kind, code = source.split(",")
         assert kind == "data:image/png;base64"
         Image.open(io.BytesIO(base64.b64decode(code))).verify()
+
+
+def test_a_run_is_compared_with_the_scenes_of_its_own_training(tmp_path, capsys):
+    file = SHIPPED / "model.safetensors"
+    encoders = {"path": str(file), "fingerprint": fingerprint(file, FROZEN)}
+    parts = SimpleNamespace(file=tmp_path / "model.safetensors")
+    pipeline = SimpleNamespace(parts=parts, text=sample.load(SHIPPED).text, device="cpu")
+    for data in ("", "some/photos"):
+        config = {"train": {"seed": 5, "data": data}, "encoders": encoders}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        options = evaluate.Options(num_pictures=8)
+        unseen, captions, measure, training = evaluate.reference(pipeline, options, (32, 32))
+        assert training.seed == 5 and unseen.seed == HELD_OUT_SEED and len(measure.real) == 8
+        assert captions == [unseen.captions(i)[1] for i in range(8)]
+        assert ("trained on some/photos" in capsys.readouterr().err) == bool(data)
 
 
 def test_the_report_of_a_run_has_the_curves_of_its_log(tmp_path):
