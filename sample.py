@@ -292,10 +292,10 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK) or len(os.fsencode(out.name)) > 200:
         raise ValueError(f"--out {out.name[:80]} cannot be written; give another or shorter name")
+
     read = partial(load, options.checkpoint, options.device, options.precision, options.t5_length,
                    tokenizers=options.tokenizers, text_encoders=options.text_encoders,
                    vae=options.vae)
-
     pipeline = read(networks=("text",))
     options = Options(**pipeline.defaults | given)
     sources = hashlib.sha256(pipeline.parts.fingerprint.encode())
@@ -305,7 +305,8 @@ def main():
     if options.made_from not in ("", record["made_from"]):
         raise ValueError(f"{options.from_png} was made with another model, --image or --mask; "
                          f'give its own, or --made-from ""')
-    words, known = re.findall(r"\w+", " ".join(options.prompt).lower()), pipeline.parts.words
+    known = pipeline.parts.words
+    words = re.findall(r"\w+", " ".join(options.prompt).lower())
     if known and not set(words) <= set(known):
         print("note: the model knows no words but", *known, file=sys.stderr)
     if "t5" in pipeline.parts.missing:

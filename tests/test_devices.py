@@ -67,6 +67,14 @@ def test_one_process_needs_no_torchrun():
     world.close()
 
 
+@pytest.mark.parametrize("parameters, parallel", [(10**9, "ddp"), (10**9 + 1, "fsdp")])
+def test_auto_shards_models_of_more_than_a_billion_parameters(parameters, parallel, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "init_device_mesh"):
+        monkeypatch.setattr(devices.dist, name, lambda *_, **__: None)
+    assert devices.World("cpu", parameters=parameters).parallel == parallel
+
+
 def test_one_process_cannot_hold_shards():
     for parallel in ("fsdp", "hsdp"):
         with pytest.raises(ValueError, match=f"--parallel {parallel} needs several processes"):

@@ -113,6 +113,16 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipeline):
     torch.testing.assert_close((context, pooled), tuple(expected))
 
 
+@pytest.mark.parametrize("negative_prompt", ["", "two green stars"])
+def test_an_encoder_that_is_left_out_is_left_out_on_both_sides_of_guidance(
+        pipeline, negative_prompt):
+    settings = replace(PLAIN, guidance_scale=4, negative_prompt=negative_prompt, without=("t5",),
+                       unconditional="empty")
+    context, _ = encode(pipeline, [PROMPT], settings)
+    length = pipeline.text.config.clip_length
+    assert not context[:, length:].any() and context[:, :length].any(dim=(1, 2)).all()
+
+
 def test_guidance_one_needs_no_unconditional_pass(pipeline, noise):
     for scale, rows in ((1.0, 1), (2.0, 2)):
         calls = calls_of(pipeline, noise, replace(PLAIN, num_steps=2, guidance_scale=scale))
