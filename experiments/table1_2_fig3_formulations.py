@@ -108,7 +108,7 @@ class Options:
 QUICK = {"formulations": ("rf/lognorm(0.00, 1.00)", "rf", "eps/linear", "edm(-1.20, 1.20)"),
          "steps": 150, "batch_size": 16, "depth": 2, "samples": 32, "num_scenes": 1024, "seeds": 2}
 FULL = {"steps": 3000, "batch_size": 256, "num_scenes": 65536}
-EQUAL = ("data", "steps", "batch_size", "depth", "num_scenes", "samples")      # within one record
+EQUAL = ("data", "encoders", "steps", "batch_size", "depth", "num_scenes", "samples")  # in a file
 
 
 # --- Ranks (Sec. 5.1) -----------------------------------------------------------------------------
