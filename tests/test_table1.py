@@ -114,7 +114,7 @@ def test_a_verdict_needs_two_seeds_that_agree(table1):
     runs = {"rf | 0": run(20), "eps/cos | 0": run(40)}
     claim, = table1.claims(runs)
     assert claim["claim"] == "rectified flows degrade least with few steps"
-    assert (claim["here"], claim["interval"], claim["verdict"]) == ("by +1.00", [1, 1],
+    assert (claim["here"], claim["interval"], claim["verdict"]) == ("gain +1.00", [1, 1],
                                                                    "cannot be told")
     claim, = table1.claims(runs | {"rf | 1": run(10), "eps/cos | 1": run(80)})
     assert (claim["interval"], claim["verdict"]) == ([1, 3], "held")
