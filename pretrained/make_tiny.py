@@ -727,7 +727,8 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
 
 
 def ship(run: Path, encoders: Path, out: Path):
-    """The frozen networks of `encoders` and the MM-DiT of a run, in one bf16 file."""
+    """The frozen networks of `encoders` and the MM-DiT of a run, in one bf16 file, with the image
+    towers and the tokenizers of `encoders` beside it."""
     parts = load_components(encoders, ("vae", "text"))
     trained = load_components(run, ("mmdit",))
     networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
@@ -739,6 +740,9 @@ def ship(run: Path, encoders: Path, out: Path):
         torch.bfloat16,
         trained.words,
     )
+    if encoders.resolve() != out.resolve():
+        shutil.copytree(encoders / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
+        shutil.copy(encoders / "clip_image.safetensors", out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{size / 1e6:.2f} MB in {out}")
 
