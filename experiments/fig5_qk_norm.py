@@ -8,10 +8,12 @@ logit and the entropy of attention are averaged over the last blocks. They are t
 pictures, caught by hooks on the layers that hand queries and keys to the attention.
 
 Differs from the paper: depth 24 and 1024 px became the sizes below, and AdamW's rate is 100 times
-higher. A share by which an epsilon shortens AdamW's steps is printed too. It says whether epsilon
-can matter: gradients of a large model are smaller than ours.
+higher. The share by which epsilon 1e-8 shortens AdamW's steps is measured, too. It grows as the
+gradients shrink, and those of a large model are smaller than ours.
 
-Run   python experiments/fig5_qk_norm.py --quick     four minutes on one CPU core
+A claim holds if all seeds agree and their mean is larger than what lies between them (`judge`).
+
+Run   python experiments/fig5_qk_norm.py --quick     three minutes on one CPU core
       python experiments/fig5_qk_norm.py --full      a GPU
 """
 

@@ -13,7 +13,7 @@ Differs from the paper: AdamW's rate is 1e-3 and falls at the end. Scores are th
 lies beside the encoders. With --data, FID compares with the first pictures there. Few ranks are not
 ranks among 61: compare the order. What is done is stored, and the same command goes on from there.
 
-Run   python experiments/table1_2_fig3_formulations.py --quick     six minutes on one CPU core
+Run   python experiments/table1_2_fig3_formulations.py --quick     four minutes on one CPU core
       python experiments/table1_2_fig3_formulations.py --full      a GPU
       python experiments/table1_2_fig3_formulations.py --formulations "rf/lognorm(0.00, 1.00)" rf \
           eps/linear "rf/lognorm(0.50, 0.60)" "edm(-1.20, 1.20)" --steps 800 --batch-size 32 \
