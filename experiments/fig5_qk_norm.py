@@ -212,9 +212,11 @@ def judge(gains):
     return "held" if mean > 0 else "did not hold at this size"
 
 
-def claims(found):
-    """Rows of the claims table; intervals are ranges over seeds. found: for each seed {arm: what
-    was seen}."""
+def compare(found):
+    """(claim, paper, here, numbers of the seeds, what they must exceed) for each claim.
+
+    found: for each seed {arm: what was seen}.
+    """
     def ends(arm, name, place=-1):
         values = []
         for seed in found:
@@ -231,7 +233,7 @@ def claims(found):
     adapted = ends("added later", "validation", 0) - ends("added later", "validation")
     epsilon = ends("with, epsilon 1e-8", "validation") - loss
     share = 100 * max(seed["with"]["shortened_by"] for seed in found)
-    rows = [                           # The last number of a row is what must be exceeded.
+    return [
         ("without QK-norm the largest attention logit more than doubles", "Fig. 5, left: it grows",
          "it doubles {:.2f} times", growth, 1),
         ("QK-norm prevents that growth", "Fig. 5, left",
@@ -247,8 +249,12 @@ def claims(found):
         ("epsilon 1e-15 trains better than AdamW's usual 1e-8", "Sec. 5.3.2: bf16 needs it",
          f"the validation loss ends lower by {{:+.4f}}; 1e-8 shortens a step by {share:.2g} %",
          epsilon, 0)]
+
+
+def claims(found):
+    """Rows of the claims table; intervals are ranges over seeds."""
     table = []
-    for claim, paper, here, values, limit in rows:
+    for claim, paper, here, values, limit in compare(found):
         interval = [round(values.min().item(), 4), round(values.max().item(), 4)]
         here = here.format(values.mean().item())
         verdict = judge((values - limit).tolist())
