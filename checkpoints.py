@@ -284,7 +284,8 @@ def load_text(model, dtype, given):
         places = [Path(given)]
     encoders, tokenizers, files = {}, {}, {}
     config = dict(model.config.get("text", {}))
-    for name in [name for name in ENCODERS if name in model.networks] or ENCODERS:
+    present = sorted(model.networks.keys() & set(ENCODERS), key=ENCODERS.index)
+    for name in present or ENCODERS:                   # Without any, the first one raises.
         kind = dtype
         if name == "t5" and dtype == torch.float16:
             kind = torch.bfloat16
@@ -331,13 +332,25 @@ class Components:
         return fingerprint(self.file)
 
 
+def released_sampling(model, path):
+    """What the model cards of SD3.5 recommend. Only the name of a file tells a turbo model."""
+    names = model.networks.get("mmdit", {})
+    depth = count_layers(names, "joint_blocks.")
+    if depth == 24 and count_layers(names, "joint_blocks.", ".x_block.attn2."):      # medium
+        return {"num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}
+    if depth == 38 and "turbo" in Path(path).name.lower():
+        return {"num_steps": 4, "guidance_scale": 1.0}
+    return {"guidance_scale": 3.5} if depth == 38 else {}                            # large
+
+
 def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.float32,
                     tokenizers=None, text_encoders=(), vae=None):
     """Components of whatever `open_model` opens. dtype: see `read_network`. A run folder holds its
     MM-DiT only; its config.json names the encoders."""
     model = open_model(path, text_encoders, vae)
     words = tuple(model.config.get("words", ()))
-    parts = Components(model.path, model.config.get("sampling", {}), words)
+    sampling = released_sampling(model, path) | model.config.get("sampling", {})
+    parts = Components(model.path, sampling, words)
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", model, dtype)
     if "vae" in wanted or "text" in wanted:

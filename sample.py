@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import flow
@@ -230,7 +230,8 @@ class Recipe(Settings):
     seed: int = option(0, "seed of the first picture", 0, 2**63 - 1)
     precision: str = option("auto", "of matrix products", choices=("auto", *PRECISIONS))
     t5_length: int = option(0, "tokens of T5; 0: the model's own", 0, 2048)
-    grid: bool = option(False, "one more PNG with all pictures and their prompts")
+    grid: bool = option(False, "one more PNG with all pictures and their prompts, enlarged")
+    enlarge: int = option(1, "px that each px of a picture becomes", 1, 32)
     made_from: str = option("", "hash of model, --image and --mask; others are refused")
 
 
@@ -271,6 +272,21 @@ def read_record(file):
         raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem})") from None
 
 
+def notes(pipeline, options):
+    """Sentences about what this model cannot know. The words of a released model are unknown."""
+    found, known = [], pipeline.parts.words
+    words = set(re.findall(r"\w+", " ".join(options.prompt).lower())).difference(known)
+    if known and words:
+        found.append(f"the model does not know: {', '.join(sorted(words)[:20])}. It knows: "
+                     f"{', '.join(known)}")
+    seen = f"{pipeline.defaults['height']}x{pipeline.defaults['width']}"
+    if known and seen != f"{options.height}x{options.width}":
+        found.append(f"the model has only seen pictures of {seen} px")
+    if "t5" in pipeline.parts.missing:
+        found.append("the model's T5 is missing; it draws without (Sec. 5.3.3)")
+    return found
+
+
 def main():
     """From a prompt to a picture. The checkpoint's own defaults go before those below."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
@@ -305,12 +321,8 @@ def main():
     if options.made_from not in ("", record["made_from"]):
         raise ValueError(f"{options.from_png} was made with another model, --image or --mask; "
                          f'give its own, or --made-from ""')
-    known = pipeline.parts.words
-    words = re.findall(r"\w+", " ".join(options.prompt).lower())
-    if known and not set(words) <= set(known):
-        print("note: the model knows no words but", *known, file=sys.stderr)
-    if "t5" in pipeline.parts.missing:
-        print("note: the model's T5 is missing; it draws without (Sec. 5.3.3)", file=sys.stderr)
+    for note in notes(pipeline, options):
+        print(f"note: {note}", file=sys.stderr)
     texts = []
     for prompt in options.prompt:
         texts.append(encode(pipeline, [prompt], options))
@@ -323,7 +335,8 @@ def main():
         pictures += draw(pipeline, *texts[i], [seed], options, options.image, options.mask, bar)
         name = re.sub(r"\W+", "-", prompt)[:40].strip("-") or "picture"
         file = out if is_png else out / f"{name}-{seed}.png"
-        save_png(pictures[i], file, record | {"prompt": [prompt], "seed": seed, "grid": False})
+        picture = ImageOps.scale(pictures[i], options.enlarge, Image.NEAREST)
+        save_png(picture, file, record | {"prompt": [prompt], "seed": seed, "grid": False})
     if options.grid:
         grid = captioned_grid(pictures, options.prompt, min(4, len(pictures)))
         save_png(grid, out / "grid.png", record)

@@ -37,7 +37,7 @@ from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_size
 from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
 
-# "paper" is App. B.3 at 256 px. "tiny" has a loss of .79 after ten minutes on two CPU cores.
+# "paper" is App. B.3 at 256 px. "tiny" is for minutes on two CPU cores.
 PRESETS = {
     "paper": dict(optimizer="adamw", lr=1e-4, warmup_steps=1000, cooldown=0.0, ema=0.99,
                   ema_every=100, batch_size=1024, resolution=256),
@@ -370,7 +370,7 @@ def draw_losses(entries: list[dict]) -> Image.Image:
 # --- A run of MM-DiT ------------------------------------------------------------------------------
 # What it is trained on: batches(step), the Batches `unseen` to validate on, the EncodedFolders of
 # both, the frozen networks that encoded them, and the MMDiTConfig that fits all that.
-Inputs = namedtuple("Inputs", "batches unseen training held_out vae text sizes")
+Inputs = namedtuple("Inputs", "batches unseen training held_out vae text sizes precision")
 
 
 def read_inputs(config, world, start=None) -> Inputs:
@@ -386,7 +386,7 @@ def read_inputs(config, world, start=None) -> Inputs:
     batches = Batches(training, vae.config, text.config, config, world)
     unseen = Batches(held_out, vae.config, text.config, config, world)
     sizes = model_sizes(config, vae.config, text.config, training.longest_side, start)
-    return Inputs(batches, unseen, training, held_out, vae, text, sizes)
+    return Inputs(batches, unseen, training, held_out, vae, text, sizes, precision)
 
 
 def make_model(sizes, config, world, trained):
@@ -419,6 +419,9 @@ def read_config(arguments=None):
     parser.add_argument("--preset", choices=PRESETS, help="paper is the default from depth 15 up")
     options = parser.parse_args(arguments)
     given = given_options(options, TrainConfig)
+    for name in ("data", "init"):
+        if Path(given.get(name, "")).exists() and given.get(name):
+            given[name] = str(Path(given[name]).resolve())       # It holds in any working folder.
     folder = Path(given.get("out") or "runs/none")
     if not checkpoints_of(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
@@ -464,7 +467,7 @@ def main(arguments=None):
     sampling = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted",
                 "timestep_shift": config.timestep_shift, "unconditional": "zeros",
                 "height": config.resolution, "width": config.resolution}
-    precision = pick_precision(config.precision, world.device)
+    precision = inputs.precision
     pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, precision)
     prompts = [inputs.held_out.captions(index)[0] for index in inputs.held_out.groups[0][:8]]
     t_density = density(config.density)

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import convert
 from checkpoints import (
-    CLIP_NAMES, FROZEN, PREFIXES, SHIPPED, T5_NAMES, add_options, check_options, find_model_file,
-    fingerprint, given_options, load_components, open_model, open_weights, option, portable,
-    read_json, read_network, released_tensors, rename, save_networks, write_atomically)
+    CLIP_NAMES, FROZEN, PREFIXES, SHIPPED, T5_NAMES, Model, add_options, check_options,
+    find_model_file, fingerprint, given_options, load_components, open_model, open_weights, option,
+    portable, read_json, read_network, released_sampling, released_tensors, rename, save_networks,
+    write_atomically)
 from mmdit import MMDiT, MMDiTConfig
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig
 from vae import VAE, VAEConfig
@@ -623,3 +624,18 @@ def test_json_files_are_read_with_the_types_of_their_fields(tmp_path):
         read_json(tmp_path / "nowhere.json")
     file.write_bytes(b'\xef\xbb\xbf{"step": 3}')             # a byte order mark
     assert read_json(file, kinds) == {"step": 3}
+
+
+def test_the_model_cards_of_sd35_decide_what_their_files_do_not_say():
+    """Steps and guidance of the cards. A large model is turbo by its name only; SD3 has none."""
+    def settings(depth, second_attentions, name):
+        names = [f"joint_blocks.{i}.x_block.attn.qkv.weight" for i in range(depth)]
+        names += [f"joint_blocks.{i}.x_block.attn2.qkv.weight" for i in range(second_attentions)]
+        model = Model(Path(name), {"mmdit": dict.fromkeys(names)}, {}, {})
+        return released_sampling(model, f"models/{name}")
+    assert settings(24, 0, "sd3_medium.safetensors") == {}
+    medium = {"num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}
+    assert settings(24, 13, "sd3.5_medium.safetensors") == medium
+    assert settings(38, 0, "sd3.5_large.safetensors") == {"guidance_scale": 3.5}
+    turbo = settings(38, 0, "SD3.5_Large_Turbo.safetensors")
+    assert turbo == {"num_steps": 4, "guidance_scale": 1.0}

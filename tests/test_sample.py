@@ -536,8 +536,17 @@ def test_one_bar_counts_the_steps_of_all_pictures(tmp_path, monkeypatch, capsys)
     assert "4/4" in shown and "2/2" not in shown
 
 
+def test_a_picture_is_enlarged_by_a_whole_factor(tmp_path, monkeypatch):
+    """Each pixel becomes 3 x 3 equal ones, and the PNG is drawn again in its own size."""
+    options = ["--prompt", "a heart", "--num-steps", 1, "--out"]
+    small, = run_main(monkeypatch, *options, tmp_path / "small.png")
+    large, = run_main(monkeypatch, *options, tmp_path / "large.png", "--enlarge", 3)
+    small, large = np.asarray(Image.open(small)), np.asarray(Image.open(large))
+    assert (large == small.repeat(3, axis=0).repeat(3, axis=1)).all()
+
+
 def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monkeypatch, capsys):
-    """Unknown words, a missing T5."""
+    """Unknown words, sizes never seen, a missing T5."""
     load_it = sample.load
     known = {"words": ("a", "red", "circle"), "missing": ("t5",)}
 
@@ -553,9 +562,11 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
     monkeypatch.setattr(sample, "load", load_with_words)
     drawn, lines = said("--prompt", "A red cat!", "a cat")
     assert drawn == 2 and len(lines) == 2
-    assert "knows no words but a red circle" in lines[0]
+    assert "does not know: cat. It knows: a, red, circle" in lines[0]
     assert "T5 is missing" in lines[1]
     assert len(said("--prompt", "A red circle!")[1]) == 1             # T5 alone
+    _, lines = said("--prompt", "a red circle", "--width", 96)
+    assert "only seen pictures of 64x64 px" in lines[0]
     known.update(words=(), missing=())                                # as the released files
     assert said("--prompt", "a photo of a cat") == (1, [])
 
