@@ -161,6 +161,8 @@ def claims(scores):
               gains(scores, "plain", unsaid)),
         judge("they help with detailed prompts: GenEval overall, full wording", "not measured",
               gains(scores, "full")),
+        judge("pictures fit their prompts better: CLIP score, plain wording", "not measured",
+              gains(scores, "plain", clip_of)),
         judge("pictures fit their prompts better: CLIP score, full wording", "not measured",
               gains(scores, "full", clip_of))]
 

@@ -80,13 +80,14 @@ def test_each_claim_reads_its_own_tasks_and_wording():
     low, high = rates(0.0), rates(0.0)
     better = {"plain": rates(0.0, position=1.0, background=0.5), "full": rates(0.0, counting=1.0)}
     better["full"]["clip_score"] = 0.25
+    better["plain"]["clip_score"] = 0.3
     scores = [{"short": {"plain": low, "full": high}, "mix": better}]
-    overall, pair, unsaid, detailed, fit = table4.claims(scores)
+    overall, pair, unsaid, detailed, plain_fit, fit = table4.claims(scores)
     assert overall["here"] == "0.000 -> 0.167"
     assert pair["here"] == "0.000 -> 0.500"
     assert unsaid["here"] == "0.000 -> 0.250"
     assert detailed["here"] == "0.000 -> 0.167"
-    assert fit["here"] == "0.000 -> 0.250"
+    assert plain_fit["here"] == "0.000 -> 0.300" and fit["here"] == "0.000 -> 0.250"
 
 
 def test_a_tiny_run_trains_on_the_mix_that_it_names(tmp_path, monkeypatch, capsys):
@@ -104,7 +105,7 @@ def test_a_tiny_run_trains_on_the_mix_that_it_names(tmp_path, monkeypatch, capsy
                  "--num-prompts", "1", "--out", str(out)])
     assert shares == [(0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
     record = json.loads(out.read_text())
-    assert len(record["seeds"]) == 2 and len(record["claims"]) == 5
+    assert len(record["seeds"]) == 2 and len(record["claims"]) == 6
     assert record["images_seen"] == 8
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "43.27" in capsys.readouterr().out
