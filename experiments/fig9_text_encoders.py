@@ -210,6 +210,7 @@ def main(arguments=None):
         print(f"{name:18}", *(f"{share:.3f}" for share, _, _ in table[name].values()), flush=True)
     rows = claims(cases, passed)
     settings = asdict(options) | {"checkpoint": portable(find_model_file(options.checkpoint))}
+    del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig9_text_encoders.py", *sys.argv[1:]]),
               "settings": settings, "model": pipeline.parts.fingerprint,
               "sampling": pipeline.defaults, "paper": PAPER, "table": table, "claims": rows}

@@ -451,6 +451,7 @@ def main(arguments=None):
     words = ["python", "experiments/table3_fig10_autoencoders.py", *sys.argv[1:]]
     settings = asdict(options) | {"encoders": portable(find_model_file(options.encoders)),
                                   "data": Path(options.data).name, "sampling": SAMPLING}
+    del settings["out"]
     record = {"command": shlex.join(words), "settings": settings, "device": str(world.device),
               "measures": MEASURES, "paper": PAPER, "table": table, "fid_of_samples": fids,
               "claims": rows}

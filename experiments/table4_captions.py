@@ -253,6 +253,7 @@ def main(arguments=None):
     rows = claims(scores)
     settings = asdict(options) | {"encoders": portable(find_model_file(options.encoders)),
                                   "sampling": SAMPLING}
+    del settings["out"]
     record = {"command": shlex.join(["python", "experiments/table4_captions.py", *sys.argv[1:]]),
               "settings": settings, "images_seen": options.steps * options.batch_size,
               "device": str(world.device), "paper": PAPER, "seeds": scores, "claims": rows}

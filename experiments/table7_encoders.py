@@ -324,6 +324,7 @@ def main(arguments=None):
     claims.append(judge("change of the loss by texts in half precision, relative",
                         "no deterioration", f"{change:.1e}", interval, (-1e-3, 1e-3)))
     settings = asdict(options) | {"checkpoint": portable(find_model_file(options.checkpoint))}
+    del settings["out"]
     record = {"command": shlex.join(["python", "experiments/table7_encoders.py", *sys.argv[1:]]),
               "settings": settings, "torch": torch.__version__, "device": str(watch.device),
               "threads": torch.get_num_threads(), "paper": PAPER, "tables": tables,
