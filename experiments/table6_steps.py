@@ -3,7 +3,8 @@
 Models of several depths draw the same prompts from the same noise with 5, 10, 20 and 50 steps of
 Euler's method. The drop of the CLIP score is relative to 50 steps. The path length is the sum of
 ||v dt|| over 50 steps; v is the velocity that is followed, with guidance. Models of one depth are
-averaged.
+averaged. v is 0 before training, so paths first become longer: lengths of models that have hardly
+learnt say nothing of how straight their paths are.
 
 Differs from the paper: the models are those of fig8_table5_scaling.py, or any --checkpoints; the
 prompts are captions of held-out scenes; the CLIP is the one beside each model's encoders.

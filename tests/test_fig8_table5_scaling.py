@@ -51,13 +51,6 @@ def test_fishers_interval_of_a_correlation_of_one_half():
     assert low == pytest.approx(0.1559, abs=1e-3) and high == pytest.approx(0.7359, abs=1e-3)
 
 
-def test_nothing_can_be_said_of_scores_that_are_all_alike():
-    r, low, high = fig8.correlation(SIZES, torch.zeros(4, dtype=torch.float64))
-    assert math.isnan(r) and math.isnan(low)
-    row = fig8.claim("", "", "", [low, high], high < -0.5, low > -0.5)
-    assert row["verdict"] == "cannot be told"
-
-
 @pytest.mark.parametrize("first, second, n, expected", [
     (9, 3, 10, (0.1705, 0.8090)), (6, 2, 7, (0.0582, 0.8062)), (0, 0, 10, (-0.2775, 0.2775))])
 def test_intervals_of_a_difference_are_those_that_newcombe_printed(first, second, n, expected):
@@ -124,9 +117,17 @@ def test_the_verdict_on_the_quality_follows_the_intervals():
     losses = [(0.9, 0.8, 0.7), (0.8, 0.7, 0.6)]
     rows = fig8.claims_of_quality(made_up(losses, (0.1, 0.3)))
     assert verdicts(rows)[2:] == ["held", "held"]
-    assert rows[2]["here"].startswith("r = -1.000 over 6")
+    assert rows[2]["here"] == "6 checkpoints score from 0.100 to 0.400; r = -1.000"
     assert verdicts(fig8.claims_of_quality(made_up(losses, (0.1, 0.11))))[3] == "cannot be told"
     assert verdicts(fig8.claims_of_quality(made_up(losses, (0.4, 0.1))))[3].startswith("did not")
+
+
+def test_a_correlation_cannot_be_told_where_scores_differ_by_chance():
+    """One success in 120 pictures is none. With .1 and .5, the larger loss scores better."""
+    losses = [(0.9, 0.8, 0.7, 0.6), (0.5, 0.4, 0.3, 0.2)]
+    rows = fig8.claims_of_quality(made_up(losses, (1 / 120, 0)))
+    assert verdicts(rows)[:2] == ["cannot be told"] * 2 and rows[0]["interval"] is None
+    assert verdicts(fig8.claims_of_quality(made_up(losses, (0.5, 0.1))))[0].startswith("did not")
 
 
 def test_main_trains_measures_and_leaves_models_that_can_be_loaded(tmp_path, monkeypatch, capsys):
