@@ -35,6 +35,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # No other decoder sees
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**30                                        # of a picture
 MAX_TEXT = 2**20                                         # of a line, and of a caption file
+MEND = "delete it and run the same command again"        # what helps against a damaged file
 warnings.filterwarnings("ignore", module=r"PIL\.")       # of large pictures and odd EXIF blocks
 
 # ---- One picture ---------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class ImageFiles:
         table = self.path / "metadata.jsonl"
         if self.path.suffix == ".jsonl":
             table = self.path
-        if table.is_file() and not any(self.path.glob("*.tar")):
+        if table.is_file() and not any(map(Path.is_file, self.path.glob("*.tar"))):
             self.read_table(table)
         elif self.path.is_file():
             self.list_tar(self.path.name, self.path, files)
@@ -219,7 +220,10 @@ class ImageFiles:
                 for text in (key + ".json", key + ".txt"):
                     if text in files and not captions:
                         name = text
-                        content = files[text].read(MAX_TEXT).decode("utf-8-sig")
+                        content = files[text].read(MAX_TEXT)
+                        if len(content) == MAX_TEXT:    # It would be cut.
+                            raise ValueError(f"it has {MAX_TEXT} bytes or more")
+                        content = content.decode("utf-8-sig")
                         if text.endswith(".json"):
                             content = json.loads(content)
                         captions = clean_captions(content)
@@ -331,8 +335,7 @@ class EncodedFolder:
                 count += line["count"]
             self.longest_side = max(max(size) for size in groups)
         except Exception as problem:
-            mend = "delete it and run the same command again"
-            raise ValueError(f"{file} is missing or damaged ({problem}); {mend}") from None
+            raise ValueError(f"{file} is missing or damaged ({problem}); {MEND}") from None
         self.groups = [np.concatenate(parts) for parts in groups.values()]
         if others:
             raise ValueError(f"{folder} needs --encoders {made_with['path']}, or encode it again")
@@ -359,8 +362,7 @@ class EncodedFolder:
             if len(shard["moments"]) != line["count"]:
                 raise ValueError(f"index.json counts {line['count']} pictures in it")
         except Exception as problem:
-            mend = "delete it and run the same command again"
-            raise ValueError(f"{file} is damaged ({problem}); {mend}") from None
+            raise ValueError(f"{file} is damaged ({problem}); {MEND}") from None
         shard["captions"] = about["captions"]
         return shard
 

@@ -294,8 +294,10 @@ def test_endless_lines_and_caption_files_of_gigabytes_are_not_read(tmp_path):
     write_files(tmp_path, {"a.png": solid(1), "a.txt": "a", "b.png": solid(2), "b.txt": "b"})
     with open(tmp_path / "b.txt", "wb") as file:
         file.truncate(2**33)                                          # It takes no space.
-    source = ImageFiles(tmp_path)
-    assert len(source) == 1 and source.problems[0].startswith("b.txt: the caption '\\x00")
+    write_files(tmp_path, {"c.png": solid(3), "c.txt": "\u00e4 " * MAX_TEXT})
+    source = ImageFiles(tmp_path)                                     # Nothing is cut in silence.
+    assert len(source) == 1
+    assert source.problems == [f"{name}.txt: it has {MAX_TEXT} bytes or more" for name in "bc"]
 
 
 # ---- Pictures with captions, in every layout -----------------------------------------------------
@@ -373,6 +375,12 @@ def test_shards_go_before_a_table_beside_them(tmp_path):
     assert [source.records[i].name for i in range(len(source))] == [
         "a.tar/0000.png", "a.tar/0001.png", "a.tar/0002.png", "b.tar/0000.png", "b.tar/0001.png"]
     assert source.problems == []                            # A key may occur in another shard too.
+    for file in tmp_path.glob("*.tar"):
+        file.unlink()
+    (tmp_path / "a.tar").mkdir()                            # What is no file is no shard.
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    write_files(tmp_path, {"0000.png": solid(1)})
+    assert ImageFiles(tmp_path).captions(0) == ("number 0",)
 
 
 def test_several_captions_come_from_json(tmp_path):
