@@ -231,8 +231,16 @@ def test_the_lead_is_a_paired_interval():
 def test_the_gap_at_small_depth_must_shrink_in_every_seed(deep, verdict):
     fids = {4: {2: [9.0, 9.0], 6: [9.0, 9.0]}, 8: {2: [20.0, 20.0], 6: [10.0, 10.0]},
             16: {2: [25.0, 24.0], 6: deep}}
-    row = table3.depth_claim(fids, (4, 8, 16))
+    row = table3.depth_claim(fids, 8, 16)
     assert row["verdict"] == verdict and row["here"].startswith("+4.5 at depth 2")
+
+
+def test_the_smallest_depth_must_rank_all_channels_in_every_seed():
+    fids = {4: {2: [9.0, 8.0], 6: [1.0, 1.0]}, 8: {2: [20.0, 21.0], 6: [0.0, 0.0]}}
+    row = table3.few_channels_claim(fids, (4, 8))
+    assert (row["here"], row["interval"], row["verdict"]) == ("8.5 / 20.5", [11, 13], "held")
+    fids[8][2] = [8.0, 21.0]
+    assert table3.few_channels_claim(fids, (4, 8))["verdict"] == "cannot be told"
 
 
 def test_a_tiny_run_measures_all_and_ships_autoencoders_that_train_py_takes(
@@ -251,7 +259,7 @@ def test_a_tiny_run_measures_all_and_ships_autoencoders_that_train_py_takes(
         for row in by_channels.values():
             assert tuple(row) == table3.MEASURES
     assert list(record["fid_of_samples"]["8"]) == ["1", "2"]
-    assert len(record["fid_of_samples"]["8"]["2"]) == 1 and len(record["claims"]) == 5
+    assert len(record["fid_of_samples"]["8"]["2"]) == 1 and len(record["claims"]) == 6
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     parts = load_components(tmp_path / "runs" / "table3" / "8-channels", ("vae", "text"))
     assert parts.vae.config.latent_channels == 8 and set(parts.text.encoders) == set(ENCODERS)
