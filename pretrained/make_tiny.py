@@ -23,6 +23,7 @@ Run         python pretrained/make_tiny.py --data DATA --stage clip [--steps 300
 import argparse
 import json
 import math
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, load_components, save_networks  # noqa: E402
 from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor  # noqa: E402
 from devices import command  # noqa: E402
@@ -424,7 +426,6 @@ def train_clips(corpus, tokenizers: Path, steps: int, work: Path):
     with sdpa_kernel(SDPBackend.MATH):  # .66 s a step on one core; torch's choice takes .88 s
         clips = fit(clips, clip_loss, batches, config, Run(work / "clip-run", config)).eval()
     scores = swap_tests(clips, batches)
-    (work / "clip.json").write_text(json.dumps(scores, indent=1))
     print(json.dumps(scores, indent=1))
     save_file(
         {name: x.contiguous() for name, x in clips.state_dict().items()}, work / "clip.safetensors"
@@ -695,7 +696,7 @@ def load_part(work: Path, file: str, prefix: str, network: nn.Module):
 
 def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
     """Writes everything but the MM-DiT into one bf16 file, and the image towers into another, as
-    only metrics need them.
+    only metrics need them. results/tiny-frozen.json says how good they are.
 
     vae_from: a model whose autoencoder is kept, in place of work/vae.safetensors.
     """
@@ -720,10 +721,16 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
     save_file(towers, out / "clip_image.safetensors")
     if out / "tokenizers" != work / "tokenizers":
         shutil.copytree(work / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
-    print(
-        f"latents: shift {vae.config.vae_shift:.4f}, scale {vae.config.vae_scale:.4f}; "
-        f"PSNR {vae_quality(vae, corpus)}"
-    )
+    clips = load_part(work, "clip.safetensors", "", Clips())
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "latents": {"mean": mean, "std": std},
+        "psnr": vae_quality(vae, corpus),
+        "prefers its caption to a near miss": swap_tests(clips, ClipBatches(corpus, work / "tokenizers", 64)),
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    (ROOT / "results" / "tiny-frozen.json").write_text(text)
+    print(text)
 
 
 def ship(run: Path, encoders: Path, out: Path):
