@@ -722,11 +722,12 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
     if out / "tokenizers" != work / "tokenizers":
         shutil.copytree(work / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
     clips = load_part(work, "clip.safetensors", "", Clips())
+    batches = ClipBatches(corpus, work / "tokenizers", 64)
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "latents": {"mean": mean, "std": std},
         "psnr": vae_quality(vae, corpus),
-        "prefers its caption to a near miss": swap_tests(clips, ClipBatches(corpus, work / "tokenizers", 64)),
+        "prefers its caption to a near miss": swap_tests(clips, batches),
     }
     text = json.dumps(record, indent=1) + "\n"
     (ROOT / "results" / "tiny-frozen.json").write_text(text)
