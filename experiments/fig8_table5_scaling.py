@@ -11,8 +11,8 @@ one with a floor, c + a x^-b, is fitted. Both are least squares of log(loss - c)
 loss itself.
 
 Differs from the paper: sizes, steps and batches are tiny; validation is on held-out scenes in place
-of COCO; CLIP score stands in place of T2I-CompBench and human raters. After the few steps of --quick
-GenEval is still near 0: composition comes late, so its claims need the steps of the default.
+of COCO; CLIP score stands in place of T2I-CompBench and human raters. After the few steps of
+--quick, GenEval is still near 0: composition comes late, so its claims need more steps.
 
 Rules       The loss falls if it does at every comparison, in the mean over the seeds. A correlation
             held if Fisher's 95 % interval is below -.5; the points of one run depend on each other,
