@@ -198,7 +198,8 @@ class ImageFiles:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    part = Part(f"{name}/{member.name}", path, member.offset_data, member.size)
+                    inner = member.name.removeprefix("./")      # which `tar cf x.tar .` writes
+                    part = Part(f"{name}/{inner}", path, member.offset_data, member.size)
                     if part.name in files:
                         self.problems.append(f"{part.name}: a second file of this name")
                     elif member.isreg() and tar.offset <= path.stat().st_size:    # not cut off

@@ -383,6 +383,13 @@ def test_shards_go_before_a_table_beside_them(tmp_path):
     assert ImageFiles(tmp_path).captions(0) == ("number 0",)
 
 
+def test_a_tar_of_a_whole_folder_is_read(tmp_path):
+    """`tar cf x.tar .` begins all names with "./", which is not the dot of a hidden file."""
+    members = [("./a.png", solid(1)), ("./a.txt", b"a"), ("./.b.png", solid(2)), ("./.b.txt", b"b")]
+    source = ImageFiles(write_tar(tmp_path / "x.tar", members))
+    assert all_captions(source) == [("a",)] and source.records[0].name == "x.tar/a.png"
+
+
 def test_several_captions_come_from_json(tmp_path):
     five = [f"caption {i}" for i in range(5)]
     tar = write_tar(tmp_path / "x.tar", [
