@@ -242,11 +242,12 @@ class Run:
             return self.config.steps
         left = max(0, 54 * self.config.minutes - (time.time() - self.began))
         taken = self.done - self.first - 2                       # The first two are slow.
+        steps = self.done + (1000 if left else 0)
         if taken < 1:
             self.paced = time.time()
-            return self.world.same(self.done + (1000 if left else 0))
-        steps = self.done + int(left * taken / (time.time() - self.paced))
-        if taken == 1 and steps < 100:
+        else:
+            steps = self.done + int(left * taken / (time.time() - self.paced))
+        if self.first < self.done and taken < 2 and steps < 100:
             self.say(f"a run of {steps} steps teaches next to nothing; give more --minutes")
         return self.world.same(steps)
 
@@ -327,9 +328,10 @@ def read_log(file: Path, last: int) -> list[dict]:
     """The entries of a log.jsonl up to a step. What else a kill or a stranger left is dropped."""
     entries = []
     for line in file.read_text().split("\n") if file.is_file() else ():
-        with suppress(ValueError, TypeError, LookupError, RecursionError):
+        with suppress(Exception):
             entry = json.loads(line)
-            if 0 <= entry["step"] <= last:
+            numbers = [entry["step"], entry.get("loss") or 0, entry.get("validation") or 0]
+            if 0 <= entry["step"] <= last and all(map(math.isfinite, numbers)):
                 entries.append(entry)
     return entries
 
@@ -454,10 +456,14 @@ def main(arguments=None):
         number += 1
     folder = world.same(Path(config.out or f"runs/d{config.depth}-{number}"))
     start = load_components(config.init, ("mmdit",)).mmdit if config.init else None
+    folder.mkdir(parents=True, exist_ok=True)                    # It is tried before the work.
     inputs = read_inputs(config, world, start)
     frozen = find_model_file(config.encoders)
+    size = inputs.training.resolution
+    if checkpoints_of(folder) and size != config.resolution:
+        raise ValueError(f"--data has {size} px, but the run {config.resolution}; change --out")
     config = replace(config, num_scenes=max(64, len(inputs.training)), encoders=portable(frozen),
-                     resolution=inputs.training.resolution)
+                     resolution=size)
     model = make_model(inputs.sizes, config, world, trained=True)
     average = make_model(inputs.sizes, config, world, trained=False)
     model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
@@ -466,16 +472,15 @@ def main(arguments=None):
     average.load_state_dict(model.state_dict())
     sampling = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted",
                 "timestep_shift": config.timestep_shift, "unconditional": "zeros",
-                "height": config.resolution, "width": config.resolution}
-    precision = inputs.precision
-    pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, precision)
+                "height": size, "width": size}
+    pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, inputs.precision)
     prompts = [inputs.held_out.captions(index)[0] for index in inputs.held_out.groups[0][:8]]
     t_density = density(config.density)
     def times(batch):
         return shift_time(t_density.quantile(batch.uniform), config.timestep_shift)    # (B,)
 
     def report(average, step):
-        levels = validate(average, inputs.unseen.validation(64), precision)
+        levels = validate(average, inputs.unseen.validation(64), inputs.precision)
         grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
         return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
 
@@ -484,7 +489,8 @@ def main(arguments=None):
     about = {"model": asdict(inputs.sizes), "encoders": encoders}
     run = Run(folder, config, world, times, report, average, metadata, about)
     run.say(f"{count_parameters(inputs.sizes):,} parameters, {len(inputs.training)} pictures, "
-            f"{world.size} {world.device} {precision} {world.parallel}\n{departures(config)}")
+            f"{world.size} {world.device} {inputs.precision} {world.parallel}")
+    run.say(departures(config))
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
     fit(model, loss, inputs.batches, config, run)
     conclude(run, pipeline, prompts[0])

@@ -214,6 +214,23 @@ def test_a_finished_run_ends_at_once_and_more_steps_go_on(tmp_path):
     assert experiment(tmp_path / "run", steps=6)[2].done == 6
 
 
+def test_a_finished_run_gets_its_score_once(monkeypatch, capsys):
+    """Also if it was killed between its last step and its score."""
+    counts = []
+    monkeypatch.setattr(train, "draw_with", lambda *_: None)
+    monkeypatch.setattr(train, "format_scores", str)
+    monkeypatch.setattr(train, "geneval", lambda draw, count, **_: counts.append(count))
+    world = SimpleNamespace(close=list)
+    run = SimpleNamespace(done=400, stopping=False, entries=[], config=TrainConfig(), say=print,
+                          folder="runs/mine", world=world)
+    run.log = lambda **entry: run.entries.append(entry)
+    for _ in range(2):
+        train.conclude(run, None, "a heart")
+    assert counts == [20]                              # a prompt of each task for 20 steps
+    said = "runs/mine has done its 400 steps; more --steps or --minutes go on"
+    assert capsys.readouterr().out.count(said) == 2
+
+
 def test_two_runs_never_write_into_one_folder(tmp_path):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / "lock", "w") as lock:
@@ -298,7 +315,8 @@ def test_what_is_no_entry_in_the_log_is_passed_over(tmp_path):
     with pytest.raises(Killed):
         experiment(tmp_path / "run", batches=killed_at(8))
     with open(tmp_path / "run" / "log.jsonl", "a") as file:
-        file.write("null\n[1]\n{}\n" + "[" * 100000 + '\n{"step": "x"}\n{"step": 2, "lo')
+        file.write("null\n[1]\n{}\n" + "[" * 100000 + '\n{"step": "x"}\n{"step": 2, "loss": "x"}\n'
+                   '{"step": 2, "validation": [1]}\n{"step": 2, "loss": NaN}\n{"step": 2, "lo')
     experiment(tmp_path / "run")
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == list(range(1, 13))
 
@@ -323,7 +341,8 @@ def test_the_curves_of_the_loss_are_on_a_log_scale():
 
 # --- Minutes --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("seconds, minutes, least, most", [(1, 4, 205, 216), (10, 2, 9, 11)])
+@pytest.mark.parametrize("seconds, minutes, least, most", [
+    (1, 4, 205, 216), (10, 2, 9, 11), (600, 3, 1, 1)])
 def test_minutes_are_kept_whatever_a_step_takes(seconds, minutes, least, most, tmp_path,
                                                 monkeypatch, capsys):
     """Nine tenths of them are for steps. The clock is one that each batch moves on."""
@@ -336,7 +355,7 @@ def test_minutes_are_kept_whatever_a_step_takes(seconds, minutes, least, most, t
     monkeypatch.setattr(train, "STARTED", 1000.0)
     monkeypatch.setattr(train.time, "time", lambda: clock.now)
     _, _, run = experiment(tmp_path / "run", batches=batches, steps=0, minutes=minutes)
-    assert least <= run.done <= most and clock.now - 1000 <= 60 * minutes
+    assert least <= run.done <= most and clock.now - 1000 <= max(60 * minutes, 2 * seconds)
     assert ("teaches next to nothing" in capsys.readouterr().out) == (run.done < 100)
     again = experiment(tmp_path / "run", batches=batches, steps=0, minutes=minutes)[2]
     assert again.done == run.done
@@ -627,6 +646,33 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path):
                   "--qk-norm false", "--resolution 128", "--preset paper"):
         with pytest.raises(ValueError, match="cannot change within a run"):
             read_config(["--out", str(folder), *words.split()])
+
+
+def test_data_of_another_size_does_not_go_into_a_run(tmp_path, monkeypatch):
+    """Positions follow from the size, so the checkpoint would not fit."""
+    folder = finished_run(tmp_path / "run")
+    inputs = SimpleNamespace(training=SimpleNamespace(resolution=128))
+    monkeypatch.setattr(train, "read_inputs", lambda *_: inputs)
+    with pytest.raises(ValueError, match="--data has 128 px, but the run 64; change --out"):
+        train.main(["--out", str(folder), "--device", "cpu"])
+
+
+def test_out_is_tried_before_anything_is_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "read_inputs", None)
+    (tmp_path / "file").write_text("")
+    for place in ("/proc/x", tmp_path / "file" / "run"):
+        with pytest.raises(OSError):
+            train.main(["--out", str(place), "--device", "cpu"])
+
+
+def test_paths_of_a_run_hold_in_any_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("mine", "~/mine", "./mine/../mine"):
+        config = read_config([f"--data={path}", f"--init={path}"])
+        assert config.data == config.init == str(tmp_path / "mine")
+    assert read_config(["--init", "someone/model"]).init == "someone/model"       # on the hub
 
 
 def test_a_folder_without_checkpoints_does_not_bind_the_next_command(tmp_path):
