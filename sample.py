@@ -306,7 +306,10 @@ def main():
         raise ValueError(f"--out {out}: give a folder; or, for one picture, NAME.png")
     folder = out.parent if is_png else out
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK) or len(os.fsencode(out.name)) > 200:
+    usable = os.access(folder, os.W_OK) and len(os.fsencode(out.name)) <= 200
+    if is_png and os.path.lexists(out):                               # write_atomically replaces
+        usable = usable and out.is_file() and not out.is_symlink()    # regular files only.
+    if not usable:
         raise ValueError(f"--out {out.name[:80]} cannot be written; give another or shorter name")
 
     read = partial(load, options.checkpoint, options.device, options.precision, options.t5_length,

@@ -413,7 +413,7 @@ def test_the_png_says_how_it_was_made_and_names_no_file(tmp_path, photo, monkeyp
     record = record_of(file)
     assert record["prompt"] == [PROMPT] and record["num_steps"] == 2
     assert record.keys() == asdict(Settings()).keys() | {
-        "prompt", "seed", "precision", "t5_length", "grid", "made_from"}
+        "prompt", "seed", "precision", "t5_length", "grid", "enlarge", "made_from"}
     text = json.dumps(record)
     assert "photo" not in text and str(tmp_path) not in text and "pretrained" not in text
 
@@ -498,9 +498,13 @@ def test_file_names_are_short_in_bytes(tmp_path, monkeypatch, prompt, name):
 
 @pytest.mark.parametrize("out, words", [
     ("x.jpg", "give a folder"), ("x.webp", "give a folder"), ("several.png", "give a folder"),
-    ("x" * 300 + ".png", "shorter name"), ("\u732b" * 90 + ".png", "shorter name")])
+    ("x" * 300 + ".png", "shorter name"), ("\u732b" * 90 + ".png", "shorter name"),
+    ("folder.png", "give another"), ("link.png", "give another"), ("pipe.png", "give another")])
 def test_out_is_checked_before_the_work(tmp_path, monkeypatch, out, words):
     monkeypatch.setattr(sample, "load", None)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("elsewhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
     prompts = ("a heart", "a star") if out == "several.png" else ("a heart",)
     with pytest.raises(ValueError, match=words):
         run_main(monkeypatch, "--prompt", *prompts, "--out", tmp_path / out)
