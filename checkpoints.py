@@ -382,9 +382,10 @@ def write_atomically(file, write):
         partial.chmod(mode)                            # save_file leaves 600 behind.
         partial.replace(file)
     except (OSError, SafetensorError) as problem:
+        raise OSError(f"could not write {file} ({problem}); the old file is untouched") from None
+    finally:                                           # Ctrl-C leaves nothing behind, too.
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OSError(f"could not write {file} ({problem}); the old file is untouched") from None
 
 
 def stored_config(networks, text=None, sampling=None, words=()):

@@ -28,11 +28,12 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped m
 def pick_device(name="auto"):
     """The torch.device of that name. "auto": CUDA or Apple's MPS if there is one, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    here = ["auto", "cpu", found.type]
+    here = {"auto", "cpu", found.type}
     for i in range(torch.accelerator.device_count()):
-        here.append(f"{found.type}:{i}")
+        here.add(f"{found.type}:{i}")
     if name not in here:
-        raise ValueError(f"--device {name} is not on this machine; choose auto, cpu, {found.type}")
+        choices = ", ".join(sorted(here))
+        raise ValueError(f"--device {name} is not on this machine; choose {choices}")
     return found if name == "auto" else torch.device(name)
 
 

@@ -465,6 +465,13 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, monkeyp
         write_atomically(file, disk_full)
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
+    def interrupted(partial):
+        partial.write_text("half of the new")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(file, interrupted)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
     def fail(path, missing_ok=False):
         raise PermissionError("no permission to unlink")
     monkeypatch.setattr(Path, "unlink", fail)
