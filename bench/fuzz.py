@@ -39,7 +39,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import sample
 import train
-from checkpoints import SHIPPED, load_components, run_encoders, save_networks, write_atomically
+from checkpoints import (FROZEN, SHIPPED, fingerprint, load_components, run_encoders, save_networks,
+                         write_atomically)
 from data import EncodedFolder, ImageFiles
 from devices import World, command
 from encode import encode_folder
@@ -159,8 +160,7 @@ def picture_kinds(folder: Path) -> list[Kind]:
 def run_kinds(folder: Path, model: Path) -> list[Kind]:
     """config.json and log.jsonl of a run folder."""
     (folder / "checkpoints" / "00000001").mkdir(parents=True)
-    fingerprint = "0123456789abcdef"
-    encoders = {"path": str(model), "tokenizers": "", "fingerprint": fingerprint}
+    encoders = {"path": str(model), "fingerprint": fingerprint(model, FROZEN)}
     about = {"train": vars(train.TrainConfig(out=str(folder))), "model": {"depth": 1},
              "encoders": encoders}
     config, log = folder / "config.json", folder / "log.jsonl"
