@@ -330,6 +330,8 @@ class EncodedFolder:
             made_with = self.index["encoders"]
             others = encoders not in ("", made_with["fingerprint"])
             for line in self.index["shards"]:
+                if not isinstance(line["file"], str):
+                    raise ValueError("a shard has no name")
                 self.starts.append(count)
                 numbers = np.arange(count, count + line["count"])
                 groups.setdefault((line["height"], line["width"]), []).append(numbers)

@@ -1067,3 +1067,15 @@ def test_the_real_sets_open_without_a_problem(folder, count, captions):
         size = (entry.get("width", 128), entry.get("height", 128))
         assert picture(source, index).size == size == source.picture_size(index)[::-1]
         assert source.image(index, 32, 48).shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("name", [None, 7, ["shard"]])
+def test_an_index_whose_shard_has_no_name_is_one_sentence(tmp_path, name):
+    """bench/fuzz.py found a KeyError here."""
+    line = {"file": name, "height": 64, "width": 64, "count": 1}
+    if name is None:
+        del line["file"]
+    index = {"resolution": 64, "encoders": {"path": "", "fingerprint": ""}, "shards": [line]}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json is missing or damaged"):
+        EncodedFolder(tmp_path)
