@@ -151,7 +151,7 @@ def test_a_tiny_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):
     for arm in arms.values():
         assert [point["step"] for point in arm["points"]] == [0, 1, 2] and not arm["stopped"]
         for point in arm["points"]:
-            assert 0 < point["entropy"] <= math.log(40) + 1e-3        # 36 text tokens and 4 others
+            assert 0 < point["entropy"] <= math.log(44) + 1e-3        # 40 text tokens and 4 others
     assert out.with_suffix(".png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(ValueError, match="--last-blocks 3 of --depth 2"):
         fig5.main(["--depth", "2", "--last-blocks", "3"])
