@@ -7,6 +7,7 @@ Format      One model.safetensors has the prefixes of the released single file. 
             tokenizers/clip/{vocab.json, merges.txt} and tokenizers/t5/spiece.model.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib
@@ -487,6 +488,25 @@ def given_options(options, kind):
         if getattr(options, item.name) is not None:
             given[item.name] = getattr(options, item.name)
     return given
+
+
+def read_options(kind, description, arguments=None, **presets):
+    """The dataclass `kind` of a command line. presets: {name: {field: value}}; --name chooses one,
+    and what else is given goes before it."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    add_options(parser, kind)
+    for name, preset in presets.items():
+        parser.add_argument(f"--{name}", action="store_const", const=preset, default={},
+                            dest="preset", help=str(preset).replace("%", "%%"))
+    options = parser.parse_args(arguments)
+    chosen = options.preset if presets else {}
+    return kind(**chosen | given_options(options, kind))
+
+
+def write_json(file, value):
+    """Write a value as JSON. A kill leaves the old file as it was."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(file, lambda partial: partial.write_text(text))
 
 
 def read_json(file, kinds=None):

@@ -461,6 +461,7 @@ class Batches:
         return batch
 
     def make(self, step):
+        """The Batch of a step: samples, one caption each, noise, dropped encoders."""
         config = self.config
         indices = self.indices(step)
         draws, rows, noise = [], [], []

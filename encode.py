@@ -8,7 +8,6 @@ Run         python encode.py --data PATH --out DIR --resolution 256 --buckets
             torchrun --nproc_per_node 8 encode.py ...  shared out; then train.py --data DIR
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 import scenes
 from checkpoints import (
-    FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint, given_options,
-    load_components, option, portable, write_atomically)
+    FROZEN, SHIPPED, check_options, find_model_file, fingerprint, load_components, option,
+    portable, read_options, write_atomically, write_json)
 from data import (
     EncodedFolder, ImageFiles, aspect_buckets, check_problems, nearest_bucket, readable, shard_hash)
 from devices import World, autocast, command, pick_precision
@@ -123,8 +122,7 @@ def sort_by_size(source, folder, resolution, buckets):
 
     with ThreadPoolExecutor(8) as threads:
         sizes = list(threads.map(size_of, range(len(source))))
-    content = json.dumps(dict(zip(keys, sizes)))
-    write_atomically(file, lambda file: file.write_text(content))
+    write_json(file, dict(zip(keys, sizes)))
     buckets = aspect_buckets(resolution)
     groups = {bucket: [] for bucket in buckets}
     for index, (height, width) in enumerate(sizes):
@@ -206,11 +204,12 @@ def write_index(index, lines, folder, source):
     if problems:
         print(f"{len(problems)} of {source.found} samples cannot be used, for example "
               f"{min(problems)}", file=sys.stderr)
-    content = json.dumps(index, indent=1)
-    write_atomically(folder / "index.json", lambda file: file.write_text(content))
-    for file in folder.glob("shard-*.safetensors"):
-        if isinstance(source, ImageFiles) and file.name not in content:
-            file.unlink()                               # The pictures in it have changed.
+    write_json(folder / "index.json", index)
+    listed = {line["file"] for line in lines}
+    stale = [file for file in folder.glob("shard-*.safetensors") if file.name not in listed]
+    if stale and isinstance(source, ImageFiles):        # A training may still read them.
+        print(f"{len(stale)} shards in {folder}, for example {stale[0].name}, are of pictures that "
+              f"have changed; no new run reads them, so you may delete them", file=sys.stderr)
 
 
 def encode_folder(source, folder, encoders_file, resolution, world, buckets=False, shard_size=512,
@@ -227,7 +226,12 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
     origin = [getattr(source, "seed", ""), Path(scenes.__file__).read_text()]
     if isinstance(source, ImageFiles):
         origin = str(source.path.resolve())
-    recipe = hash_of([origin, frozen, "", resolution, buckets, shard_size, str(precision)])
+    tokenizers = []                                     # Other tokens make another encoding.
+    for part in sorted((file if file.is_dir() else file.parent).glob("tokenizer*/**/*")):
+        if part.is_file():
+            tokenizers.append(hashlib.sha256(part.read_bytes()).hexdigest())
+    recipe = hash_of(
+        [origin, frozen, tokenizers, resolution, buckets, shard_size, str(precision)])
     folder = Path(folder or CACHE / recipe).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     missing = []
@@ -289,9 +293,7 @@ class EncodeConfig:
 
 def main():
     """From the command line to a folder of shards."""
-    parser = argparse.ArgumentParser(description="Encode captioned pictures once (App. E.1).")
-    add_options(parser, EncodeConfig)
-    config = EncodeConfig(**given_options(parser.parse_args(), EncodeConfig))
+    config = read_options(EncodeConfig, "Encode captioned pictures once (App. E.1).")
     source, resolution = Scenes(config.num_scenes), config.resolution or 64
     if config.data:
         source, resolution = ImageFiles(config.data), config.resolution or 256

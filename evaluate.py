@@ -35,8 +35,9 @@ from tqdm import tqdm
 import flow
 import sample
 from checkpoints import (
-    CLIP_NAMES, SHIPPED, add_options, check_options, count_layers, find_model_file, given_options,
-    open_weights, option, read_json, read_tensors, rename, run_encoders, write_atomically)
+    CLIP_NAMES, SHIPPED, add_options, check_options, count_layers, find_model_file,
+    given_options, open_weights, option, read_json, read_tensors, rename, run_encoders,
+    write_atomically, write_json)
 from data import ImageFiles, from_tensor, read_lines, to_tensor
 from devices import autocast, command
 from scenes import (
@@ -178,11 +179,15 @@ def frechet_distance(features_a, features_b):
 
 
 def kernel_distance(features_a, features_b):
-    """Kernel distance (KID; Binkowski et al. 2018) of two sets of at least 2 features (N, d), (M,
-    d): the squared maximum mean discrepancy with the kernel (x y / d + 1)^3. The estimate is
-    unbiased, so that it can be below 0, and small sets are no worse on average."""
+    """Kernel distance (KID; Binkowski et al. 2018) of two sets of features (N, d), (M, d).
+
+    It is the squared maximum mean discrepancy with the kernel (x y / d + 1)^3. The estimate is
+    unbiased: it can be below 0, and small sets are no worse on average.
+    """
     N, d = features_a.shape
     M = len(features_b)
+    if min(N, M) < 2:
+        raise ValueError(f"{N} and {M} feature vectors; pairs within a set need at least 2")
     both = torch.cat([features_a, features_b]).double()
     kernel = (both @ both.T / d + 1) ** 3                                        # (N + M, N + M)
     between = kernel[:N, N:].mean()
@@ -708,8 +713,7 @@ class Options:
 def note(record, *lines):
     """Prints what is new, and stores all that is known. So what was measured is kept on a stop."""
     record["printed"] += lines
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(record["out"], partial(Path.write_text, data=text))
+    write_json(record["out"], record)
     for line in lines:
         print(line)
 

@@ -164,6 +164,7 @@ class EDM:
             raise ValueError(f"{self} needs a finite P_m and a P_s greater than 0")
 
     def at(self, t):
+        """t in [first, last], any shape -> Scales of that shape."""
         quantile = torch.special.ndtri(t)
         quantile_slope = 1 / normal_density(quantile, 0, 1)
         b = torch.exp(self.log_mean + self.log_std * quantile)
@@ -208,6 +209,7 @@ class Linear:
     first, last = 0.001, 1.0
 
     def at(self, t):
+        """t in [0, 1], any shape -> Scales of that shape."""
         roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=t.dtype)
         changes = torch.log1p(-roots.square())                        # of log a^2, in each step
         step = (1000 * t).ceil().long().clamp(min=1) - 1              # the step that t is in
@@ -390,6 +392,7 @@ for log_mean in ("-1.20", "-0.60", "0.00", "0.60", "1.20"):
 def gaussian_network(form, std):
     """The network that training would end at for data N(0, std^2): E[output | z_t]."""
     def predict(z, t):
+        """z (B, ...), t (B,) -> output, as z."""
         at = form.process.at(per_sample(t, z.dim()))
         if form.output == "F":
             z = z * input_size(at, form.sigma_data)

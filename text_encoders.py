@@ -168,6 +168,7 @@ class CLIPLayer(nn.Module):
         self.fc2 = nn.Linear(4 * D, D)
 
     def forward(self, x):
+        """x (B, L, D) -> (B, L, D): attention, then the MLP, each beside its residual."""
         h = self.norm1(x)
         q, k, v = self.q(h), self.k(h), self.v(h)
         h = attend(q, k, v, is_causal=self.causal)
@@ -196,6 +197,7 @@ class CLIPTextEncoder(nn.Module):
             self.projection = nn.Linear(D, config.projection_dim, bias=False)
 
     def forward(self, ids):
+        """ids (B, L) int64 -> (penultimate, pooled, last), as the class says."""
         B, L = ids.shape
         x = self.token_embedding(ids) + self.position_embedding.weight[:L]     # (B, L, D)
         for layer in self.layers:
@@ -296,6 +298,7 @@ class T5Encoder(nn.Module):
         self.final_norm = RMSNorm(config.hidden_size)
 
     def forward(self, ids):
+        """ids (B, L) int64 -> (B, L, D)."""
         position = torch.arange(ids.shape[1], device=ids.device)
         distance = position[None, :] - position[:, None]              # (L, L) key - query
         bucket = relative_position_bucket(distance, self.config.num_buckets)

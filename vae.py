@@ -79,6 +79,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
+        """x (B, D, H, W) -> (B, D, H, W): one head over all positions."""
         h = self.norm(x)
         head = []
         for conv in (self.q, self.k, self.v):

@@ -104,6 +104,21 @@ def measure_everything(device):
                     *compiled)
 
 
+def write_result(rows, peak, device, precision, options):
+    """The rows, and what they depend on, as JSON in results/."""
+    processor = torch.cpu.get_capabilities().get("cpu_name", "")
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name()
+    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device),
+              "processor": processor, "threads": torch.get_num_threads(),
+              "torch": torch.__version__, "precision": str(precision), "compile": options.compile,
+              "batch_size": options.batch_size, "depth": options.depth,
+              "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
+    file = ROOT / "results" / f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"a large matrix product: {peak / 1e9:.0f} GFLOP/s in {precision}; see {file.name}")
+
+
 def main():
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -157,17 +172,7 @@ def main():
         rows.append({"what": "drawing and encoding scenes", "images_per_second": round(rate, 1)})
         print(f"drawing and encoding scenes of 64 px: {rate:.0f} images/s")
         measure("end to end", Batches(encoded, parts.vae.config, text, config, world))
-    processor = torch.cpu.get_capabilities().get("cpu_name", "")
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name()
-    result = {"command": shlex.join(["python", *sys.argv]), "device": str(device),
-              "processor": processor, "threads": torch.get_num_threads(),
-              "torch": torch.__version__, "precision": str(precision), "compile": options.compile,
-              "batch_size": options.batch_size, "depth": options.depth,
-              "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
-    file = ROOT / "results" / f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"a large matrix product: {peak / 1e9:.0f} GFLOP/s in {precision}; see {file.name}")
+    write_result(rows, peak, device, precision, options)
     if options.all:
         measure_everything(device)
 

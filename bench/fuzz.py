@@ -29,7 +29,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import sample
 import train
 from checkpoints import (FROZEN, SHIPPED, fingerprint, load_components, run_encoders, save_networks,
-                         write_atomically)
+                         write_json)
 from data import EncodedFolder, ImageFiles
 from devices import World, command
 from encode import encode_folder
@@ -279,8 +279,7 @@ def main():
         faults += counts.get("crash", 0) + counts.get("silent", 0) + counts.get("slow", 0)
     about = {"command": shlex.join(["python", *sys.argv]), "changes": options.count,
              "seconds": round(time.time() - started, 1), "faults": faults, "kinds": record}
-    text = json.dumps(about, indent=1) + "\n"
-    write_atomically(options.out, lambda partial: partial.write_text(text))
+    write_json(options.out, about)
     print(f"{faults} faults in {about['seconds']} s; written to {options.out}")
 
 

@@ -11,7 +11,6 @@ Run         python bench/shipped.py     writes results/shipped.json, results/sam
 """
 
 import argparse
-import json
 import shlex
 import sys
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import sample
-from checkpoints import SHIPPED, write_atomically
+from checkpoints import SHIPPED, write_atomically, write_json
 from data import read_lines
 from devices import command
 from evaluate import SPLITS, Case, draw_with, geneval, geneval_cases, score, wilson
@@ -104,8 +103,7 @@ def main():
         rates = geneval(sized, options.num_prompts, height=height, width=width)
         record["sizes"][f"{height}x{width}"] = rates
         print(f"{height}x{width}: {rates['overall']:.3f}, lax {rates['overall_lax']:.3f}")
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, partial(Path.write_text, data=text))
+    write_json(options.out, record)
     print(f"written to {options.out} and {file}")
 
 

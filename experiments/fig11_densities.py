@@ -13,8 +13,6 @@ Run   python experiments/fig11_densities.py            a million samples each, s
       python experiments/fig11_densities.py --quick    a hundred thousand
 """
 
-import argparse
-import json
 import math
 import shlex
 import sys
@@ -25,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import add_options, check_options, given_options, option, write_atomically
+from checkpoints import check_options, option, read_options, write_atomically, write_json
 from devices import command
 from flow import CosMap, LogitNormal, density, mode_map, mode_map_inverse
 from formulations import Cosine
@@ -205,20 +203,9 @@ def draw_figure(found, options, file):
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    return Options(**words.preset | given_options(words, Options))
-
-
 def main(arguments=None):
     """Checks every density, prints the claims and draws Fig. 11."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     found = {}
     print("density            formula off by   largest deviation   p-value   mean t   std of t")
     for name in (*MODES, "cosmap", *LOGIT_NORMALS):
@@ -236,8 +223,7 @@ def main(arguments=None):
     del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig11_densities.py", *sys.argv[1:]]),
               "settings": settings, "densities": found, "claims": claims}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, lambda partial: partial.write_text(text))
+    write_json(options.out, record)
     draw_figure(found, options, Path(options.out).with_suffix(".png"))
 
 

@@ -20,8 +20,6 @@ Shapes      B batch   C latent channels   H W latent height, width   L text toke
 Run         python experiments/fig4_backbones.py --quick     minutes on one CPU core; --full: a GPU
 """
 
-import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -38,8 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (SHIPPED, add_options, check_options, find_model_file, given_options,
-                         option, portable, write_atomically)
+from checkpoints import (
+    SHIPPED, check_options, find_model_file, option, portable, read_options, write_atomically,
+    write_json)
 from data import Batches, ImageFiles
 from devices import World, command, pick_precision
 from evaluate import PictureMeasures, draw_paths
@@ -375,23 +374,9 @@ def draw_figure(curves, file):
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in PRESETS.items():
-        parser.add_argument(f"--{name}", action="store_true", help=f"{preset}")
-    words = parser.parse_args(arguments)
-    chosen = {}
-    for name, preset in PRESETS.items():
-        if getattr(words, name):
-            chosen = preset
-    return Options(**chosen | given_options(words, Options))
-
-
 def main(arguments=None):
     """Train and compare the five backbones."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, **PRESETS)
     config = TrainConfig(
         data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
         resolution=RESOLUTION, depth=options.depth, steps=options.steps, every=options.steps // 4,
@@ -421,7 +406,7 @@ def main(arguments=None):
     settings = asdict(options) | {"encoders": portable(file), "sampling": SAMPLING}
     record = {"command": shlex.join(["python", "experiments/fig4_backbones.py", *sys.argv[1:]]),
               "settings": settings, "parameters_and_flops": sizes, "curves": curves, "claims": rows}
-    write_atomically(options.out, lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
+    write_json(options.out, record)
     draw_figure(curves, Path(options.out).with_suffix(".png"))
 
 

@@ -17,8 +17,6 @@ Run   python experiments/fig5_qk_norm.py --quick     three minutes on one CPU co
       python experiments/fig5_qk_norm.py --full      a GPU
 """
 
-import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -30,8 +28,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, add_options, check_options, given_options, option, write_atomically)
+from checkpoints import SHIPPED, check_options, option, read_options, write_atomically, write_json
 from devices import World, autocast, command
 from flow import LogitNormal, validate
 from mmdit import MMDiT, load_weights
@@ -288,20 +285,9 @@ def draw_figure(found, file):
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=90, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    return Options(**words.preset | given_options(words, Options))
-
-
 def main(arguments=None):
     """Trains all arms with all seeds, prints the claims and draws Fig. 5."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     world = World(options.device)
     found = []
     for seed in range(options.seeds):
@@ -315,8 +301,7 @@ def main(arguments=None):
     record = {"command": shlex.join(["python", "experiments/fig5_qk_norm.py", *sys.argv[1:]]),
               "settings": settings, "device": str(world.device),
               "threads": torch.get_num_threads(), "seeds": found, "claims": table}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, lambda partial: partial.write_text(text))
+    write_json(options.out, record)
     draw_figure(found, Path(options.out).with_suffix(".png"))
 
 

@@ -17,8 +17,6 @@ Run   python experiments/fig6_shift.py --quick          four minutes on one CPU 
       python experiments/fig6_shift.py --init MODEL     goes on with a model of the base resolution
 """
 
-import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -32,7 +30,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import (
-    SHIPPED, add_options, check_options, given_options, load_components, option, write_atomically)
+    SHIPPED, check_options, load_components, option, read_options, write_atomically, write_json)
 from devices import World, command, pick_precision
 from evaluate import PictureMeasures, geneval_cases, success_rates
 from flow import LogitNormal
@@ -241,20 +239,9 @@ def draw_figure(seeds, file):
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=90, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    return Options(**words.preset | given_options(words, Options))
-
-
 def main(arguments=None):
     """Trains, draws and measures; prints the claims; writes numbers, curves and pictures."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     world = World(options.device)
     out = Path(options.out)
     seeds = []
@@ -270,8 +257,7 @@ def main(arguments=None):
     record = {"command": shlex.join(["python", "experiments/fig6_shift.py", *sys.argv[1:]]),
               "settings": settings, "device": str(world.device),
               "threads": torch.get_num_threads(), "seeds": seeds, "claims": table}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(out, lambda partial: partial.write_text(text))
+    write_json(out, record)
     draw_figure(seeds, out.with_suffix(".png"))
     samples = out.with_name(f"{out.stem}_samples.png")
     write_atomically(samples, lambda partial: grid.save(partial, "PNG"))

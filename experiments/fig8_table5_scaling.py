@@ -23,8 +23,6 @@ Run         python experiments/fig8_table5_scaling.py --quick     minutes on one
             python experiments/fig8_table5_scaling.py --full      for a GPU
 """
 
-import argparse
-import json
 import math
 import shlex
 import shutil
@@ -40,8 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint,
-                         given_options, option, portable, write_atomically)
+from checkpoints import (
+    FROZEN, SHIPPED, check_options, find_model_file, fingerprint, option, portable,
+    read_options, write_atomically, write_json)
 from data import Batches
 from devices import World, command, pick_precision
 from evaluate import (GENEVAL_TASKS, PictureMeasures, draw_paths, geneval_cases, success_rates,
@@ -331,23 +330,9 @@ def draw_figure(models, laws, file):
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in PRESETS.items():
-        parser.add_argument(f"--{name}", action="store_true", help=f"{preset}")
-    words = parser.parse_args(arguments)
-    chosen = {}
-    for name, preset in PRESETS.items():
-        if getattr(words, name):
-            chosen = preset
-    return Options(**chosen | given_options(words, Options))
-
-
 def main(arguments=None):
     """Train the ladder of sizes, and say what follows from it."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, **PRESETS)
     models = train_all(options)
     laws = laws_of_size(models)
     rows = claims_of_losses(models, laws) + claims_of_quality(models)
@@ -358,8 +343,7 @@ def main(arguments=None):
         "command": shlex.join(["python", "experiments/fig8_table5_scaling.py", *sys.argv[1:]]),
         "settings": asdict(options) | {"encoders": portable(find_model_file(options.encoders))},
         "sampling": SAMPLING, "models": models, "laws": laws, "paper": PAPER, "claims": rows}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, lambda partial: partial.write_text(text))
+    write_json(options.out, record)
     draw_figure(models, laws, Path(options.out).with_suffix(".png"))
 
 

@@ -17,8 +17,6 @@ Run   python experiments/fig9_text_encoders.py --quick                    the mo
       python experiments/fig9_text_encoders.py --full --checkpoint RUN    any model of scenes
 """
 
-import argparse
-import json
 import math
 import random
 import shlex
@@ -33,8 +31,8 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import (
-    SHIPPED, add_options, check_options, find_model_file, given_options, option, portable,
-    write_atomically)
+    SHIPPED, check_options, find_model_file, option, portable, read_options, write_atomically,
+    write_json)
 from devices import command
 from evaluate import GENEVAL_TASKS, draw_with, geneval_cases, score, wilson
 from sample import load
@@ -181,20 +179,9 @@ def draw_figure(cases, pictures, table, file):
     write_atomically(file, partial(figure.savefig, dpi=90, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    return Options(**words.preset | given_options(words, Options))
-
-
 def main(arguments=None):
     """Draw with all subsets, score, compare."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     pipeline = load(options.checkpoint)
     if pipeline.parts.missing:
         raise ValueError(f"{options.checkpoint} lacks {', '.join(pipeline.parts.missing)}; give a "
@@ -214,8 +201,7 @@ def main(arguments=None):
     record = {"command": shlex.join(["python", "experiments/fig9_text_encoders.py", *sys.argv[1:]]),
               "settings": settings, "model": pipeline.parts.fingerprint,
               "sampling": pipeline.defaults, "paper": PAPER, "table": table, "claims": rows}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, partial(Path.write_text, data=text))
+    write_json(options.out, record)
     draw_figure(cases, pictures, table, Path(options.out).with_suffix(".png"))
 
 

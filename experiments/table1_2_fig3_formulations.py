@@ -20,7 +20,6 @@ Run   python experiments/table1_2_fig3_formulations.py --quick     four minutes 
           --depth 2 --num-scenes 4096 --samples 64 --seeds 2       25 minutes on one CPU core
 """
 
-import argparse
 import copy
 import json
 import math
@@ -35,8 +34,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, add_options, check_options, given_options, option, write_atomically)
+from checkpoints import SHIPPED, check_options, option, read_options, write_atomically, write_json
 from data import ImageFiles, from_tensor
 from devices import World, autocast, command, pick_precision
 from evaluate import PictureMeasures
@@ -101,6 +99,8 @@ class Options:
 
     def __post_init__(self):
         check_options(self)
+        if "all" in self.formulations:
+            object.__setattr__(self, "formulations", tuple(FORMULATIONS))
         for name in self.formulations:
             formulation(name)                                          # Its ValueError explains.
 
@@ -370,23 +370,9 @@ def draw_figure(runs, file):
 
 # --- Command line ---------------------------------------------------------------------------------
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    given = words.preset | given_options(words, Options)
-    if "all" in given.get("formulations", ()):
-        given["formulations"] = tuple(FORMULATIONS)
-    return Options(**given)
-
-
 def main(arguments=None):
     """Trains, samples and measures what is missing; then shows all there is."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     out = Path(options.out)
     record = {"runs": {}}
     if out.is_file():
@@ -408,8 +394,7 @@ def main(arguments=None):
             record["runs"][key] = result = study.run(name)
             record["ranks"] = mean_ranks(settings_of(record["runs"]))
             record["claims"] = claims(record["runs"])
-            text = json.dumps(record, indent=1) + "\n"
-            write_atomically(out, lambda partial, text=text: partial.write_text(text))
+            write_json(out, record)
             print(f"{key}: best step {result['step']}, its loss {result['validation']:.4f}",
                   flush=True)
     print_tables(record["runs"])

@@ -21,8 +21,6 @@ Run   python experiments/table3_fig10_autoencoders.py --quick             scenes
       python experiments/table3_fig10_autoencoders.py --data FOLDER       captioned pictures
 """
 
-import argparse
-import json
 import math
 import shlex
 import shutil
@@ -40,8 +38,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import (
-    SHIPPED, add_options, check_options, find_model_file, given_options, load_components, option,
-    portable, save_networks, write_atomically)
+    SHIPPED, check_options, find_model_file, load_components, option, portable, read_options,
+    save_networks, write_atomically, write_json)
 from data import Batches, ImageFiles, from_tensor, to_tensor
 from devices import World, command, pick_precision
 from evaluate import PictureMeasures, frechet_distance, load_image_tower, psnr
@@ -175,7 +173,6 @@ def read_pictures(options):
 def cut_latent(vae, channels, pictures):
     """The autoencoder whose channels are the first principal components of this one's code (about
     0). With all of them, the reconstructions stay the same."""
-    C = vae.config.latent_channels
     codes = []
     for part in pictures.split(32):
         codes.append(vae.encode_moments(part)[0].transpose(0, 1).flatten(1))
@@ -426,20 +423,9 @@ def draw_figure(shown, fids, file):
     write_atomically(file, partial(figure.savefig, dpi=90, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    return Options(**words.preset | given_options(words, Options))
-
-
 def main(arguments=None):
     """Train the autoencoders and measure them (Table 3), then MM-DiTs on top (Fig. 10)."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     world = World()
     tower = load_image_tower(find_model_file(options.encoders).parent).to(world.device)
     pictures, test, captions = read_pictures(options)
@@ -471,8 +457,7 @@ def main(arguments=None):
     record = {"command": shlex.join(words), "settings": settings, "device": str(world.device),
               "measures": MEASURES, "paper": PAPER, "table": table, "fid_of_samples": fids,
               "claims": rows}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, partial(Path.write_text, data=text))
+    write_json(options.out, record)
     draw_figure(shown, fids, Path(options.out).with_suffix(".png"))
 
 

@@ -18,8 +18,6 @@ Run   python experiments/table4_captions.py --quick     small models, one CPU co
       python experiments/table4_captions.py --full      one GPU
 """
 
-import argparse
-import json
 import random
 import shlex
 import sys
@@ -34,8 +32,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import (
-    SHIPPED, add_options, check_options, find_model_file, given_options, option, portable,
-    write_atomically)
+    SHIPPED, check_options, find_model_file, option, portable, read_options, write_atomically,
+    write_json)
 from data import Batches
 from devices import World, command, pick_precision
 from evaluate import GENEVAL_TASKS, PictureMeasures, draw_with, geneval_cases, success_rates
@@ -206,20 +204,9 @@ def draw_figure(scores, prompts, pictures, file):
     write_atomically(file, partial(figure.savefig, dpi=90, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    return Options(**words.preset | given_options(words, Options))
-
-
 def main(arguments=None):
     """Train both mixes with every seed, and score them in both wordings."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     config = TrainConfig(
         encoders=options.encoders, depth=options.depth, steps=options.steps, every=options.steps,
         batch_size=options.batch_size, num_scenes=options.num_scenes)
@@ -257,8 +244,7 @@ def main(arguments=None):
     record = {"command": shlex.join(["python", "experiments/table4_captions.py", *sys.argv[1:]]),
               "settings": settings, "images_seen": options.steps * options.batch_size,
               "device": str(world.device), "paper": PAPER, "seeds": scores, "claims": rows}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, partial(Path.write_text, data=text))
+    write_json(options.out, record)
     draw_figure(scores, shown, pictures, Path(options.out).with_suffix(".png"))
 
 

@@ -17,8 +17,6 @@ Run         python experiments/fig8_table5_scaling.py --quick     trains the mod
             python experiments/table6_steps.py --quick            minutes on one CPU core
 """
 
-import argparse
-import json
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -30,8 +28,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import sample
-from checkpoints import (add_options, check_options, find_model_file, given_options, option,
-                         run_encoders, write_atomically)
+from checkpoints import (
+    check_options, find_model_file, option, read_options, run_encoders, write_atomically,
+    write_json)
 from devices import command
 from evaluate import PictureMeasures, draw_paths
 from scenes import HELD_OUT_SEED, Scenes
@@ -160,20 +159,6 @@ def draw_figure(averages, file):
     write_atomically(file, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in PRESETS.items():
-        parser.add_argument(f"--{name}", action="store_true", help=f"{preset}")
-    words = parser.parse_args(arguments)
-    chosen = {}
-    for name, preset in PRESETS.items():
-        if getattr(words, name):
-            chosen = preset
-    return Options(**chosen | given_options(words, Options))
-
-
 def find_checkpoints(options):
     """The models that draw: those given, or those that fig8_table5_scaling.py left."""
     if options.checkpoints:
@@ -187,7 +172,7 @@ def find_checkpoints(options):
 
 def main(arguments=None):
     """Draw with every model, print Table 6 and the claims."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, **PRESETS)
     checkpoints = find_checkpoints(options)
     averages = measure_all(checkpoints, options)
     samples = bootstrap(averages, options.seed)
@@ -206,8 +191,7 @@ def main(arguments=None):
     record = {"command": shlex.join(["python", "experiments/table6_steps.py", *sys.argv[1:]]),
               "settings": asdict(options) | {"checkpoints": checkpoints}, "columns": COLUMNS,
               "table": table, "intervals": intervals, "paper": PAPER, "claims": rows}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, lambda partial: partial.write_text(text))
+    write_json(options.out, record)
     draw_figure(averages, Path(options.out).with_suffix(".png"))
 
 

@@ -19,8 +19,6 @@ Run   python experiments/table7_encoders.py --quick     1 sample in a pass, on a
       python experiments/table7_encoders.py --full      32, as in the paper, on a GPU
 """
 
-import argparse
-import json
 import math
 import shlex
 import statistics
@@ -35,8 +33,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import (
-    SHIPPED, add_options, check_options, find_model_file, given_options, load_components, option,
-    portable, write_atomically)
+    SHIPPED, check_options, find_model_file, load_components, option, portable, read_options,
+    write_atomically, write_json)
 from data import to_tensor
 from devices import autocast, command, pick_device
 from flow import rectified_flow_loss
@@ -162,8 +160,9 @@ def encoder_seconds(options, dtype, watch):
             "t5": of_all_layers(t5_seconds, T5Config().num_layers)}
 
 
-def step_seconds(options, watch, config=MMDiTConfig(depth=24)):
+def step_seconds(options, watch):
     """The times of forward and backward of the 2B MM-DiT on a batch, in bf16 mixed precision."""
+    config = MMDiTConfig(depth=24)
     B, side = options.batch_size, RESOLUTION // 8
     device = watch.device
     latent, noise = torch.randn(2, B, config.latent_channels, side, side, device=device)
@@ -283,20 +282,9 @@ def draw_figure(tables, file):
     write_atomically(file, partial(figure.savefig, dpi=90, format="png"))
 
 
-def read_options(arguments=None):
-    """The Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, Options)
-    for name, preset in (("--quick", QUICK), ("--full", FULL)):
-        parser.add_argument(name, action="store_const", const=preset, default={}, dest="preset",
-                            help=f"{preset}")
-    words = parser.parse_args(arguments)
-    return Options(**words.preset | given_options(words, Options))
-
-
 def main(arguments=None):
     """Table 7 beside the paper's, and the claims."""
-    options = read_options(arguments)
+    options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     watch = Stopwatch(options)
     change, interval = half_precision_change(options, watch.device)
     networks = papers_networks()
@@ -329,8 +317,7 @@ def main(arguments=None):
               "settings": settings, "torch": torch.__version__, "device": str(watch.device),
               "threads": torch.get_num_threads(), "paper": PAPER, "tables": tables,
               "step_ms": 1e3 * statistics.median(step), "claims": claims}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(options.out, partial(Path.write_text, data=text))
+    write_json(options.out, record)
     draw_figure(tables, Path(options.out).with_suffix(".png"))
 
 

@@ -148,6 +148,19 @@ def scene_texts(count: int = 8000) -> list[str]:
     return texts
 
 
+def adamw(steps: int, **settings) -> TrainConfig:
+    """How a stage trains."""
+    return TrainConfig(steps=steps, optimizer="adamw", **settings)
+
+
+def save_weights(network: nn.Module, file: Path):
+    """All tensors of a network under their own names."""
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, file)
+
+
 # --------------------------------------------------------------------------------------------------
 # Stage: tokenizers
 # --------------------------------------------------------------------------------------------------
@@ -414,22 +427,12 @@ def train_clips(corpus, tokenizers: Path, steps: int, work: Path):
     torch.manual_seed(0)
     clips = Clips()
     batches = ClipBatches(corpus, tokenizers, 64)
-    config = TrainConfig(
-        steps=steps,
-        batch_size=64,
-        lr=1e-3,
-        optimizer="adamw",
-        warmup_steps=100,
-        cooldown=0.9,
-        ema=0.99,
-    )
+    config = adamw(steps, batch_size=64, lr=1e-3, warmup_steps=100, cooldown=0.9, ema=0.99)
     with sdpa_kernel(SDPBackend.MATH):  # .66 s a step on one core; torch's choice takes .88 s
         clips = fit(clips, clip_loss, batches, config, Run(work / "clip-run", config)).eval()
     scores = swap_tests(clips, batches)
     print(json.dumps(scores, indent=1))
-    save_file(
-        {name: x.contiguous() for name, x in clips.state_dict().items()}, work / "clip.safetensors"
-    )
+    save_weights(clips, work / "clip.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -549,15 +552,7 @@ def t5_loss(model, batch):
 def train_t5(corpus, tokenizers: Path, steps: int, work: Path):
     """Span corruption on captions and prompts. The encoder is kept."""
     torch.manual_seed(0)
-    config = TrainConfig(
-        steps=steps,
-        batch_size=128,
-        lr=2e-3,
-        optimizer="adamw",
-        warmup_steps=100,
-        cooldown=0.9,
-        ema=0.99,
-    )
+    config = adamw(steps, batch_size=128, lr=2e-3, warmup_steps=100, cooldown=0.9, ema=0.99)
     model = fit(
         T5(T5_CONFIG),
         t5_loss,
@@ -565,10 +560,7 @@ def train_t5(corpus, tokenizers: Path, steps: int, work: Path):
         config,
         Run(work / "t5-run", config),
     )
-    save_file(
-        {name: x.contiguous() for name, x in model.encoder.state_dict().items()},
-        work / "t5.safetensors",
-    )
+    save_weights(model.encoder, work / "t5.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,21 +642,11 @@ def vae_quality(vae, corpus, count: int = 64) -> dict:
 def train_vae(corpus, steps: int, work: Path, channels: int):
     """L1 and KL, no adversary: later stages need fidelity. The average of the weights is kept."""
     torch.manual_seed(0)
-    config = TrainConfig(
-        steps=steps,
-        batch_size=8,
-        lr=1e-3,
-        optimizer="adamw",
-        warmup_steps=200,
-        cooldown=1.0,
-        ema=0.999,
-    )
+    config = adamw(steps, batch_size=8, lr=1e-3, warmup_steps=200, cooldown=1.0, ema=0.999)
     vae = VAE(replace(AUTOENCODER, latent_channels=channels))
     batches = Squares(corpus, channels, steps)
     vae = fit(vae, autoencoder_loss, batches, config, Run(work / "vae-run", config))
-    save_file(
-        {name: x.contiguous() for name, x in vae.state_dict().items()}, work / "vae.safetensors"
-    )
+    save_weights(vae, work / "vae.safetensors")
     print(vae_quality(vae, corpus))
 
 

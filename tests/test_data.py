@@ -5,7 +5,6 @@ import json
 import os
 import re
 import struct
-import sys
 import tarfile
 import time
 import warnings
@@ -240,7 +239,8 @@ def test_from_tensor_clamps_and_rounds():
 # ---- Aspect ratios -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resolution, step", [(64, 16), (256, 16), (320, 16), (512, 64), (1024, 64)])
+@pytest.mark.parametrize("resolution, step", [(64, 16), (256, 16), (320, 16), (512, 64),
+                                              (1024, 64)])
 def test_buckets_have_about_the_same_area_in_both_orientations(resolution, step):
     buckets = aspect_buckets(resolution)
     assert (resolution, resolution) in buckets and len(set(buckets)) == len(buckets)

@@ -64,7 +64,8 @@ def run(*arguments, launcher=()):
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).glob("shard-*.safetensors"))}
+    files = sorted(Path(folder).glob("shard-*.safetensors"))
+    return {file.name: file.read_bytes() for file in files}
 
 
 def stamps(folder):
@@ -285,7 +286,9 @@ def test_twenty_kills_at_any_instant_leave_equal_bytes(square, tmp_path):
 # ---- What is made again, what is kept ------------------------------------------------------------
 
 
-def test_a_second_start_writes_nothing_and_a_replaced_picture_is_encoded_again(pictures, tmp_path):
+def test_a_second_start_writes_nothing_and_a_replaced_picture_is_encoded_again(
+        pictures, tmp_path, capsys):
+    """The shard with the old picture stays, as a training may be reading it; nothing lists it."""
     out, picture = tmp_path / "out", pictures / "5.png"
     size = Image.open(picture).size[::-1]
     picture.write_bytes(picture.read_bytes().ljust(4000, b"\0"))
@@ -298,8 +301,10 @@ def test_a_second_start_writes_nothing_and_a_replaced_picture_is_encoded_again(p
     picture.write_bytes(picture.read_bytes().ljust(4000, b"\0"))      # a file of the same size
     after = make(out, ImageFiles(pictures), shard_size=4)
     new = contents(out)
-    assert len(new) == len(old) == 3 and len(new.keys() & old.keys()) == 2
-    assert all(new[name] == old[name] for name in new.keys() & old.keys())
+    assert len(old) == 3 and len(new) == 4 and old.items() <= new.items()
+    listed = {line["file"] for line in json.loads((out / "index.json").read_text())["shards"]}
+    assert len(listed) == 3 and len(listed & old.keys()) == 2
+    assert capsys.readouterr().err.count("1 shards in") == 1
     after = [after.read([i], [0])["moments"] for i in (4, 5)]
     assert np.array_equal(before[0], after[0]) and not np.array_equal(before[1], after[1])
 
@@ -315,7 +320,18 @@ def test_changed_captions_and_new_pictures_are_noticed(pictures, tmp_path):
     folder = make(tmp_path / "out", ImageFiles(pictures), shard_size=4)
     assert folder.captions(11) == ("another caption",) and folder.captions(12) == ("once more",)
     last = stamps(tmp_path / "out")
-    assert len(last) == 4 and len(last.items() & first.items()) == 2
+    assert len(last) == 5 and first.items() <= last.items()
+
+
+def test_other_tokenizers_make_another_encoding(tmp_path):
+    """They lie beside the encoders, and no tensor tells them. A folder of the old ones is refused,
+    where it would have been kept."""
+    model = shutil.copytree(SHIPPED, tmp_path / "model")
+    encode_folder(Scenes(2), tmp_path / "out", model, 64, WORLD, precision="fp32")
+    with open(model / "tokenizers" / "clip" / "merges.txt", "a") as file:
+        file.write("zz zz\n")
+    with pytest.raises(ValueError, match="made from another source, by other encoders"):
+        encode_folder(Scenes(2), tmp_path / "out", model, 64, WORLD, precision="fp32")
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "text"])
@@ -406,7 +422,7 @@ def test_after_the_deadline_no_further_shard_is_begun(cache):
 
 
 def test_a_set_of_scenes_has_no_hole(square, tmp_path):
-    """Another process may have had time for a later shard. A resumed run needs scenes 0 to n - 1."""
+    """Another process may have had time for a later shard. A resumed run needs scenes 0 to n-1."""
     folder = shutil.copytree(square, tmp_path / "copy")
     lines = json.loads((square / "index.json").read_text())["shards"]
     for line in lines[:2]:

@@ -213,6 +213,13 @@ def test_kernel_distance_by_loops_over_pairs():
     assert kernel_distance(a, b).item() == pytest.approx(expected)
 
 
+def test_one_picture_is_too_few_for_a_distance():
+    """A covariance and the pairs within a set need two."""
+    for distance in (frechet_distance, kernel_distance):
+        with pytest.raises(ValueError, match="1 and 4 feature vectors"):
+            distance(torch.zeros(1, 3), torch.ones(4, 3))
+
+
 def test_kernel_distance_is_unbiased():
     """Two sets from one distribution: the mean of 300 estimates is 0, and half are below it."""
     estimates = []

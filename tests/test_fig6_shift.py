@@ -115,4 +115,4 @@ def test_a_tiny_run_writes_numbers_claims_and_pictures(tmp_path, monkeypatch):
 ])
 def test_what_cannot_be_compared_is_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        fig6.read_options(words)
+        fig6.read_options(fig6.Options, "", words, quick=fig6.QUICK, full=fig6.FULL)

@@ -182,15 +182,19 @@ def test_tables_leave_out_settings_that_some_formulation_lacks(table1, capsys):
 
 
 def test_the_command_line(table1):
-    assert table1.read_options([]).formulations == tuple(table1.PAPER_RANKS)
-    assert table1.read_options(["--quick", "--steps", "7"]).steps == 7
-    assert table1.read_options(["--quick"]).formulations == table1.QUICK["formulations"]
-    assert len(table1.read_options(["--formulations", "all"]).formulations) == 61
-    assert table1.read_options(["--full"]).batch_size == 256
+    def read(words):
+        presets = {"quick": table1.QUICK, "full": table1.FULL}
+        return table1.read_options(table1.Options, "", words, **presets)
+
+    assert read([]).formulations == tuple(table1.PAPER_RANKS)
+    assert read(["--quick", "--steps", "7"]).steps == 7
+    assert read(["--quick"]).formulations == table1.QUICK["formulations"]
+    assert len(read(["--formulations", "all"]).formulations) == 61
+    assert read(["--full"]).batch_size == 256
     with pytest.raises(ValueError, match="no formulation is called 'rf/magic'"):
-        table1.read_options(["--formulations", "rf/magic"])
+        read(["--formulations", "rf/magic"])
     with pytest.raises(ValueError, match="--samples 1 must be"):
-        table1.read_options(["--samples", "1"])
+        read(["--samples", "1"])
 
 
 @pytest.mark.slow

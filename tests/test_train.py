@@ -637,6 +637,16 @@ def finished_run(folder, **train_values):
     return folder
 
 
+def test_a_run_keeps_its_encoders(tmp_path, monkeypatch):
+    """Others given with --out of a run are refused; the same ones, under any name, are not."""
+    folder = finished_run(tmp_path / "run")
+    same = read_config(["--out", str(folder), "--encoders", str(SHIPPED)])
+    assert same.encoders == str(SHIPPED / "model.safetensors")
+    monkeypatch.setattr(train, "fingerprint", lambda path, parts: str(path))
+    with pytest.raises(ValueError, match="--encoders cannot change within a run"):
+        read_config(["--out", str(folder), "--encoders", str(SHIPPED)])
+
+
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
     folder = finished_run(tmp_path / "run", lr=2e-4, num_scenes=100)
     config = read_config(["--out", str(folder), "--steps", "9", "--num-scenes", "999"])
