@@ -163,6 +163,8 @@ def command(main):
         main()
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:
         sys.exit(f"{name}: {' '.join(str(problem).split()) or type(problem).__name__}")
+    except ImportError as problem:                           # matplotlib, for example
+        sys.exit(f"{name}: {problem}; run pip install -r requirements-dev.txt")
     except KeyboardInterrupt as stop:                        # Its text may say how to go on.
         print("; ".join([f"{name}: stopped", *stop.args]), file=sys.stderr)
         sys.exit(130)

@@ -18,6 +18,7 @@ import html
 import io
 import itertools
 import json
+import os
 import random
 import shlex
 import sys
@@ -797,7 +798,8 @@ def main():
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint,
               **asdict(options), "height": size[0], "width": size[1], "rows": {}, "printed": []}
-    note(record)                                             # OSError before the work
+    if not os.access(out if out.exists() else out.parent, os.W_OK):          # before the work
+        raise OSError(f"--out {out} cannot be written; give another file")
     if pipeline:
         unseen, captions, measure, training = sources(pipeline, options, size)
     if not options.data:

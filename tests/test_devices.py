@@ -86,7 +86,9 @@ def test_one_process_cannot_hold_shards():
     (ValueError("--depth 0 must\n be 1"), "verb.py: --depth 0 must be 1"),
     (OSError(28, "No space left on device"), "verb.py: [Errno 28] No space left on device"),
     (RuntimeError("CUDA out of memory"), "verb.py: CUDA out of memory"),
-    (MemoryError(), "verb.py: MemoryError")])
+    (MemoryError(), "verb.py: MemoryError"),
+    (ImportError("No module named 'matplotlib'"), "verb.py: No module named 'matplotlib'; run pip "
+                                                  "install -r requirements-dev.txt")])
 def test_what_a_user_can_get_wrong_ends_in_one_sentence(problem, sentence, monkeypatch):
     def main():
         raise problem

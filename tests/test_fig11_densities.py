@@ -83,6 +83,7 @@ def test_claims_about_m_and_s_follow_the_samples():
 
 
 def test_a_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["fig11_densities.py"])
     out = tmp_path / "fig11.json"
     fig11.main(["--quick", "--samples", "2000", "--out", str(out)])

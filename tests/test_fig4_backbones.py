@@ -268,6 +268,7 @@ def test_a_backbone_is_better_if_it_is_with_every_seed(better, worse, verdict, i
 
 
 def test_main_compares_all_backbones(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     fig4.main("--depth 1 --steps 4 --seeds 1 --batch-size 4 --num-scenes 64 --num-pictures 2 "
               "--out found.json".split())

@@ -140,6 +140,7 @@ def test_verdicts_by_hand():
 
 
 def test_a_tiny_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["fig5_qk_norm.py"])
     out = tmp_path / "fig5.json"
     fig5.main(["--depth", "1", "--last-blocks", "1", "--resolution", "16", "--base-steps", "1",

@@ -94,6 +94,7 @@ def test_sampling_takes_its_steps_at_shifted_times():
 
 
 def test_a_tiny_run_writes_numbers_claims_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["fig6_shift.py"])
     out = tmp_path / "fig6.json"
     fig6.main(["--depth", "1", "--resolution", "32", "--base-steps", "1", "--steps", "1",

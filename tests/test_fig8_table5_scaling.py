@@ -131,6 +131,7 @@ def test_a_correlation_cannot_be_told_where_scores_differ_by_chance():
 
 
 def test_main_trains_measures_and_leaves_models_that_can_be_loaded(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     import sample
     monkeypatch.chdir(tmp_path)
     options = "--depths 1 2 --steps 4 --points 2 --seeds 1 --batch-size 4 --num-scenes 64"

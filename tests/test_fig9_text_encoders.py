@@ -75,6 +75,7 @@ def test_claims_compare_what_they_say():
 
 
 def test_a_tiny_run_draws_every_subset_and_writes_its_record(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     out = tmp_path / "fig9.json"
     fig9.main(["--num-prompts", "2", "--out", str(out)])
     record = json.loads(out.read_text())

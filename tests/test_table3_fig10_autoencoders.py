@@ -245,6 +245,7 @@ def test_the_smallest_depth_must_rank_all_channels_in_every_seed():
 
 def test_a_tiny_run_measures_all_and_ships_autoencoders_that_train_py_takes(
         tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table3, "ROOT", tmp_path)
     monkeypatch.setitem(table3.SAMPLING, "num_steps", 1)

@@ -91,6 +91,7 @@ def test_each_claim_reads_its_own_tasks_and_wording():
 
 
 def test_a_tiny_run_trains_on_the_mix_that_it_names(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     shares = []
 
     def watched(config, inputs, world, learn=table4.learn):

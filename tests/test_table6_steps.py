@@ -55,6 +55,7 @@ def test_no_models_end_in_a_sentence(tmp_path, monkeypatch):
 
 
 def test_main_measures_the_shipped_model(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     shipped = str(table6.ROOT / "pretrained" / "tiny")
     monkeypatch.chdir(tmp_path)
     table6.main(["--checkpoints", shipped, "--num-prompts", "2", "--out", "found.json"])

@@ -98,6 +98,7 @@ def test_half_precision_is_judged_on_the_texts_alone(monkeypatch):
 
 
 def test_a_tiny_run_writes_both_tables(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(table7, "RESOLUTION", 32)
     monkeypatch.setattr(table7, "CLIP_L", CLIPConfig(32000, 64, 1))
     monkeypatch.setattr(table7, "CLIP_G", CLIPConfig(32000, 64, 1))
