@@ -504,7 +504,8 @@ def read_options(kind, description, arguments=None, **presets):
 
 
 def write_json(file, value):
-    """Write a value as JSON. A kill leaves the old file as it was."""
+    """Write a value as JSON, and make its folder. A kill leaves the old file as it was."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(file, lambda partial: partial.write_text(text))
 

@@ -16,12 +16,12 @@ fig6 = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fig6)
 
 
-def rows(plain, shifted):
-    """What run_seed returns for the shifts 1, 1.5, 2, 3: CLIP score c, FID 10 - c, no GenEval."""
+def rows(plain, shifted, geneval=0.1):
+    """What run_seed returns for the shifts 1, 1.5, 2, 3: CLIP score c, FID 10 - c, one GenEval."""
     found = []
     for trained, scores in ((1.0, plain), (3.0, shifted)):
         for shift, score in zip((1.0, 1.5, 2.0, 3.0), scores, strict=True):
-            measures = {"clip_score": score, "fid": 10 - score, "geneval": 0.0}
+            measures = {"clip_score": score, "fid": 10 - score, "geneval": geneval}
             found.append((trained, shift, measures))
     return found
 
@@ -44,6 +44,12 @@ def test_verdicts_by_hand():
     assert fig6.claims(fallen)[0]["verdict"] == "did not hold at this size"
     assert fig6.claims(seeds[:1])[0]["verdict"] == "held"        # two models with one seed
     assert fig6.claims(seeds[:1])[1]["verdict"] == "cannot be told"
+
+
+def test_nothing_is_told_by_fog():
+    """The same scores from pictures none of which shows what is asked."""
+    seeds = [rows((1, 3, 5, 6), (2, 4, 7, 8), geneval=0.0)] * 2
+    assert {row["verdict"] for row in fig6.claims(seeds)} == {"cannot be told"}
 
 
 def test_training_draws_t_that_is_shifted_by_equation_23(monkeypatch):
