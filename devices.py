@@ -161,6 +161,10 @@ def command(main):
         name += f": rank {os.environ['RANK']}"
     try:
         main()
+        if "RANK" in os.environ:                             # Python's own way out ends threads of
+            sys.stdout.flush()                               # gloo that still hold a tensor, which
+            sys.stderr.flush()                               # can abort the process after good work.
+            os._exit(0)
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:
         sys.exit(f"{name}: {' '.join(str(problem).split()) or type(problem).__name__}")
     except ImportError as problem:                           # matplotlib, for example
