@@ -74,7 +74,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "results/against-stability-cpu.json")
     options = parser.parse_args()
     if not (Path(options.reference) / "sd3_impls.py").is_file():
-        raise ValueError(f"--reference {options.reference} has no sd3_impls.py; give a clone of sd3.5")
+        raise ValueError(f"--reference {options.reference} has no sd3_impls.py; give a clone "
+                         "of github.com/Stability-AI/sd3.5")
     sys.path.insert(0, options.reference)
     result = compare(find_model_file(options.checkpoint), options.num_steps)
     print(result)
