@@ -1,4 +1,4 @@
-"""checkpoints.py: files <-> the networks of this project; the options of all commands.
+"""checkpoints.py: one file format, that of the released SD3, <-> the networks of this project.
 
 Read with   the key lists of the released SD3 files; App. B.2 for what a whole model consists of
 Not here    the networks; every other layout (convert.py, imported only when such a thing is named)
@@ -7,25 +7,25 @@ Format      One model.safetensors has the prefixes of the released single file. 
             tokenizers/clip/{vocab.json, merges.txt} and tokenizers/t5/spiece.model.
 """
 
-import argparse
-import contextlib
 import hashlib
 import importlib
 import json
 import math
-import os
 import re
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
+from options import (  # noqa: F401
+    add_options, check_options, check_value, given_options, option, read_json, read_options,
+    write_atomically, write_json)
 from text_encoders import (
     ENCODERS, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
     TextConfig, TextEncoders)
@@ -101,10 +101,7 @@ def open_weights(file):
         for part, rules in STORED.items():
             for name, value in config.get(part, {}).items():
                 check_value(f"its {name}", value, *rules[name], 1e6)
-        tensors = {}
-        for key in opened.keys():
-            tensors[key] = opened.get_tensor(key)
-        return tensors, config
+        return {key: opened.get_tensor(key) for key in opened.keys()}, config
     except Exception as problem:           # A stranger's header can be wrong in every way.
         reason = importlib.import_module("convert").describe_unreadable(Path(file), problem)
         raise ValueError(reason) from None
@@ -262,8 +259,8 @@ def fingerprint(path, components=tuple(PREFIXES)):
 
 
 def run_encoders(folder):
-    """(file, tokenizers) of the frozen networks that a run was trained with, as its config.json
-    names them and their fingerprint proves; None for a folder that is no run."""
+    """The file of the frozen networks that a run was trained with, as its config.json names it and
+    its fingerprint proves; None for a folder that is no run."""
     named = {}
     if (folder / "config.json").is_file():
         named = read_json(folder / "config.json", {"encoders": dict | None}).get("encoders") or {}
@@ -273,7 +270,7 @@ def run_encoders(folder):
     if fingerprint(file, FROZEN) != named["fingerprint"]:
         raise ValueError(f"{file} does not hold the encoders that {folder} was trained with: its "
                          f"fingerprint is not {named['fingerprint']}; put them back")
-    return file, str(named.get("tokenizers", ""))
+    return file
 
 
 def load_text(model, dtype, given):
@@ -355,10 +352,9 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", model, dtype)
     if "vae" in wanted or "text" in wanted:
-        named = run_encoders(model.path.parent)
-        if named is not None:
-            model = open_model(named[0], text_encoders, vae)
-            tokenizers = tokenizers or named[1]
+        encoders = run_encoders(model.path.parent)
+        if encoders is not None:
+            model = open_model(encoders, text_encoders, vae)
     if "vae" in wanted:
         parts.vae = read_network("vae", model, dtype)
     if "text" in wanted:
@@ -368,26 +364,6 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
 
 
 # ---- Writing -------------------------------------------------------------------------------------
-
-def write_atomically(file, write):
-    """Call write(temporary path in the same folder), then rename: a kill or a full disk leaves the
-    old file as it was. Only a regular file is replaced, and the new one keeps its mode."""
-    file = Path(file)
-    partial = file.with_name(f"{file.name[:40]}.{os.urandom(6).hex()}.partial")
-    try:
-        if file.is_symlink() or (file.exists() and not file.is_file()):
-            raise OSError("it is a link or no regular file")
-        partial.touch(exist_ok=False)                  # never through a link
-        mode = (file if file.exists() else partial).stat().st_mode
-        write(partial)
-        partial.chmod(mode)                            # save_file leaves 600 behind.
-        partial.replace(file)
-    except (OSError, SafetensorError) as problem:
-        raise OSError(f"could not write {file} ({problem}); the old file is untouched") from None
-    finally:                                           # Ctrl-C leaves nothing behind, too.
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
 
 def stored_config(networks, text=None, sampling=None, words=()):
     """What tensors cannot tell, as JSON for the metadata of a file."""
@@ -422,103 +398,3 @@ def save_networks(file, networks, text=None, sampling=None, dtype=None, words=()
             tensors[PREFIXES[name] + key] = tensor
     metadata = {"format": "pt", "config": stored_config(networks, text, sampling, words)}
     write_atomically(file, lambda partial: save_file(tensors, partial, metadata))
-
-
-# ---- The options of all commands, JSON files -----------------------------------------------------
-
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-         dict: "an object"}
-
-
-def option(default, help, low=-1e12, high=1e12, choices=()):
-    """A dataclass field with its help text and its range (both ends included) or its choices."""
-    return field(default=default, metadata={"help": help, "rule": (low, high, choices)})
-
-
-def check_value(name, value, kind, low=-1e12, high=1e12, choices=()):
-    """ValueError unless `value` is of the type `kind`, finite, in range and among the choices."""
-    right = type(value) is kind or (kind is float and type(value) is int)
-    rule = KINDS.get(kind, "a list")
-    if kind in (int, float):
-        right = right and low <= value <= high         # false for nan
-        rule += f" from {low:g} to {high:g}"
-    if choices:
-        right = right and value in choices
-        rule = "one of " + ", ".join(choices)
-    if not right:
-        raise ValueError(f"{name} {value!r:.80} must be {rule}")
-
-
-def check_options(config):
-    """Check every option of a frozen dataclass, in its __post_init__. Lists become tuples."""
-    for item in fields(config):
-        flag = "--" + item.name.replace("_", "-")
-        kind = item.type
-        values = [getattr(config, item.name)]
-        if kind not in KINDS and isinstance(values[0], list | tuple):
-            values = tuple(values[0])
-            kind = kind.__args__[0]                    # the int of tuple[int, ...]
-            object.__setattr__(config, item.name, values)
-        for value in values:
-            check_value(flag, value, kind, *item.metadata["rule"])
-
-
-def add_options(parser, kind):
-    """Add a flag for every option of the dataclass `kind`. What is not given is None."""
-    for item in fields(kind):
-        settings = {"type": item.type}
-        if item.type is bool:
-            settings = {"type": json.loads, "nargs": "?", "const": True}
-        elif item.type is str:
-            settings = {"type": os.path.expanduser}
-        elif item.type not in KINDS:                   # tuple[int, ...] or tuple[str, ...]
-            settings = {"type": item.type.__args__[0], "nargs": "*"}
-        flags = ["--" + item.name.replace("_", "-")]
-        if item.name == "timestep_shift":
-            flags.append("--shift")
-        help = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
-        choices = item.metadata["rule"][2] or None
-        parser.add_argument(*flags, dest=item.name, help=help, choices=choices, **settings)
-
-
-def given_options(options, kind):
-    """{field: value} of the options of `kind` that were given on the command line."""
-    given = {}
-    for item in fields(kind):
-        if getattr(options, item.name) is not None:
-            given[item.name] = getattr(options, item.name)
-    return given
-
-
-def read_options(kind, description, arguments=None, **presets):
-    """The dataclass `kind` of a command line. presets: {name: {field: value}}; --name chooses one,
-    and what else is given goes before it."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    add_options(parser, kind)
-    for name, preset in presets.items():
-        parser.add_argument(f"--{name}", action="store_const", const=preset, default={},
-                            dest="preset", help=str(preset).replace("%", "%%"))
-    options = parser.parse_args(arguments)
-    chosen = options.preset if presets else {}
-    return kind(**chosen | given_options(options, kind))
-
-
-def write_json(file, value):
-    """Write a value as JSON, and make its folder. A kill leaves the old file as it was."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomically(file, lambda partial: partial.write_text(text))
-
-
-def read_json(file, kinds=None):
-    """The object in a JSON file. kinds: {name: type} is checked; a `type | None` may be absent."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError, RecursionError) as problem:
-        raise ValueError(f"{file} cannot be read as JSON ({problem}); fetch it anew") from None
-    for name, kind in (kinds or {}).items():
-        if not isinstance(value.get(name), kind):
-            raise ValueError(f"{file}: {name} is {value.get(name)!r:.80}, but no {kind}")
-    return value

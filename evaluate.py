@@ -747,9 +747,9 @@ def sources(pipeline, options, size):
     folder = pipeline.parts.file.parent
     tower = options.tower or folder
     training = Scenes(512)
-    named = run_encoders(folder)
-    if named:                                                # The folder is that of a run.
-        tower = options.tower or named[0].parent
+    encoders = run_encoders(folder)
+    if encoders:                                             # The folder is that of a run.
+        tower = options.tower or encoders.parent
         config = read_json(folder / "config.json")["train"]
         training = Scenes(512, config["seed"])
         if config["data"] and not options.data:

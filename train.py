@@ -437,7 +437,7 @@ def read_config(arguments=None):
             if given.get(name, stored["train"][name]) != stored["train"][name]:
                 raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
         given["num_scenes"] = stored["train"]["num_scenes"]      # The same pictures come again.
-        encoders = run_encoders(folder)[0]
+        encoders = run_encoders(folder)
         if "encoders" in given and fingerprint(given["encoders"], FROZEN) != fingerprint(
                 encoders, FROZEN):
             raise ValueError("--encoders cannot change within a run; change --out")

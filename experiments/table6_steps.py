@@ -73,7 +73,7 @@ def measure(checkpoint, options):
     folder = find_model_file(checkpoint).parent
     encoders = run_encoders(folder)
     if encoders:
-        folder = encoders[0].parent
+        folder = encoders.parent
     measures = PictureMeasures(real, prompts, pipeline.text, folder, pipeline.device)
     numbers = []
     for num_steps in STEPS:
