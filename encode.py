@@ -28,12 +28,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import scenes
-from checkpoints import (
-    FROZEN, SHIPPED, check_options, find_model_file, fingerprint, load_components, option,
-    portable, read_options, write_atomically, write_json)
+from checkpoints import FROZEN, SHIPPED, find_model_file, fingerprint, load_components, portable
 from data import (
     EncodedFolder, ImageFiles, aspect_buckets, check_problems, nearest_bucket, readable, shard_hash)
 from devices import World, autocast, command, pick_precision
+from options import check_options, option, read_options, write_atomically, write_json
 from scenes import HELD_OUT_SEED, Scenes
 
 CACHE = Path("runs/cache")          # what train.py encodes by itself

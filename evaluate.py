@@ -36,11 +36,12 @@ from tqdm import tqdm
 import flow
 import sample
 from checkpoints import (
-    CLIP_NAMES, SHIPPED, add_options, check_options, count_layers, find_model_file,
-    given_options, open_weights, option, read_json, read_tensors, rename, run_encoders,
-    write_atomically, write_json)
+    CLIP_NAMES, SHIPPED, count_layers, find_model_file, open_weights, read_tensors, rename,
+    run_encoders)
 from data import ImageFiles, from_tensor, read_lines, to_tensor
 from devices import autocast, command
+from options import (
+    add_options, check_options, given_options, option, read_json, write_atomically, write_json)
 from scenes import (
     HELD_OUT_SEED, PLAIN, REWORDED, WORDS, Scene, Scenes, View, caption, captioned_grid, draw_scene,
     is_held_out, local_max, make_scene, word_mask)

@@ -23,10 +23,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import flow
-from checkpoints import (SHIPPED, Components, add_options, check_options, given_options,
-                         load_components, option, write_atomically)
+from checkpoints import SHIPPED, Components, load_components
 from data import from_tensor, read_image, read_lines, resize_and_crop, to_tensor
 from devices import PRECISIONS, autocast, command, pick_device, pick_precision
+from options import add_options, check_options, given_options, option, write_atomically
 from scenes import captioned_grid
 from text_encoders import ENCODERS
 

@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 import devices
 from checkpoints import (
-    FROZEN, SHIPPED, add_options, check_options, find_model_file, fingerprint, given_options,
-    load_components, option, portable, read_json, run_encoders, save_networks, write_atomically)
+    FROZEN, SHIPPED, find_model_file, fingerprint, load_components, portable, run_encoders,
+    save_networks)
 from data import Batches
 from devices import World, pick_precision, whole
 from encode import encoded
 from evaluate import draw_with, format_scores, geneval
 from flow import density, rectified_flow_loss, shift_time, validate
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
+from options import add_options, check_options, given_options, option, read_json, write_atomically
 from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
 

@@ -19,8 +19,9 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, find_model_file, write_json
+from checkpoints import SHIPPED, find_model_file
 from devices import command
+from options import write_json
 from sample import Settings, encode, latent_shape, load, sample_latents
 
 PREFIX = "model.diffusion_model."

@@ -39,12 +39,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import sample
 import train
-from checkpoints import (FROZEN, SHIPPED, fingerprint, load_components, run_encoders, save_networks,
-                         write_json)
+from checkpoints import FROZEN, SHIPPED, fingerprint, load_components, run_encoders, save_networks
 from data import EncodedFolder, ImageFiles
 from devices import World, command
 from encode import encode_folder
 from mmdit import MMDiT, MMDiTConfig
+from options import write_json
 from scenes import Scenes
 from vae import VAE, VAEConfig
 

@@ -19,10 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import sample
-from checkpoints import SHIPPED, write_atomically, write_json
+from checkpoints import SHIPPED
 from data import read_lines
 from devices import command
 from evaluate import SPLITS, Case, draw_with, geneval, geneval_cases, score, wilson
+from options import write_atomically, write_json
 from scenes import BACKGROUNDS, RELATIONS, Scene, Thing, captioned_grid
 
 EXAMPLE = "a red circle left of a blue square"

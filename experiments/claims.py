@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import write_atomically
 from devices import command
+from options import write_atomically
 
 # results/NAME.json: where the paper has it
 PLACES = {

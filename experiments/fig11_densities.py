@@ -23,10 +23,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import check_options, option, read_options, write_atomically, write_json
 from devices import command
 from flow import CosMap, LogitNormal, density, mode_map, mode_map_inverse
 from formulations import Cosine
+from options import check_options, option, read_options, write_atomically, write_json
 
 MODES = ("mode(-1)", "mode(-0.54)", "mode(-0.08)", "mode(0.38)", "mode(0.83)", "mode(1.29)",
          "mode(1.75)")

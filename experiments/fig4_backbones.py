@@ -36,15 +36,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, check_options, find_model_file, option, portable, read_options, write_atomically,
-    write_json)
+from checkpoints import SHIPPED, find_model_file, portable
 from data import Batches, ImageFiles
 from devices import World, command, pick_precision
 from evaluate import PictureMeasures, draw_paths
 from flow import density, validate
 from mmdit import (HeadNorm, JointBlock, MMDiT, MMDiTConfig, StreamBlock, add_gated, attend,
                    crop_center, joint_attention, merge_heads, modulate)
+from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline
 from scenes import HELD_OUT_SEED, Scenes
 from train import Run, TrainConfig, fit, flow_loss, read_inputs

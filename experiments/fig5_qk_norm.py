@@ -28,10 +28,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, check_options, option, read_options, write_atomically, write_json
+from checkpoints import SHIPPED
 from devices import World, autocast, command
 from flow import LogitNormal, validate
 from mmdit import MMDiT, load_weights
+from options import check_options, option, read_options, write_atomically, write_json
 from train import Run, TrainConfig, fit, flow_loss, read_inputs
 
 # QK-norm at the base resolution, QK-norm afterwards, AdamW's epsilon

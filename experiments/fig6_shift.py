@@ -30,12 +30,12 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, check_options, load_components, option, read_options, write_atomically, write_json)
+from checkpoints import SHIPPED, load_components
 from devices import World, command, pick_precision
 from evaluate import PictureMeasures, geneval_cases, success_rates
 from flow import LogitNormal
 from mmdit import MMDiT, load_weights
+from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline, generate
 from scenes import captioned_grid, draw_scene
 from train import Run, TrainConfig, fit, flow_loss, read_inputs

@@ -38,15 +38,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    FROZEN, SHIPPED, check_options, find_model_file, fingerprint, option, portable,
-    read_options, write_atomically, write_json)
+from checkpoints import FROZEN, SHIPPED, find_model_file, fingerprint, portable
 from data import Batches
 from devices import World, command, pick_precision
 from evaluate import (GENEVAL_TASKS, PictureMeasures, draw_paths, geneval_cases, success_rates,
                       wilson)
 from flow import density, validate
 from mmdit import MMDiT, count_parameters
+from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline
 from scenes import HELD_OUT_SEED, captioned_grid, draw_scene, vocabulary
 from train import Run, TrainConfig, fit, flow_loss, read_inputs

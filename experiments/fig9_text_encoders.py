@@ -30,11 +30,10 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, check_options, find_model_file, option, portable, read_options, write_atomically,
-    write_json)
+from checkpoints import SHIPPED, find_model_file, portable
 from devices import command
 from evaluate import GENEVAL_TASKS, draw_with, geneval_cases, score, wilson
+from options import check_options, option, read_options, write_atomically, write_json
 from sample import load
 from scenes import HELD_OUT_SEED, PLAIN, caption
 from text_encoders import ENCODERS

@@ -34,13 +34,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, check_options, option, read_options, write_atomically, write_json
+from checkpoints import SHIPPED
 from data import ImageFiles, from_tensor
 from devices import World, autocast, command, pick_precision
 from evaluate import PictureMeasures
 from flow import validate
 from formulations import FORMULATIONS, formulation
 from mmdit import MMDiT
+from options import check_options, option, read_options, write_atomically, write_json
 from sample import guided_velocity
 from scenes import HELD_OUT_SEED, Scenes
 from train import Run, TrainConfig, fit, read_inputs

@@ -37,14 +37,13 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, check_options, find_model_file, load_components, option, portable, read_options,
-    save_networks, write_atomically, write_json)
+from checkpoints import SHIPPED, find_model_file, load_components, portable, save_networks
 from data import Batches, ImageFiles, from_tensor, to_tensor
 from devices import World, command, pick_precision
 from evaluate import PictureMeasures, frechet_distance, load_image_tower, psnr
 from flow import density
 from mmdit import MMDiT
+from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, Scenes
 from train import Run, TrainConfig, fit, flow_loss, read_inputs

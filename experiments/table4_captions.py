@@ -31,14 +31,13 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, check_options, find_model_file, option, portable, read_options, write_atomically,
-    write_json)
+from checkpoints import SHIPPED, find_model_file, portable
 from data import Batches
 from devices import World, command, pick_precision
 from evaluate import GENEVAL_TASKS, PictureMeasures, draw_with, geneval_cases, success_rates
 from flow import density
 from mmdit import MMDiT
+from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline
 from scenes import HELD_OUT_SEED, PLAIN, caption, draw_scene
 from train import Run, TrainConfig, fit, flow_loss, read_inputs

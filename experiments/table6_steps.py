@@ -28,11 +28,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import sample
-from checkpoints import (
-    check_options, find_model_file, option, read_options, run_encoders, write_atomically,
-    write_json)
+from checkpoints import find_model_file, run_encoders
 from devices import command
 from evaluate import PictureMeasures, draw_paths
+from options import check_options, option, read_options, write_atomically, write_json
 from scenes import HELD_OUT_SEED, Scenes
 
 STEPS = (5, 10, 20, 50)

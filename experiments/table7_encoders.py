@@ -32,13 +32,12 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import (
-    SHIPPED, check_options, find_model_file, load_components, option, portable, read_options,
-    write_atomically, write_json)
+from checkpoints import SHIPPED, find_model_file, load_components, portable
 from data import to_tensor
 from devices import autocast, command, pick_device
 from flow import rectified_flow_loss
 from mmdit import MMDiT, MMDiTConfig
+from options import check_options, option, read_options, write_atomically, write_json
 from scenes import HELD_OUT_SEED, Scenes
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig
 from vae import VAE, VAEConfig

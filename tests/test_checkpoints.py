@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import convert
 from checkpoints import (
-    CLIP_NAMES, FROZEN, PREFIXES, SHIPPED, T5_NAMES, Model, add_options, check_options,
-    find_model_file, fingerprint, given_options, load_components, open_model, open_weights, option,
-    portable, read_json, read_network, released_sampling, released_tensors, rename, save_networks,
-    write_atomically)
+    CLIP_NAMES, FROZEN, PREFIXES, SHIPPED, T5_NAMES, Model, find_model_file, fingerprint,
+    load_components, open_model, open_weights, portable, read_network, released_sampling,
+    released_tensors, rename, save_networks)
 from mmdit import MMDiT, MMDiTConfig
+from options import add_options, check_options, given_options, option, read_json, write_atomically
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig
 from vae import VAE, VAEConfig
 
