@@ -23,9 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
-from options import (  # noqa: F401
-    add_options, check_options, check_value, given_options, option, read_json, read_options,
-    write_atomically, write_json)
+from options import check_value, read_json, write_atomically
 from text_encoders import (
     ENCODERS, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
     TextConfig, TextEncoders)

@@ -7,7 +7,6 @@ Run         python convert.py export MODEL OUT --to diffusers|single-file [--dty
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -18,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoints import (
-    ENCODERS, PREFIXES, Model, check_value, count_layers, load_components, networks_in,
-    open_weights, read_json, released_tensors, rename, save_networks, stored_config)
+    ENCODERS, PREFIXES, Model, count_layers, load_components, networks_in, open_weights,
+    released_tensors, rename, save_networks, stored_config)
 from devices import PRECISIONS, command
+from options import check_value, read_json, write_json
 
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
@@ -367,12 +367,6 @@ def diffusers_config(name, config):
     else:
         values |= CLIP_MORE | {"intermediate_size": 4 * config.hidden_size}
     return values
-
-
-def write_json(file, value):
-    """Write a file of a diffusers folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_config(name, text):
