@@ -1,7 +1,7 @@
 """scenes.py: a drawn world that can be scored exactly (SD3, arXiv:2403.03206v1, Sec. 5).
 
 Read with   Sec. 5.2.2 for two kinds of captions; Tables 4, 5 for GenEval (Ghosh et al. 2023)
-Not here    networks; prompts, rules and controls of the score (evaluate.py)
+Not here    networks; prompts, rules and controls of the score (geneval.py)
 In order    draw a scene; say it in words; recognise what a picture shows
 Shapes      pictures are uint8 (H, W, 3), masks (H, W); H and W are in pixels
 Run         python scenes.py     draws 24 scenes with their captions into out/scenes.png

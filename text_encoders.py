@@ -1,7 +1,7 @@
 """text_encoders.py: prompt -> (context, pooled) by CLIP-L, CLIP-G and T5 (SD3, arXiv:2403.03206v1).
 
 Read with   Sec. 4, App. B.2 (combination), B.3 (dropout); Radford 2021 for CLIP, Raffel 2019 for T5
-Not here    files and released names (checkpoints.py), CLIP's image tower (evaluate.py)
+Not here    files and released names (checkpoints.py), CLIP's image tower (metrics.py)
 Shapes      B batch   L tokens of one encoder   D its width   ids (B, L) int64
             context (B, L_clip + L_t5, context_dim): in the paper (B, 77 + 77, 4096)
             pooled (B, pooled_dim): in the paper (B, 768 + 1280)

@@ -31,12 +31,12 @@ from checkpoints import (
 from data import Batches
 from devices import World, pick_precision, whole
 from encode import encoded
-from evaluate import draw_with, format_scores, geneval
 from flow import density, rectified_flow_loss, shift_time, validate
+from geneval import format_scores, geneval
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
 from options import add_options, check_options, given_options, option, read_json, write_atomically
 from sample import Pipeline, generate
-from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
+from scenes import captioned_grid, vocabulary
 
 # "paper" is App. B.3 at 256 px. "tiny" is for minutes on two CPU cores.
 PRESETS = {
@@ -506,7 +506,7 @@ def conclude(run, pipeline, prompt):
     count = min(50, run.done // 20)                  # It takes less than a tenth of the training.
     if count and not (run.config.data or run.stopping or any("geneval" in e for e in run.entries)):
         size = run.config.resolution
-        scores = geneval(draw_with(pipeline, HELD_OUT_SEED), count, height=size, width=size)
+        scores = geneval(pipeline, count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)
         run.say(f"{format_scores(scores)}, {count} prompts for each task")
     run.say(f"{run.folder} has done its {run.done} steps; more --steps or --minutes go on. Next:\n"

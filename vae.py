@@ -2,7 +2,7 @@
 
 Read with   Sec. 5.2.1 and Table 3 (4, 8 or 16 latent channels), App. B.2 (normalised latents);
             Rombach et al. 2022 for the losses
-Not here    files (checkpoints.py), the measures of Table 3 (evaluate.py)
+Not here    files (checkpoints.py), the measures of Table 3 (metrics.py)
 Shapes      B batch   C latent channels   H W latent height, width   D channels inside the network
             image (B, 3, 8H, 8W) in [-1, 1]   latent (B, C, H, W)
             moments (B, 2C, H, W): the mean and the log-variance of the code

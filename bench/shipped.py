@@ -5,7 +5,7 @@
                 (pretrained/near_prompts.txt), strictly scored
     sizes       the six tasks at sizes other than 64 x 64 px
     samples     README's picture. Its rule: the first prompt of each task and split that asks for
-                something else, in the order of evaluate.py, seed 0. Nothing is chosen by eye
+                something else, in the order of geneval.py, seed 0. Nothing is chosen by eye
 
 Run         python bench/shipped.py     writes results/shipped.json, results/samples.png
 """
@@ -22,7 +22,8 @@ import sample
 from checkpoints import SHIPPED
 from data import read_lines
 from devices import command
-from evaluate import SPLITS, Case, draw_with, geneval, geneval_cases, score, wilson
+from geneval import SPLITS, Case, geneval_cases, score, success_rates
+from metrics import wilson
 from options import write_atomically, write_json
 from scenes import BACKGROUNDS, RELATIONS, Scene, Thing, captioned_grid
 
@@ -65,6 +66,12 @@ def share(cases, pictures) -> dict:
     return {"share": right, "n": len(cases), "interval": wilson(right, len(cases)), "wrong": wrong}
 
 
+def draw(pipeline, cases, **settings):
+    """A picture of each prompt. Picture i starts from the noise of seed i."""
+    prompts = [case.prompt for case in cases]
+    return sample.generate(pipeline, prompts, 0, 64, **settings)
+
+
 def samples(pipeline):
     """README's picture."""
     prompts = []
@@ -90,18 +97,17 @@ def main():
     picture = samples(pipeline)
     file = Path(options.out).with_name("samples.png")
     write_atomically(file, partial(picture.save, format="PNG"))
-    draw = draw_with(pipeline, 0)
     example = [near_case(f"{EXAMPLE} | red circle, blue square | left of")] * 16
-    record["example"] = share(example, draw([EXAMPLE] * 16, 0))
+    record["example"] = share(example, draw(pipeline, example))
     lines = read_lines(ROOT / "pretrained" / "near_prompts.txt")
     near = [near_case(line) for line in lines if line and not line.startswith("#")]
-    record["near"] = share(near, draw([case.prompt for case in near], 0))
+    record["near"] = share(near, draw(pipeline, near))
     for name in ("example", "near"):
         print(f"{name}: {record[name]['share']:.3f} of {record[name]['n']}")
         print(*record[name]["wrong"], sep="\n")
     for height, width in SIZES:
-        sized = draw_with(pipeline, 0, height=height, width=width)
-        rates = geneval(sized, options.num_prompts, height=height, width=width)
+        cases = geneval_cases(options.num_prompts, height=height, width=width)
+        rates = success_rates(cases, draw(pipeline, cases, height=height, width=width))
         record["sizes"][f"{height}x{width}"] = rates
         print(f"{height}x{width}: {rates['overall']:.3f}, lax {rates['overall_lax']:.3f}")
     write_json(options.out, record)

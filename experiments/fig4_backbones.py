@@ -39,8 +39,9 @@ sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, find_model_file, portable
 from data import Batches, ImageFiles
 from devices import World, command, pick_precision
-from evaluate import PictureMeasures, draw_paths
+from evaluate import draw_paths
 from flow import density, validate
+from metrics import PictureMeasures
 from mmdit import (HeadNorm, JointBlock, MMDiT, MMDiTConfig, StreamBlock, add_gated, attend,
                    crop_center, joint_attention, merge_heads, modulate)
 from options import check_options, option, read_options, write_atomically, write_json

@@ -32,8 +32,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, load_components
 from devices import World, command, pick_precision
-from evaluate import PictureMeasures, geneval_cases, success_rates
 from flow import LogitNormal
+from geneval import geneval_cases, success_rates
+from metrics import PictureMeasures
 from mmdit import MMDiT, load_weights
 from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline, generate

@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,9 +40,10 @@ sys.path.insert(0, str(ROOT))
 from checkpoints import FROZEN, SHIPPED, find_model_file, fingerprint, portable
 from data import Batches
 from devices import World, command, pick_precision
-from evaluate import (GENEVAL_TASKS, PictureMeasures, draw_paths, geneval_cases, success_rates,
-                      wilson)
+from evaluate import draw_paths
 from flow import density, validate
+from geneval import GENEVAL_TASKS, geneval_cases, success_rates
+from metrics import PictureMeasures, wilson
 from mmdit import MMDiT, count_parameters
 from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline
@@ -149,7 +149,7 @@ def report(average, step, pipeline, unseen, cases, measures):
     pipeline.mmdit = average
     prompts = [case.prompt for case in cases]
     pictures, _ = draw_paths(pipeline, prompts, HELD_OUT_SEED)
-    rates = success_rates(cases, [np.asarray(picture) for picture in pictures])
+    rates = success_rates(cases, pictures)
     entries |= {"lax": rates["overall_lax"], "strict": rates["overall"], "geneval": rates}
     each = len(cases) // 9                                            # one picture of each task
     return entries | measures(pictures), captioned_grid(pictures[::each], prompts[::each], 3)

@@ -30,11 +30,12 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, find_model_file, portable
+from checkpoints import SHIPPED, find_model_file, fingerprint, portable
 from devices import command
-from evaluate import GENEVAL_TASKS, draw_with, geneval_cases, score, wilson
+from geneval import GENEVAL_TASKS, geneval_cases, score
+from metrics import wilson
 from options import check_options, option, read_options, write_atomically, write_json
-from sample import load
+from sample import generate, load
 from scenes import HELD_OUT_SEED, PLAIN, caption
 from text_encoders import ENCODERS
 
@@ -76,11 +77,9 @@ def make_cases(options, height, width):
 
 def draw_cases(pipeline, cases, without, options):
     """The pictures of all cases, and whether each shows what was asked for: (n,) bool."""
-    draw = draw_with(pipeline, options.seed, without=without)
-    pictures, passed = [], []
-    for first in range(0, len(cases), 64):
-        prompts = [case.prompt for case in cases[first : first + 64]]
-        pictures += draw(prompts, first)
+    prompts = [case.prompt for case in cases]
+    pictures = generate(pipeline, prompts, options.seed, 64, without=without)
+    passed = []
     for case, picture in zip(cases, pictures, strict=True):
         strict, _ = score(case, picture)
         passed.append(strict)
@@ -198,7 +197,7 @@ def main(arguments=None):
     settings = asdict(options) | {"checkpoint": portable(find_model_file(options.checkpoint))}
     del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig9_text_encoders.py", *sys.argv[1:]]),
-              "settings": settings, "model": pipeline.parts.fingerprint,
+              "settings": settings, "model": fingerprint(pipeline.parts.file),
               "sampling": pipeline.defaults, "paper": PAPER, "table": table, "claims": rows}
     write_json(options.out, record)
     draw_figure(cases, pictures, table, Path(options.out).with_suffix(".png"))

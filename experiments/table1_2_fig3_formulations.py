@@ -37,9 +37,9 @@ sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED
 from data import ImageFiles, from_tensor
 from devices import World, autocast, command, pick_precision
-from evaluate import PictureMeasures
 from flow import validate
 from formulations import FORMULATIONS, formulation
+from metrics import PictureMeasures
 from mmdit import MMDiT
 from options import check_options, option, read_options, write_atomically, write_json
 from sample import guided_velocity

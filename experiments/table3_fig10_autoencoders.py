@@ -40,8 +40,8 @@ sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, find_model_file, load_components, portable, save_networks
 from data import Batches, ImageFiles, from_tensor, to_tensor
 from devices import World, command, pick_precision
-from evaluate import PictureMeasures, frechet_distance, load_image_tower, psnr
 from flow import density
+from metrics import PictureMeasures, frechet_distance, load_image_tower, psnr
 from mmdit import MMDiT
 from options import check_options, option, read_options, write_atomically, write_json
 from sample import Pipeline, generate

@@ -34,11 +34,12 @@ sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, find_model_file, portable
 from data import Batches
 from devices import World, command, pick_precision
-from evaluate import GENEVAL_TASKS, PictureMeasures, draw_with, geneval_cases, success_rates
 from flow import density
+from geneval import GENEVAL_TASKS, geneval_cases, success_rates
+from metrics import PictureMeasures
 from mmdit import MMDiT
 from options import check_options, option, read_options, write_atomically, write_json
-from sample import Pipeline
+from sample import Pipeline, generate
 from scenes import HELD_OUT_SEED, PLAIN, caption, draw_scene
 from train import Run, TrainConfig, fit, flow_loss, read_inputs
 
@@ -213,7 +214,6 @@ def main(arguments=None):
     inputs = read_inputs(config, world)
     pipeline = Pipeline(None, inputs.vae, inputs.text, SAMPLING, world.device,
                         pick_precision(config.precision, world.device))
-    draw = draw_with(pipeline, HELD_OUT_SEED)
     cases, prompts, measures = {}, {}, {}
     for wording in WORDINGS:
         cases[wording] = make_cases(wording, options.num_prompts)
@@ -228,7 +228,7 @@ def main(arguments=None):
             pipeline.mmdit = learn(replace(config, seed=seed, full_captions=share), inputs, world)
             scores[seed][mix] = {}
             for wording in WORDINGS:
-                drawn = draw(prompts[wording], 0)
+                drawn = generate(pipeline, prompts[wording], HELD_OUT_SEED, 64)
                 rates = success_rates(cases[wording], drawn)
                 scores[seed][mix][wording] = rates | measures[wording](drawn)
                 print(f"seed {seed}, {mix}, {wording} wording: GenEval {rates['overall']:.3f}, "

@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import sample
 from checkpoints import find_model_file, run_encoders
 from devices import command
-from evaluate import PictureMeasures, draw_paths
+from evaluate import draw_paths
+from metrics import PictureMeasures
 from options import check_options, option, read_options, write_atomically, write_json
 from scenes import HELD_OUT_SEED, Scenes
 

@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, load_components, save_networks  # noqa: E402
 from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor  # noqa: E402
 from devices import command  # noqa: E402
-from evaluate import CLIPImageConfig, CLIPImageEncoder, psnr  # noqa: E402
+from metrics import CLIPImageConfig, CLIPImageEncoder, psnr  # noqa: E402
 from scenes import (  # noqa: E402
     COLORS,
     COUNTS,

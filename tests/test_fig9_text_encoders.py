@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluate import geneval_cases, score
+from geneval import geneval_cases, score
 from scenes import draw_scene
 
 FILE = Path(__file__).parent.parent / "experiments" / "fig9_text_encoders.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluate import GENEVAL_TASKS, TASKS, geneval_cases
+from geneval import GENEVAL_TASKS, TASKS, geneval_cases
 
 FILE = Path(__file__).parent.parent / "experiments" / "table4_captions.py"
 spec = importlib.util.spec_from_file_location("table4", FILE)

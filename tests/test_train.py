@@ -217,9 +217,8 @@ def test_a_finished_run_ends_at_once_and_more_steps_go_on(tmp_path):
 def test_a_finished_run_gets_its_score_once(monkeypatch, capsys):
     """Also if it was killed between its last step and its score."""
     counts = []
-    monkeypatch.setattr(train, "draw_with", lambda *_: None)
     monkeypatch.setattr(train, "format_scores", str)
-    monkeypatch.setattr(train, "geneval", lambda draw, count, **_: counts.append(count))
+    monkeypatch.setattr(train, "geneval", lambda pipeline, count, **_: counts.append(count))
     world = SimpleNamespace(close=list)
     run = SimpleNamespace(done=400, stopping=False, entries=[], config=TrainConfig(), say=print,
                           folder="runs/mine", world=world)

@@ -1,0 +1,290 @@
+"""geneval.py: does a picture show what was asked (SD3, arXiv:2403.03206v1, Tables 4 and 5).
+
+Read with   Tables 4 and 5; Ghosh et al. 2023 (arXiv:2310.11513), whose six tasks these are
+Not here    drawing and recognising things (scenes.py), making pictures (sample.py), the command
+            line (evaluate.py)
+Shapes      pictures are uint8 (H, W, 3) or PIL; H W are in pixels here
+Run         python evaluate.py      scores what must score 1, and what must score about 0
+"""
+
+import itertools
+import json
+import random
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sample
+from data import from_tensor, read_lines, to_tensor
+from devices import autocast
+from metrics import wilson
+from options import write_atomically
+from scenes import (
+    HELD_OUT_SEED, PLAIN, REWORDED, WORDS, Scene, View, caption, draw_scene, is_held_out, local_max,
+    make_scene, word_mask)
+
+# ---- GenEval (Tables 4 and 5) on the drawn world -------------------------------------------------
+# task: the kind of scene that it takes, and what its prompts say besides shapes, counts and words
+TASKS = {"single object": ("single", ()),
+         "two objects": ("pair", ()),
+         "counting": ("count", ()),
+         "colors": ("single", ("color",)),
+         "position": ("pair", ("relation",)),
+         "color attribution": ("pair", ("color",)),
+         "size": ("single", ("size",)),
+         "background": ("single", ("background",)),
+         "word": ("word", ())}
+GENEVAL_TASKS = tuple(TASKS)[:6]          # the overall score is their mean, as in Table 5
+SPLITS = ("training wording", "reworded", "held-out combinations")
+MIN_OFFSET = 0.1        # of the two sizes' sum: how far apart centres must be (GenEval's threshold)
+MAX_REST = 0.004        # share of the pixels that may be foreground for no reason
+MIN_WORD_FIT = 0.7      # correlation with a word as it is drawn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: a prompt, a scene that it describes, and what it says of the things there."""
+    task: str
+    prompt: str
+    scene: Scene
+    said: tuple[str, ...]
+
+
+def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split=SPLITS[0]):
+    """list of Case, task by task: the first scenes of the set `seed` that suit, each used once.
+    In the third split, each prompt names a combination that training never draws."""
+    held_out = split == SPLITS[2]
+    forms = REWORDED if split == SPLITS[1] else PLAIN
+    cases = {task: [] for task in TASKS}
+    index = 0
+    while min(map(len, cases.values())) < count_per_task:
+        scene = make_scene(seed, index, height, width, held_out=held_out)
+        index += 1
+        shapes = [thing.shape for thing in scene.things]
+        colors = [thing.color for thing in scene.things]
+        if scene.kind == "pair" and (shapes[0] == shapes[1] or colors[0] == colors[1]):
+            continue
+        for task in sorted(TASKS, key=lambda name: len(cases[name])):
+            kind, said = TASKS[task]
+            if held_out:
+                said = (*said, "color")
+            relation = scene.relation if "relation" in said else ""
+            if kind == scene.kind and is_held_out(shapes, colors, relation) == held_out:
+                prompt = caption(scene, said, forms, random.Random(scene.wording))
+                cases[task].append(Case(task, prompt, scene, said))
+                break
+    chosen = []
+    for found in cases.values():
+        chosen += found[:count_per_task]
+    return chosen
+
+
+def fits(case, things) -> bool:
+    """Are the things that were found, in this order, those of the case in all that it says?
+    Differs from GenEval: what is "left of" may be even farther below, as it may in the scenes."""
+    for thing, wanted in zip(things, case.scene.things):
+        for part in ("shape", "color", "size"):
+            said = part == "shape" or part in case.said
+            if said and getattr(thing, part) != getattr(wanted, part):
+                return False
+    if "relation" not in case.said:
+        return True
+    first, second = things
+    half = (first.diameter - second.diameter) / 2
+    right = first.left - second.left + half                  # from centre to centre
+    down = first.top - second.top + half
+    offset = {"left of": -right, "right of": right, "above": -down, "below": down}
+    return offset[case.scene.relation] > MIN_OFFSET * (first.diameter + second.diameter)
+
+
+def score(case, image) -> tuple[bool, bool]:
+    """(strict, lax): does the picture show what the case asks for? Strict: and nothing else before
+    an even background. Lax, as GenEval: other things too, but exact counts."""
+    view = View(np.asarray(image))
+    wanted = case.scene.things
+    shapes = {thing.shape for thing in wanted}
+    named = [thing for thing in view.things if thing.shape in shapes]
+    if "background" in case.said and view.background != case.scene.background:
+        return False, False
+    lax = False
+    for things in itertools.permutations(named[:8], len(wanted)):
+        if not fits(case, things):
+            continue
+        rest = view.rest(things)
+        if case.scene.word:
+            place = find_word(view, rest, case.scene.word)
+            if place is None:
+                continue
+            rest &= ~place
+        lax = lax or case.task != "counting" or len(named) == len(things)
+        if rest.mean() <= MAX_REST:
+            return True, lax
+    return False, lax
+
+
+@lru_cache(maxsize=16)
+def spellings(word, height, width):
+    """Masks (n, height * width), of mean 0 and norm 1: the word, the other words of this world, and
+    all misspellings with one letter replaced, left out, or behind the next."""
+    others = set(WORDS)
+    for i in range(len(word)):
+        before, letter, after = word[:i], word[i], word[i + 1 :]
+        others.add(before + after)
+        others.add(before + after[:1] + letter + after[1:])
+        for other in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+            others.add(before + other + after)
+    masks = []
+    for text in [word, *sorted(others - {word, ""})]:
+        mask = word_mask(text, "", height, width).ravel()
+        masks.append((mask - mask.mean()) / mask.std() / mask.size**0.5)
+    return np.stack(masks)
+
+
+def find_word(view, rest, word):
+    """Where the word is, a mask (H, W), if the foreground `rest` shows it, better than any other
+    spelling; None if not. Its box is moved to the middle, and up to 2 px further."""
+    if not rest.any():
+        return None
+    H, W = rest.shape
+    rows, columns = np.nonzero(rest)
+    down = (H - rows.min() - rows.max()) // 2
+    right = (W - columns.min() - columns.max()) // 2
+    ink, _ = view.ink(rest)
+    moved = []
+    for shift in itertools.product(range(down - 2, down + 3), range(right - 2, right + 3)):
+        moved.append(np.roll(ink, shift, axis=(0, 1)).ravel())
+    moved = np.stack(moved) - ink.mean()                                     # (25, H * W)
+    fit = (spellings(word, H, W) @ moved.T).max(axis=1) / np.linalg.norm(moved[0])
+    if fit.argmax() != 0 or fit[0] < MIN_WORD_FIT:
+        return None
+    mask = np.roll(word_mask(word, "", H, W), (-down, -right), axis=(0, 1))
+    return local_max(mask, view.radius) > 0.5
+
+
+def success_rates(cases, images) -> dict:
+    """{"overall": mean of GenEval's six tasks, "overall_lax", "n": pictures of a task,
+    "strict": {task: share that passes}, "intervals": of these, 95 %, "lax": {task: share}}."""
+    passed = {task: [] for task in TASKS}
+    for case, image in zip(cases, images, strict=True):
+        passed[case.task].append(score(case, image))
+    n = len(cases) // len(TASKS)
+    rates = {"overall": 0, "overall_lax": 0, "n": n, "strict": {}, "intervals": {}, "lax": {}}
+    for task in TASKS:
+        strict, lax = np.mean(passed[task], axis=0).tolist()
+        rates["strict"][task] = strict
+        rates["intervals"][task] = wilson(strict, n)
+        rates["lax"][task] = lax
+    rates["overall"] = sum(rates["strict"][task] for task in GENEVAL_TASKS) / 6
+    rates["overall_lax"] = sum(rates["lax"][task] for task in GENEVAL_TASKS) / 6
+    return rates
+
+
+def format_scores(rates) -> str:
+    """One line: GenEval 0.950, lax 0.960 (single object 1.00 in 0.94-1.00, ...)."""
+    tasks = []
+    for task, share in rates["strict"].items():
+        low, high = rates["intervals"][task]
+        tasks.append(f"{task} {share:.2f} in {low:.2f}-{high:.2f}")
+    return f"GenEval {rates['overall']:.3f}, lax {rates['overall_lax']:.3f} ({', '.join(tasks)})"
+
+
+def geneval(pipeline, count_per_task=60, seed=HELD_OUT_SEED, split=SPLITS[0], **settings):
+    """Success rates of a model. settings: fields of sample.Settings. Picture i starts from the
+    noise of seed + i."""
+    size = pipeline.defaults | settings
+    cases = geneval_cases(count_per_task, seed, size["height"], size["width"], split)
+    B = batch_size(size["height"], size["width"])
+    images = []
+    for first in tqdm(range(0, len(cases), B), "GenEval", leave=False):
+        prompts = [case.prompt for case in cases[first : first + B]]
+        images += sample.generate(pipeline, prompts, seed + first, B, **settings)
+    return success_rates(cases, images)
+
+
+def batch_size(height, width):
+    """How many pictures fit into memory at once: 64 up to 256 px, 4 at 1024 px."""
+    return max(1, min(64, 2**22 // (height * width)))
+
+
+# ---- The controls --------------------------------------------------------------------------------
+def controls(cases, pipeline=None):
+    """Yields (name, pictures, cases): what must score 1, and what must score about 0. With a
+    pipeline, the autoencoder's controls too: its ceiling, and what its decoded noise scores."""
+    truth = [draw_scene(case.scene) for case in cases]
+    yield "ground truth", truth, cases
+    order = np.random.default_rng(0).permutation(len(cases))
+    asked = [cases[i] for i in np.roll(order, 1)]
+    yield "shuffled captions", [truth[i] for i in order], asked
+    if pipeline is None:
+        return
+    yield "ground truth through the VAE", decoded(pipeline, truth), cases
+    rng = torch.Generator().manual_seed(0)
+    for scale in (0.5, 1, 2):
+        yield f"decoded noise, {scale}", decoded(pipeline, truth, scale, rng), cases
+
+
+@torch.no_grad()
+def decoded(pipeline, pictures, scale=0, rng=None):
+    """The pictures through the VAE; with a scale, noise in place of their latents."""
+    found = []
+    for picture in pictures:
+        image = to_tensor(picture)[None].to(pipeline.device)                     # (1, 3, H, W)
+        with autocast(pipeline.device, pipeline.precision):
+            latent = pipeline.vae.encode(image).float()                          # (1, C, H/8, W/8)
+            if scale:
+                latent = scale * torch.randn(latent.shape, generator=rng).to(latent)
+            found.append(from_tensor(pipeline.vae.decode(latent)[0]))
+    return found
+
+
+# ---- Pictures for GenEval's own scorer, and others -----------------------------------------------
+def read_prompts(file):
+    """A list of {"prompt": ..., and what else the file says of it}. Files are GenEval's .jsonl,
+    PartiPrompts' .tsv, or have one prompt a line, as T2I-CompBench's .txt."""
+    lines = read_lines(file)
+    kind = Path(file).suffix
+    found = []
+    for number, line in enumerate(lines, 1):
+        about = {"prompt": line}
+        try:
+            if kind == ".jsonl":
+                about = json.loads(line)
+            if kind == ".tsv":
+                columns = lines[0].lower().split("\t")
+                about = dict(zip(columns, line.split("\t"), strict=True))
+            blank = not about["prompt"].strip()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            blank = True
+        if blank:
+            raise ValueError(f"{file} line {number}: {line[:60]!r} is no prompt; take it out")
+        found.append(about)
+    if kind == ".tsv":
+        found = found[1:]                                    # The first line names the columns.
+    if not found:
+        raise ValueError(f"{file} holds no prompt")
+    return found
+
+
+def draw_prompts(pipeline, prompts, folder, count, seed, **settings):
+    """Draw `count` pictures of each prompt. GenEval's scorer reads folder/00000/metadata.jsonl and
+    folder/00000/samples/0000.png; T2I-CompBench's reads folder/samples/PROMPT_000000.png, which is
+    written for prompts of which the file says no more than their words."""
+    for number, about in enumerate(tqdm(prompts, "prompts")):
+        first = number * count
+        words = about["prompt"].replace("/", " ").encode()[:200].decode(errors="ignore")
+        place = Path(folder) / "samples"
+        if len(about) > 1:
+            place = Path(folder) / f"{number:05}" / "samples"
+        place.mkdir(parents=True, exist_ok=True)
+        pictures = sample.generate(pipeline, [about["prompt"]] * count, seed + first, **settings)
+        for i, picture in enumerate(pictures):
+            name = f"{i:04}.png"
+            if len(about) == 1:
+                name = f"{words}_{first + i:06}.png"
+            write_atomically(place / name, partial(picture.save, format="PNG"))
+        if len(about) > 1:
+            (place.parent / "metadata.jsonl").write_text(json.dumps(about) + "\n")

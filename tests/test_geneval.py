@@ -1,0 +1,230 @@
+"""Tests of geneval.py: the rules of the score, its controls, prompts and pictures of others."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import geneval
+import sample
+from checkpoints import SHIPPED
+from geneval import (
+    GENEVAL_TASKS, SPLITS, TASKS, Case, draw_prompts, geneval_cases, read_prompts, score,
+    success_rates)
+from scenes import Scene, Thing, draw_scene, is_held_out
+
+# ---- GenEval: prompts and rules ------------------------------------------------------------------
+
+RED_STAR = Thing("star", "red", "small", 4, 4, 22)
+BLUE_RING = Thing("ring", "blue", "medium", 36, 30, 25)
+
+
+def picture_of(*things, background="white", word=""):
+    return draw_scene(Scene("single", 64, 64, background, things, word=word))
+
+
+def passes(image, task, things, relation="", background="white", word=""):
+    """(strict, lax) of a picture for the task that these things are an example of."""
+    scene = Scene(TASKS[task][0], 64, 64, background, things, relation, word)
+    return score(Case(task, "", scene, TASKS[task][1]), image)
+
+
+def test_prompts_are_those_of_the_split():
+    for split in SPLITS:
+        cases = geneval_cases(20, seed=3, split=split)
+        assert [case.task for case in cases] == [task for task in TASKS for _ in range(20)]
+        assert len({(case.scene.kind, case.scene.wording) for case in cases}) == 180    # once each
+        for case in cases:
+            shapes = [thing.shape for thing in case.scene.things]
+            colors = [thing.color for thing in case.scene.things]
+            held_out = is_held_out(shapes, colors, case.scene.relation)
+            assert held_out == (split == "held-out combinations")
+            if held_out:
+                assert all(color in case.prompt for color in colors)
+    prompts = {case.task: case.prompt for case in geneval_cases(1, seed=3)}
+    assert prompts["color attribution"].count(" and ") == 1
+    assert "background" in prompts["background"]
+    plain, reworded = (geneval_cases(20, seed=3, split=split) for split in SPLITS[:2])
+    assert [case.scene for case in plain] == [case.scene for case in reworded]
+    assert not {case.prompt for case in plain} & {case.prompt.lower() for case in reworded}
+
+
+def test_strict_means_that_and_nothing_else():
+    one, two = picture_of(RED_STAR), picture_of(RED_STAR, BLUE_RING)
+    assert passes(one, "single object", (RED_STAR,)) == (True, True)
+    assert passes(two, "single object", (RED_STAR,)) == (False, True)          # GenEval is laxer
+    assert passes(one, "single object", (BLUE_RING,)) == (False, False)
+    assert passes(two, "two objects", (BLUE_RING, RED_STAR)) == (True, True)
+    assert passes(one, "two objects", (BLUE_RING, RED_STAR)) == (False, False)
+    blue_star, red_ring = replace(RED_STAR, color="blue"), replace(BLUE_RING, color="red")
+    assert passes(two, "color attribution", (RED_STAR, BLUE_RING)) == (True, True)
+    assert passes(two, "color attribution", (blue_star, red_ring)) == (False, False)
+    assert passes(one, "colors", (blue_star,)) == (False, False)
+    assert passes(one, "size", (RED_STAR,)) == (True, True)
+    assert passes(one, "size", (replace(RED_STAR, size="large"),)) == (False, False)
+    assert passes(one, "background", (RED_STAR,), background="white") == (True, True)
+    assert passes(one, "background", (RED_STAR,), background="navy") == (False, False)
+    for relation, holds in (("left of", True), ("right of", False), ("above", True)):
+        assert passes(two, "position", (RED_STAR, BLUE_RING), relation) == (holds, holds)
+        assert passes(two, "position", (BLUE_RING, RED_STAR), relation) == (not holds, not holds)
+
+
+def test_counts_are_exact_in_both_columns():
+    stars = [RED_STAR, replace(RED_STAR, left=36), replace(RED_STAR, top=36)]
+    assert passes(picture_of(*stars), "counting", tuple(stars)) == (True, True)
+    assert passes(picture_of(*stars), "counting", tuple(stars[:2])) == (False, False)
+    assert passes(picture_of(*stars[:2]), "counting", tuple(stars)) == (False, False)
+    assert passes(picture_of(*stars[:2], BLUE_RING), "counting", tuple(stars[:2])) == (False, True)
+
+
+def test_dirt_and_uneven_backgrounds_fail_strictly():
+    for place in (slice(50, 60), slice(0, 64)):
+        image = picture_of(RED_STAR).copy()
+        image[50:60, place] -= 100
+        assert passes(image, "single object", (RED_STAR,)) == (False, True)
+    ramp = np.linspace(0, 120, 64).astype(np.uint8)[:, None, None]
+    assert passes(picture_of(RED_STAR) - ramp, "single object", (RED_STAR,))[0] is False
+
+
+def test_a_word_passes_if_it_is_spelled_right_wherever_it_stands():
+    image = picture_of(word="BOOK")
+    assert passes(image, "word", (), word="BOOK") == (True, True)
+    assert passes(np.roll(image, (-15, 2), axis=(0, 1)), "word", (), word="BOOK") == (True, True)
+    for wrong in ("BOOX", "BOK", "OBOK", "LOOK", "CAT"):
+        assert passes(picture_of(word=wrong), "word", (), word="BOOK") == (False, False)
+    short = np.roll(picture_of(word="GO"), (9, 14), axis=(0, 1))
+    assert passes(short, "word", (), word="GO") == (True, True)
+    assert passes(picture_of(), "word", (), word="BOOK") == (False, False)
+    assert passes(picture_of(RED_STAR, word="BOOK"), "word", (), word="BOOK")[0] is False
+
+
+def test_four_pixels_in_a_thousand_may_be_dirty():
+    """.004 of 64 x 64 px are 16.4."""
+    for dirty, strict in ((16, True), (17, False)):
+        image = picture_of(RED_STAR).copy()
+        image[50, 10 : 10 + dirty] = 0
+        assert passes(image, "single object", (RED_STAR,)) == (strict, True)
+
+
+def test_a_relation_needs_a_clear_offset():
+    """A tenth of both sizes together: things of 100 px need more than 20 px between centres."""
+    first = Thing("star", "red", "small", 10, 10, 100)
+    case = Case("position", "", Scene("pair", 64, 64, "white", (first, BLUE_RING), "left of"),
+                ("relation",))
+    for apart, holds in ((21, True), (20, False), (-21, False)):
+        second = replace(BLUE_RING, left=10 + apart, diameter=100)
+        assert geneval.fits(case, (first, second)) == holds
+
+
+# ---- The controls --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_ground_truth_passes_and_shuffled_captions_do_not(split):
+    cases = geneval_cases(25, seed=1, split=split)
+    rates = {}
+    for name, images, asked in geneval.controls(cases):
+        rates[name] = success_rates(asked, images)
+    truth = rates["ground truth"]
+    assert min(truth["strict"].values()) == 1 and truth["overall"] == truth["overall_lax"] == 1
+    assert rates["shuffled captions"]["overall"] <= 0.03
+
+
+@pytest.mark.parametrize("height, width", [(48, 96), (128, 128), (320, 256)])
+def test_ground_truth_passes_at_other_sizes(height, width):
+    cases = geneval_cases(3, 2, height, width)
+    rates = success_rates(cases, [draw_scene(case.scene) for case in cases])
+    assert min(rates["strict"].values()) == 1, rates
+
+
+def test_decoded_noise_and_what_the_vae_loses():
+    """Noise scored .238 by the rule that asks for no more than one of each."""
+    rates = {}
+    for name, images, cases in geneval.controls(geneval_cases(6), sample.load(SHIPPED)):
+        rates[name] = success_rates(cases, images)["overall"]
+    assert rates.pop("ground truth through the VAE") >= 0.94
+    assert max(rate for name, rate in rates.items() if "noise" in name) <= 0.01
+    assert len(rates) == 5
+
+
+def test_geneval_asks_in_batches_and_scores_what_comes_back(monkeypatch):
+    pictures = {}
+    for case in geneval_cases(10, seed=5):
+        pictures.setdefault(case.prompt, []).append(draw_scene(case.scene))
+    sizes = []
+
+    def generate(pipeline, prompts, seed, batch_size, num_steps):
+        assert num_steps == 3 and seed == 5 + sum(sizes)     # no two batches share their noise
+        sizes.append(len(prompts))
+        return [pictures[prompt][0] for prompt in prompts]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    pipeline = SimpleNamespace(defaults={"height": 64, "width": 64})
+    rates = geneval.geneval(pipeline, 10, seed=5, num_steps=3)
+    assert sizes == [64, 26] and rates["n"] == 10 and rates["overall"] == 1
+    mean = sum(rates["strict"][task] for task in GENEVAL_TASKS) / 6
+    assert rates["overall"] == pytest.approx(mean)
+    monkeypatch.setattr(sample, "generate", lambda *given, **settings: [])
+    with pytest.raises(ValueError):
+        geneval.geneval(pipeline, 1)                         # too few pictures
+
+
+# ---- Prompts of others and their pictures --------------------------------------------------------
+
+GENEVAL_LINE = '{"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "a cup"}'
+
+
+def test_prompt_files_of_the_three_public_lists_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text(GENEVAL_LINE + "\n")
+    (tmp_path / "b.tsv").write_text('Prompt\tCategory\tChallenge\tNote\nthe "Sun"\tArts\tBasic\t\n')
+    (tmp_path / "c.txt").write_text("four trucks\na cat\tand a dog")
+    assert read_prompts(tmp_path / "a.jsonl") == [json.loads(GENEVAL_LINE)]
+    assert read_prompts(tmp_path / "b.tsv") == [
+        {"prompt": 'the "Sun"', "category": "Arts", "challenge": "Basic", "note": ""}]
+    assert read_prompts(tmp_path / "c.txt") == [{"prompt": "four trucks"},
+                                                {"prompt": "a cat\tand a dog"}]
+
+
+@pytest.mark.parametrize("name, text, sentence", [
+    ("a.txt", "a cat\n\na dog\n", "a.txt line 2: '' is no prompt"),
+    ("a.txt", "", "a.txt holds no prompt"), ("a.tsv", "", "a.tsv holds no prompt"),
+    ("a.jsonl", GENEVAL_LINE + '\n{"prompt": 3}\n', "a.jsonl line 2"),
+    ("a.jsonl", GENEVAL_LINE + "\n\n", "a.jsonl line 2"), ("a.jsonl", "[1]\n", "a.jsonl line 1"),
+    ("a.tsv", "Prompt\tNote\na cat\n", "a.tsv line 2: 'a cat' is no prompt"),
+    ("a.tsv", "Text\na cat\n", "a.tsv line 1")])
+def test_a_wrong_line_of_a_prompt_file_is_named(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_prompts(tmp_path / name)
+
+
+def test_pictures_lie_where_public_scorers_look_for_them(tmp_path, monkeypatch):
+    """GenEval's evaluate_images.py: folders of digits with metadata.jsonl and samples/DIGITS.png.
+    T2I-CompBench: samples/PROMPT_NUMBER.png, split at "_"."""
+    asked = []
+
+    def generate(pipeline, prompts, seed, **settings):
+        asked.append((prompts, seed, settings))
+        return [Image.new("RGB", (8, 8), (seed + i, 0, 0)) for i in range(len(prompts))]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    prompts = [json.loads(GENEVAL_LINE), {"prompt": "a cow", "tag": "single_object"}]
+    draw_prompts(None, prompts, tmp_path / "geneval", 2, 10, num_steps=4)
+    assert asked == [(["a cup"] * 2, 10, {"num_steps": 4}), (["a cow"] * 2, 12, {"num_steps": 4})]
+    for number, about in enumerate(prompts):
+        folder = tmp_path / "geneval" / f"{number:05}"
+        with open(folder / "metadata.jsonl") as file:
+            assert json.load(file) == about
+        names = sorted(os.listdir(folder / "samples"))
+        assert names == ["0000.png", "0001.png"]
+        reds = [Image.open(folder / "samples" / name).getpixel((0, 0))[0] for name in names]
+        assert reds == [10 + 2 * number, 11 + 2 * number]
+    texts = [{"prompt": "four trucks"}, {"prompt": "a cat/dog " + "x" * 300}]
+    draw_prompts(None, texts, tmp_path / "t2i", 1, 0)
+    names = sorted(os.listdir(tmp_path / "t2i" / "samples"), reverse=True)
+    assert names[0] == "four trucks_000000.png" and names[1].endswith("xx_000001.png")
+    assert names[1].startswith("a cat dog xx") and len(names) == 2
