@@ -65,8 +65,9 @@ UNUSED = ("position_ids", "logit_scale", "scaled_fp8", "scale_input", "input_sca
 STORED = {"mmdit": {"position_start": (float, -1e6), "position_step": (float, 1e-6)},
           "vae": {"norm_groups": (int, 1), "vae_scale": (float, 1e-6), "vae_shift": (float, -1e6)},
           "text": dict.fromkeys(vars(TextConfig()), (int, 1))}
-# Where our tokenizers lie; convert.py finds others.
-TOKENIZERS = {"clip_l": "clip/merges.txt", "clip_g": "clip/merges.txt", "t5": "t5/spiece.model"}
+# Folders of tokenizers: ours, then that of diffusers.
+HOMES = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
+         "t5": ("t5", "tokenizer_3")}
 
 # A checkpoint on the disk. networks: {"mmdit": {our name: tensor}, ...}; config: its metadata;
 # finish: {network: the function that makes tensors of another layout ours}.
@@ -288,11 +289,20 @@ def load_text(model, dtype, given):
         encoders[name] = read_network(name, model, kind)
         sizes = encoders[name].config
         config[f"{name}_width"] = sizes.hidden_size
-        files[name] = places[0] / TOKENIZERS[name]
-        if not files[name].is_file():
-            files[name] = importlib.import_module("convert").find_tokenizer(name, places)
+        files[name] = find_tokenizer(name, places)
         tokenizers[name] = load_tokenizer(name, files[name], sizes.vocab_size)
     return TextEncoders(encoders, tokenizers, TextConfig(**config)).eval(), files
+
+
+def find_tokenizer(name, places):
+    """A file of this encoder's tokenizer in the first of `places` that has one."""
+    for place in places:
+        for home in HOMES[name]:
+            for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
+                if (place / home / kind).is_file():
+                    return place / home / kind
+    raise ValueError(f"{places[0]}: no tokenizers there for {name}; give their folder, which has "
+                     f"clip/merges.txt and t5/spiece.model, with --tokenizers")
 
 
 def load_tokenizer(name, file, vocab_size):
@@ -322,10 +332,6 @@ class Components:
     text: TextEncoders | None = None
     tokenizers: dict = field(default_factory=dict)     # {encoder: a file of its tokenizer}
     missing: tuple[str, ...] = ()                      # the text encoders that are absent
-
-    @property
-    def fingerprint(self):
-        return fingerprint(self.file)
 
 
 def released_sampling(model, path):
@@ -363,15 +369,15 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
 
 # ---- Writing -------------------------------------------------------------------------------------
 
-def stored_config(networks, text=None, sampling=None, words=()):
-    """What tensors cannot tell, as JSON for the metadata of a file."""
+def make_metadata(networks, text=None, sampling=None, words=()):
+    """What tensors cannot tell, for the header of a file."""
     config = {"sampling": sampling or {}, "words": sorted(words)}
     for part, rules in STORED.items():
         if part in networks:
             config[part] = {name: getattr(networks[part].config, name) for name in rules}
     if text is not None:
         config["text"] = vars(text)
-    return json.dumps(config)
+    return {"format": "pt", "config": json.dumps(config)}
 
 
 def released_tensors(name, network, dtype=None):
@@ -394,5 +400,9 @@ def save_networks(file, networks, text=None, sampling=None, dtype=None, words=()
     for name, network in networks.items():
         for key, tensor in released_tensors(name, network, dtype).items():
             tensors[PREFIXES[name] + key] = tensor
-    metadata = {"format": "pt", "config": stored_config(networks, text, sampling, words)}
+    save_tensors(file, tensors, make_metadata(networks, text, sampling, words))
+
+
+def save_tensors(file, tensors, metadata):
+    """Write {name: tensor} as a safetensors file."""
     write_atomically(file, lambda partial: save_file(tensors, partial, metadata))

@@ -7,26 +7,21 @@ Run         python convert.py export MODEL OUT --to diffusers|single-file [--dty
 """
 
 import argparse
-import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from checkpoints import (
-    ENCODERS, PREFIXES, Model, count_layers, load_components, networks_in, open_weights,
-    released_tensors, rename, save_networks, stored_config)
+    ENCODERS, HOMES, PREFIXES, Model, count_layers, load_components, make_metadata, networks_in,
+    open_weights, released_tensors, rename, save_networks, save_tensors)
 from devices import PRECISIONS, command
 from options import check_value, read_json, write_json
 
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
-# Folders of tokenizers: ours, then that of diffusers.
-HOMES = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
-         "t5": ("t5", "tokenizer_3")}
 BESIDE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
           "t5": "t5xxl*.safetensors", "vae": "vae/*.safetensors"}
 
@@ -103,11 +98,11 @@ T5_MORE = {"architectures": ["T5EncoderModel"], "model_type": "t5", "dtype": "fl
 ABSENT = [None, None]                                  # in model_index.json
 
 # What other files begin with or end in, and the advice.
-PICKLE = "a pickle, which is never opened because it can run any code; give a .safetensors file"
 UNREADABLE = (
     (b"version https://git-lfs", ".lfs", "a Git LFS pointer, not the weights; run `git lfs pull`"),
     (b"GGUF", ".gguf", "a GGUF file, which is not supported; give the .safetensors file"),
-    (b"PK\3\4", (".ckpt", ".pth", ".pt", ".bin"), PICKLE), (b"\x80", ".pkl", PICKLE),
+    ((b"PK\3\4", b"\x80"), (".ckpt", ".pth", ".pt", ".bin", ".pkl"),
+     "a pickle, which is never opened because it can run any code; give a .safetensors file"),
     (b"{", ".index.json", "a JSON file, not the weights; give the folder in which it lies"),
 )
 # Pieces of keys that tell what a file is, if it is not ours.
@@ -119,8 +114,6 @@ FAMILIES = {"lora": "a LoRA", "control": "a ControlNet", "double_blocks.0.": "a 
 
 def describe_unreadable(file, problem):
     """A sentence about a file that is no whole safetensors file: by its first bytes or its name."""
-    if not file.is_file():
-        return f"{file}: no such file; give a .safetensors file or a model folder"
     with open(file, "rb") as raw:
         start = raw.read(32)
     for magic, endings, advice in UNREADABLE:
@@ -135,10 +128,9 @@ def find_foreign(path, hub=True):
     """The diffusers folder that `path` is, here or on the hub."""
     if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
         return path
-    if (path.parent / "model_index.json").is_file():
-        raise ValueError(f"{path} is a part of a diffusers folder; give {path.parent}")
     if path.is_dir():
-        raise ValueError(f"{path} has no model.safetensors; a run gets one when it is first saved")
+        raise ValueError(f"{path} has no model.safetensors; a run gets one when it is first saved, "
+                         f"and for a part of a diffusers folder, give the folder above it")
     owned = re.fullmatch(r"(?!(runs|out|pretrained)/)[\w-][\w.-]*/[\w.-]+", str(path))
     if hub and owned and not path.parent.is_dir() and path.suffix != ".safetensors":
         return from_hub(str(path))
@@ -147,16 +139,14 @@ def find_foreign(path, hub=True):
 
 def from_hub(name):
     """Download (or find in the cache) the diffusers folder of a hub repository "owner/name"."""
-    import huggingface_hub  # comes with `tokenizers`
-
+    from huggingface_hub import snapshot_download      # comes with `tokenizers`
     files = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
     try:
         for patterns in (files[:1], files):            # the small file first
-            found = Path(huggingface_hub.snapshot_download(
-                name, allow_patterns=patterns, ignore_patterns="*.fp16*"))
-            if not (found / "model_index.json").is_file():
+            found = snapshot_download(name, allow_patterns=patterns, ignore_patterns="*.fp16*")
+            if not Path(found, "model_index.json").is_file():
                 raise FileNotFoundError
-        return found
+        return Path(found)
     except Exception as problem:                       # whatever the HTTP library of the day raises
         raise ValueError(
             f"{name}: no such file or folder here, and no diffusers folder on the hub or in its "
@@ -179,10 +169,9 @@ def open_foreign(path, text_encoders=(), vae=None):
         model.networks.update(networks | model.networks)
         model.config.update(config | model.config)
     here = path if path.is_dir() else path.parent
-    for folder in (here, here.parent, here / "text_encoders", here.parent / "text_encoders",
-                   here.parent / "clip"):
+    for folder in (".", "..", "text_encoders", "../text_encoders", "../clip"):
         for name, pattern in BESIDE.items():
-            for file in sorted(folder.glob(pattern)):        # fp16 comes before fp8.
+            for file in sorted((here / folder).glob(pattern)):         # fp16 comes before fp8.
                 if name not in model.networks:
                     take(model, file, [name])
     fit_widths(model)
@@ -242,17 +231,6 @@ def fit_widths(model):
     model.config["text"] = model.config.get("text", {}) | found
 
 
-def find_tokenizer(name, places):
-    """A file of this encoder's tokenizer in the first of `places` that has one."""
-    for place in places:
-        for home in HOMES[name]:
-            for kind in ("merges.txt", "spiece.model", "tokenizer.json"):
-                if (place / home / kind).is_file():
-                    return place / home / kind
-    raise ValueError(f"{places[0]}: no tokenizers there for {name}; give their folder, which has "
-                     f"clip/merges.txt and t5/spiece.model, with --tokenizers")
-
-
 # ---- Diffusers folders ---------------------------------------------------------------------------
 
 def open_diffusers(model):
@@ -264,12 +242,12 @@ def open_diffusers(model):
         if not index["_class_name"].startswith("StableDiffusion3"):
             raise ValueError(f"{folder} is a {index['_class_name']}; give a Stable Diffusion 3")
     for name, part in FOLDERS.items():
-        if name in model.networks:
-            continue
-        if (folder / part).is_dir():
+        if name not in model.networks:
             open_part(model, name, folder / part)
-        elif name != "t5" and index.get(part, ABSENT) != ABSENT:
-            raise ValueError(f"{folder} lacks {part}/, which its model_index.json names")
+        promised = (folder / part).is_dir() or index.get(part, ABSENT) != ABSENT
+        if promised and name not in model.networks and name != "t5":
+            raise ValueError(f"{folder / part} holds no .safetensors; .bin are never opened, "
+                             f"because a pickle can run any code")
     for part in EXPECTED:
         for file in (folder / FOLDERS.get(part, part)).glob("*config.json"):
             read_config(model, part, file)
@@ -278,10 +256,9 @@ def open_diffusers(model):
 def open_part(model, name, folder):
     """One network: its .safetensors files, those of full precision rather than ".fp16." ones."""
     found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise ValueError(f"{folder} holds no .safetensors; .bin are pickles, never opened")
+    whole = [file for file in found if ".fp16" not in file.name]
     tensors = {}
-    for file in [file for file in found if ".fp16" not in file.name] or found:
+    for file in whole or found:
         stored, config = open_weights(file)
         for key, tensor in stored.items():
             tensors[PREFIXES[name] + rename(key, TABLES.get(name, {}))] = tensor
@@ -310,11 +287,10 @@ def read_config(model, part, file):
 def swap_shift_scale(tensors):
     """In two layers of the MM-DiT, (shift, scale) is (scale, shift) in diffusers; either way."""
     last = count_layers(tensors, "joint_blocks.") - 1
-    for layer in ("final_layer", f"joint_blocks.{last}.context_block"):
-        for kind in ("weight", "bias"):
-            key = f"{layer}.adaLN_modulation.1.{kind}"
-            if key in tensors:
-                tensors[key] = torch.cat(tensors[key].chunk(2)[::-1])
+    layers = ("final_layer.adaLN_", f"joint_blocks.{last}.context_block.adaLN_")
+    for key in tensors:
+        if key.startswith(layers):
+            tensors[key] = torch.cat(tensors[key].chunk(2)[::-1])
 
 
 def from_diffusers(tensors):
@@ -332,9 +308,9 @@ def from_diffusers(tensors):
 
 def to_diffusers(name, tensors):
     """The inverse, with the names of diffusers, for tensors by their released names."""
-    tensors = dict(tensors)
     if name not in TABLES:
         return tensors
+    tensors = dict(tensors)
     swap_shift_scale(tensors)
     table = {ours: theirs for theirs, ours in TABLES[name].items()}
     renamed = {}
@@ -382,8 +358,7 @@ def tokenizer_config(name, text):
 
 def save_diffusers(out, parts, networks, dtype):
     """Write a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens."""
-    stored = stored_config(networks, parts.text.config, parts.sampling, parts.words)
-    metadata = {"format": "pt", "config": stored}
+    metadata = make_metadata(networks, parts.text.config, parts.sampling, parts.words)
     index = {"_class_name": "StableDiffusion3Pipeline",
              "scheduler": ["diffusers", EXPECTED["scheduler"]["_class_name"]],
              "text_encoder_3": ABSENT, "tokenizer_3": ABSENT}
@@ -394,17 +369,17 @@ def save_diffusers(out, parts, networks, dtype):
         tensors = to_diffusers(name, released_tensors(name, network, dtype))
         if name == "clip_l":                           # Its pooled vector passes unchanged.
             tensors["text_projection.weight"] = torch.eye(config["hidden_size"])
+        file = "diffusion_pytorch_model.safetensors"
+        index[folder] = ["diffusers", config.get("_class_name")]
         if name in ENCODERS:
+            file = "model.safetensors"
+            index[folder] = ["transformers", config["architectures"][0]]
             home = HOMES[name][1]
             tokenizer = tokenizer_config(name, parts.text)
+            index[home] = ["transformers", tokenizer["tokenizer_class"]]
             shutil.copytree(parts.tokenizers[name].parent, out / home)
             write_json(out / home / "tokenizer_config.json", tokenizer)
-            index[home] = ["transformers", tokenizer["tokenizer_class"]]
-            index[folder] = ["transformers", config["architectures"][0]]
-            save_file(tensors, out / folder / "model.safetensors", metadata)
-        else:
-            index[folder] = ["diffusers", config["_class_name"]]
-            save_file(tensors, out / folder / "diffusion_pytorch_model.safetensors", metadata)
+        save_tensors(out / folder / file, tensors, metadata)
     shift = parts.sampling.get("timestep_shift", 3.0)
     write_json(out / "scheduler/scheduler_config.json", EXPECTED["scheduler"] | {"shift": shift})
     write_json(out / "model_index.json", index)
@@ -418,22 +393,18 @@ def export(path, out, layout, dtype=torch.float32):
         raise ValueError(f"{out} exists already; choose another name")
     parts = load_components(path)
     networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
-    partial = out.with_name(f"{out.name[:40]}.{os.urandom(6).hex()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        partial = Path(scratch, out.name)
         if layout == "diffusers":
             save_diffusers(partial, parts, networks, dtype)
         else:
-            save_networks(partial / "model.safetensors", networks, parts.text.config,
-                          parts.sampling, dtype, parts.words)
             for name, file in parts.tokenizers.items():
                 folder = partial / "tokenizers" / HOMES[name][0]
                 shutil.copytree(file.parent, folder, dirs_exist_ok=True)
+            save_networks(partial / "model.safetensors", networks, parts.text.config,
+                          parts.sampling, dtype, parts.words)
         partial.rename(out)
-    except (OSError, SafetensorError) as problem:
-        raise ValueError(f"could not write {out} ({problem}); choose another place") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main():

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import flow
-from checkpoints import SHIPPED, Components, load_components
+from checkpoints import SHIPPED, Components, fingerprint, load_components
 from data import from_tensor, read_image, read_lines, resize_and_crop, to_tensor
 from devices import PRECISIONS, autocast, command, pick_device, pick_precision
 from options import add_options, check_options, given_options, option, write_atomically
@@ -317,7 +317,7 @@ def main():
                    vae=options.vae)
     pipeline = read(networks=("text",))
     options = Options(**pipeline.defaults | given)
-    sources = hashlib.sha256(pipeline.parts.fingerprint.encode())
+    sources = hashlib.sha256(fingerprint(pipeline.parts.file).encode())
     for file in filter(None, (options.image, options.mask)):
         sources.update(read_image(file).tobytes())
     record = given_options(options, Recipe) | {"made_from": sources.hexdigest()}
