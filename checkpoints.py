@@ -70,7 +70,7 @@ HOMES = {"clip_l": ("clip", "tokenizer"), "clip_g": ("clip", "tokenizer_2"),
          "t5": ("t5", "tokenizer_3")}
 
 # A checkpoint on the disk. networks: {"mmdit": {our name: tensor}, ...}; config: its metadata;
-# finish: {network: the function that makes tensors of another layout ours}.
+# finish: a function that makes the tensors of another layout ours, or None.
 Model = namedtuple("Model", "path networks config finish")
 
 
@@ -136,8 +136,8 @@ def read_network(name, model, dtype=torch.float32):
                          f"what is missing with --text-encoders and --vae")
     try:
         tensors = read_tensors(model.networks[name], dtype)
-        if name in model.finish:
-            tensors = model.finish[name](tensors)
+        if model.finish:
+            tensors = model.finish(tensors)
         if name == "clip_l":             # SD3 does not project it; some files carry an identity.
             tensors.pop("projection.weight", None)
         kind, config = infer_config(name, tensors, model.config.get(name, {}))
@@ -237,7 +237,7 @@ def open_model(path, text_encoders=(), vae=None):
             networks = {}
         run = (file.parent / "config.json").is_file()        # It names its encoders itself.
         if networks and (run or len(networks) == len(PREFIXES)):
-            return Model(file, networks, config, {})
+            return Model(file, networks, config, None)
     return importlib.import_module("convert").open_foreign(file, text_encoders, vae)
 
 

@@ -157,7 +157,7 @@ def from_hub(name):
 def open_foreign(path, text_encoders=(), vae=None):
     """The Model of a diffusers folder, of a single file with other files beside it, or of lone
     files. text_encoders, vae: files that come before all others."""
-    model = Model(path, {}, {}, {})
+    model = Model(path, {}, {}, from_diffusers if path.is_dir() else None)
     for file in text_encoders:
         take(model, Path(file), ENCODERS)
     if vae:
@@ -246,8 +246,7 @@ def open_diffusers(model):
             open_part(model, name, folder / part)
         promised = (folder / part).is_dir() or index.get(part, ABSENT) != ABSENT
         if promised and name not in model.networks and name != "t5":
-            raise ValueError(f"{folder / part} holds no .safetensors; .bin are never opened, "
-                             f"because a pickle can run any code")
+            raise ValueError(f"{folder / part} holds no .safetensors; pickles are never opened")
     for part in EXPECTED:
         for file in (folder / FOLDERS.get(part, part)).glob("*config.json"):
             read_config(model, part, file)
@@ -262,11 +261,9 @@ def open_part(model, name, folder):
         stored, config = open_weights(file)
         for key, tensor in stored.items():
             tensors[PREFIXES[name] + rename(key, TABLES.get(name, {}))] = tensor
-    if name == "mmdit":
-        model.config.update(config | model.config)
+        if name == "mmdit":
+            model.config.update(config | model.config)
     model.networks.update(networks_in(folder, tensors))
-    if name in TABLES:
-        model.finish[name] = from_diffusers
 
 
 def read_config(model, part, file):

@@ -78,13 +78,13 @@ def read_options(kind, description, arguments=None, **presets):
     """The dataclass `kind` of a command line. presets: {name: {field: value}}; --name chooses one,
     and what else is given goes before it."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.set_defaults(preset={})
     add_options(parser, kind)
     for name, preset in presets.items():
-        parser.add_argument(f"--{name}", action="store_const", const=preset, default={},
-                            dest="preset", help=str(preset).replace("%", "%%"))
+        parser.add_argument(f"--{name}", action="store_const", const=preset, dest="preset",
+                            help=str(preset).replace("%", "%%"))
     options = parser.parse_args(arguments)
-    chosen = options.preset if presets else {}
-    return kind(**chosen | given_options(options, kind))
+    return kind(**options.preset | given_options(options, kind))
 
 
 # ---- Files ---------------------------------------------------------------------------------------

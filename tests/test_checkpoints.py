@@ -638,7 +638,7 @@ def test_the_model_cards_of_sd35_decide_what_their_files_do_not_say():
     def settings(depth, second_attentions, name):
         names = [f"joint_blocks.{i}.x_block.attn.qkv.weight" for i in range(depth)]
         names += [f"joint_blocks.{i}.x_block.attn2.qkv.weight" for i in range(second_attentions)]
-        model = Model(Path(name), {"mmdit": dict.fromkeys(names)}, {}, {})
+        model = Model(Path(name), {"mmdit": dict.fromkeys(names)}, {}, None)
         return released_sampling(model, f"models/{name}")
     assert settings(24, 0, "sd3_medium.safetensors") == {}
     medium = {"num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}

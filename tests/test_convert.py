@@ -111,6 +111,10 @@ def test_parts_that_are_missing_or_pickled_are_named(folder):
     shutil.rmtree(folder / "vae")
     with pytest.raises(ValueError, match="vae holds no .safetensors"):
         open_model(folder)
+    for file in (folder / "transformer").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="transformer holds no .safetensors"):
+        open_model(folder)
     with pytest.raises(ValueError, match="transformer has no model.safe.*give the folder above"):
         open_model(folder / "transformer")
 
