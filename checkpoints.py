@@ -183,11 +183,13 @@ def infer_config(name, tensors, stored):
         grid = math.isqrt(tensors["pos_embed"].shape[1])
         positions = {"position_start": 0.0, "position_step": 64 / grid}          # as released
         return MMDiT, MMDiTConfig(
-            count_layers(tensors, "joint_blocks."), patch_size, channels,
-            tensors["context_embedder.weight"].shape[1],
-            tensors["y_embedder.mlp.0.weight"].shape[1],
-            "joint_blocks.0.x_block.attn.ln_q.weight" in tensors, grid, **positions | stored,
-            dual_attention_layers=count_layers(tensors, "joint_blocks.", ".x_block.attn2."))
+            depth=count_layers(tensors, "joint_blocks."),
+            patch_size=patch_size, latent_channels=channels, pos_embed_max_size=grid,
+            context_dim=tensors["context_embedder.weight"].shape[1],
+            pooled_dim=tensors["y_embedder.mlp.0.weight"].shape[1],
+            qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in tensors,
+            dual_attention_layers=count_layers(tensors, "joint_blocks.", ".x_block.attn2."),
+            **positions | stored)
     if name == "vae":
         channels = []
         for i in range(count_layers(tensors, "encoder.down.")):

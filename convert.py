@@ -285,9 +285,11 @@ def swap_shift_scale(tensors):
     """In two layers of the MM-DiT, (shift, scale) is (scale, shift) in diffusers; either way."""
     last = count_layers(tensors, "joint_blocks.") - 1
     layers = ("final_layer.adaLN_", f"joint_blocks.{last}.context_block.adaLN_")
-    for key in tensors:
+    swapped = dict(tensors)
+    for key, tensor in tensors.items():
         if key.startswith(layers):
-            tensors[key] = torch.cat(tensors[key].chunk(2)[::-1])
+            swapped[key] = torch.cat(tensor.chunk(2)[::-1])
+    return swapped
 
 
 def from_diffusers(tensors):
@@ -299,19 +301,16 @@ def from_diffusers(tensors):
         elif "joint_blocks." in key and ".q." in key:
             parts = [tensors.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
             tensors[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-    swap_shift_scale(tensors)
-    return tensors
+    return swap_shift_scale(tensors)
 
 
 def to_diffusers(name, tensors):
     """The inverse, with the names of diffusers, for tensors by their released names."""
     if name not in TABLES:
         return tensors
-    tensors = dict(tensors)
-    swap_shift_scale(tensors)
     table = {ours: theirs for theirs, ours in TABLES[name].items()}
     renamed = {}
-    for key, tensor in tensors.items():
+    for key, tensor in swap_shift_scale(tensors).items():
         if ".mid.attn_1." in key and tensor.dim() == 4:
             tensor = tensor[:, :, 0, 0]
         if ".qkv." in key:
