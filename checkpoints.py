@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from mmdit import MMDiT, MMDiTConfig
 from options import check_value, read_json, write_atomically
 from text_encoders import (
-    ENCODERS, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
-    TextConfig, TextEncoders)
+    ENCODERS, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig, TextEncoders,
+    read_tokenizer)
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -292,7 +292,7 @@ def load_text(model, dtype, given):
         sizes = encoders[name].config
         config[f"{name}_width"] = sizes.hidden_size
         files[name] = find_tokenizer(name, places)
-        tokenizers[name] = load_tokenizer(name, files[name], sizes.vocab_size)
+        tokenizers[name] = read_tokenizer(name, files[name], sizes.vocab_size)
     return TextEncoders(encoders, tokenizers, TextConfig(**config)).eval(), files
 
 
@@ -305,22 +305,6 @@ def find_tokenizer(name, places):
                     return place / home / kind
     raise ValueError(f"{places[0]}: no tokenizers there for {name}; give their folder, which has "
                      f"clip/merges.txt and t5/spiece.model, with --tokenizers")
-
-
-def load_tokenizer(name, file, vocab_size):
-    """The tokenizer of one encoder, whose table has `vocab_size` rows; T5's table is padded."""
-    try:
-        if name == "t5":
-            tokenizer = T5Tokenizer(file)
-        else:
-            tokenizer = CLIPTokenizer(file.parent, 0 if name == "clip_g" else None)
-        missing = vocab_size - tokenizer.vocab_size
-        if missing < 0 or (missing and name != "t5"):
-            raise ValueError(f"{name} has {vocab_size} tokens")
-        return tokenizer
-    except Exception as problem:                       # `tokenizers` raises nothing more exact.
-        raise ValueError(f"{file} is no tokenizer for this model ({problem}); give the right "
-                         f"folder with --tokenizers") from None
 
 
 @dataclass

@@ -342,9 +342,7 @@ class CLIPTokenizer:
         self.vocab_size = self.end + 1                                # the end token is the last id
 
     def __call__(self, prompts, length=77):
-        rows = []
-        for encoding in self.backend.encode_batch(prompts):
-            rows.append(encoding.ids)
+        rows = [encoding.ids for encoding in self.backend.encode_batch(prompts)]
         return fit_length(rows, length, [self.start], self.end, self.padding)
 
 
@@ -385,6 +383,22 @@ class T5Tokenizer:
             else:
                 rows.append(self.backend.encode(text))
         return fit_length(rows, length, [], 1, 0)
+
+
+def read_tokenizer(name, file, vocab_size):
+    """The tokenizer of one encoder, whose table has `vocab_size` rows. T5's table is padded."""
+    try:
+        if name == "t5":
+            tokenizer = T5Tokenizer(file)
+        else:
+            tokenizer = CLIPTokenizer(file.parent, 0 if name == "clip_g" else None)
+        missing = vocab_size - tokenizer.vocab_size
+        if missing < 0 or (missing and name != "t5"):
+            raise ValueError(f"{name} has {vocab_size} tokens, not {tokenizer.vocab_size}")
+        return tokenizer
+    except Exception as problem:                       # `tokenizers` raises nothing more exact.
+        raise ValueError(f"{file} is no tokenizer for this model ({problem}); give the right "
+                         f"folder with --tokenizers") from None
 
 
 def main():
