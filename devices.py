@@ -5,12 +5,9 @@ Not here    what is computed. No other file knows torch.distributed
 """
 
 import os
-import shutil
 import sys
 import warnings
-from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,12 +25,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped m
 def pick_device(name="auto"):
     """The torch.device of that name. "auto": CUDA or Apple's MPS if there is one, or the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    here = {"auto", "cpu", found.type}
-    for i in range(torch.accelerator.device_count()):
-        here.add(f"{found.type}:{i}")
-    if name not in here:
-        choices = ", ".join(sorted(here))
-        raise ValueError(f"--device {name} is not on this machine; choose {choices}")
+    if name not in ("auto", "cpu", found.type):
+        raise ValueError(f"--device {name} is not on this machine; --device auto is {found.type}")
     return found if name == "auto" else torch.device(name)
 
 
@@ -45,8 +38,6 @@ def pick_precision(name, device):
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if fast else "fp32"
-    if name not in PRECISIONS:
-        raise ValueError(f"--precision {name}: choose one of auto, {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
 
 
@@ -62,8 +53,7 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
         if self.device.type == "cuda":
-            if self.size > 1 or self.device.index is None:
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         self.parallel = parallel
         if parallel == "auto":
@@ -74,26 +64,26 @@ class World:
             return
         shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            warnings.warn("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun",
-                          stacklevel=2)
+            warnings.warn("to restart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun", stacklevel=2)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-        shards = int(os.environ["LOCAL_WORLD_SIZE"]) if parallel == "hsdp" else self.size
+        shards = int(os.environ["LOCAL_WORLD_SIZE"]) if self.parallel == "hsdp" else self.size
         self.mesh = dist.init_device_mesh(self.device.type, (self.size // shards, shards),
                                           mesh_dim_names=("copies", "shards"))
 
     def shard(self, model, precision):
         """Makes fp32 shards of each block, gathered in `precision`, and then of the rest."""
-        for module in (*getattr(model, "joint_blocks", ()), model):
-            dtype = torch.float32 if module is model else precision
-            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-            if self.parallel != "ddp":
-                fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
+        if self.parallel == "ddp":
+            return
+        for module in (*model.joint_blocks, model):
+            policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
 
     def wrap(self, model):
         """The model whose backward() averages gradients over all processes."""
-        alone = self.size == 1 or self.parallel != "ddp"
-        return model if alone else torch.nn.parallel.DistributedDataParallel(model)
+        if self.size > 1 and self.parallel == "ddp":
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        return model
 
     def gather(self, value):
         """The list of all ranks' values, by rank. All ranks wait for each other here."""
@@ -105,10 +95,6 @@ class World:
     def same(self, value):
         """Rank 0's value, on every rank."""
         return self.gather(value)[0]
-
-    def any(self, flag):
-        """True if the flag is true on some rank."""
-        return any(self.gather(flag))
 
     def close(self):
         """Leaves the other processes, once all have come here."""
@@ -130,40 +116,30 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def synchronized(model, last):
-    """A context in which backward() averages over processes only in the last part of a step."""
-    if hasattr(model, "set_requires_all_reduce"):
-        model.set_requires_all_reduce(last)                  # FSDP2 adds copies of shards once.
-    return model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext()
-
-
-def save_state(state, folder, world):
-    """Writes a dict of state dicts, all ranks together. OSError if it cannot be written."""
+def save_state(state, folder):
+    """Writes a dict of state dicts, all ranks together. OSError if it cannot be written whole."""
     try:
-        dcp.save(state, checkpoint_id=folder, no_dist=world.size == 1)
+        dcp.save(state, checkpoint_id=folder)
     except (Exception, dcp.CheckpointException) as problem:  # The second is a BaseException.
-        shutil.rmtree(folder, ignore_errors=True)
         raise OSError(f"could not save {folder}; older ones are untouched ({problem})") from None
 
 
-def load_state(state, folder, world):
+def load_state(state, folder):
     """Reads it in place. OSError if it is damaged. It unpickles metadata: read only your own."""
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
+        dcp.load(state, checkpoint_id=folder)
     except (Exception, dcp.CheckpointException) as problem:
         raise OSError(f"{folder} cannot be read: {problem}") from None
 
 
 def command(main):
     """Runs a verb. What a user can get wrong ends in one sentence and exit code 1; Ctrl-C, 130."""
-    name = Path(sys.argv[0]).name
-    if "RANK" in os.environ:
-        name += f": rank {os.environ['RANK']}"
+    name = os.path.basename(sys.argv[0])
     try:
         main()
         if "RANK" in os.environ:                             # Python's own way out ends threads of
-            sys.stdout.flush()                               # gloo that still hold a tensor, which
-            sys.stderr.flush()                               # can abort the process after good work.
+            sys.stdout.flush()                               # gloo that still hold a tensor. That
+            sys.stderr.flush()                               # can abort a process after good work.
             os._exit(0)
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:
         sys.exit(f"{name}: {' '.join(str(problem).split()) or type(problem).__name__}")

@@ -35,8 +35,8 @@ from geneval import (
 from metrics import PictureMeasures
 from options import add_options, check_options, given_options, option, read_json, write_json
 from report import write_report
+from run_folder import read_log
 from scenes import HELD_OUT_SEED, Scenes
-from train import read_log
 
 
 # ---- Losses by t (App. B.3) ----------------------------------------------------------------------

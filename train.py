@@ -1,7 +1,8 @@
 """train.py: one loop that trains everything (SD3, arXiv:2403.03206v1, Sec. 5.3, App. B.3 and E.1).
 
 Read with   App. B.3: flow_loss is Eq. 19, 23 and 8, then train_step; fit is the loop
-Not here    loss (flow.py), network (mmdit.py), pictures (data.py), processes (devices.py)
+Not here    loss (flow.py), network (mmdit.py), pictures (data.py), processes (devices.py), the
+            log and the checkpoints of a run (run_folder.py)
 Run         python train.py     ten minutes on drawn scenes; torchrun ... for several processes
 """
 
@@ -9,32 +10,25 @@ import time
 STARTED = time.time()                    # --minutes counts from here; importing torch takes seconds
 import argparse
 import copy
-import fcntl
-import json
 import math
-import shutil
-import signal
 from collections import namedtuple
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 import devices
 from checkpoints import (
-    FROZEN, SHIPPED, find_model_file, fingerprint, load_components, portable, run_encoders,
-    save_networks)
+    FROZEN, SHIPPED, find_model_file, fingerprint, load_components, portable, run_encoders)
 from data import Batches
 from devices import World, pick_precision, whole
 from encode import encoded
 from flow import density, rectified_flow_loss, shift_time, validate
 from geneval import format_scores, geneval
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
-from options import add_options, check_options, given_options, option, read_json, write_atomically
+from options import add_options, check_options, given_options, option, read_json
+from run_folder import Run, checkpoints_of, mean
 from sample import Pipeline, generate
 from scenes import captioned_grid, vocabulary
 
@@ -98,13 +92,13 @@ def flow_loss(model, batch, density, timestep_shift):
 def train_step(model, optimizers, loss, batch, config):
     """One update: losses (B,) and the gradient's norm. No weight changes if that is not finite."""
     device = next(model.parameters()).device
+    precision = pick_precision(config.precision, device)
     parts = batch.split(config.accumulate) if config.accumulate > 1 else [batch]
     losses = []
     for part in parts:
-        with devices.synchronized(model, last=part is parts[-1]):
-            with devices.autocast(device, pick_precision(config.precision, device)):
-                losses.append(loss(model, part))                                   # (B / parts,)
-            (losses[-1].mean() / len(parts)).backward()
+        with devices.autocast(device, precision):
+            losses.append(loss(model, part))                                       # (B / parts,)
+        (losses[-1].mean() / len(parts)).backward()
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     for optimizer in optimizers:
         if math.isfinite(norm):
@@ -113,15 +107,20 @@ def train_step(model, optimizers, loss, batch, config):
     return torch.cat(losses).detach(), norm
 
 
-def make_optimizers(model, config) -> list:
+def make_optimizers(model, config):
     """AdamW (App. B.3), with the epsilon of Sec. 5.3.2; or Muon for the blocks' matrices."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "joint_blocks." in name and "adaLN" not in name
-        (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
+        if is_matrix and config.optimizer == "muon":
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
     eps = 1e-15 if config.qk_norm else 1e-8
-    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), eps=eps, fused=True)
-    return [adamw, torch.optim.Muon(matrices, lr=16 * config.lr)] if matrices else [adamw]
+    optimizers = [torch.optim.AdamW(others, config.lr, (0.9, 0.99), eps, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, 16 * config.lr))
+    return optimizers
 
 
 def learning_rate(step, steps, config):
@@ -164,212 +163,6 @@ def fit(model, loss, batches, config, run):
     return average
 
 
-@dataclass
-class Run:
-    """A run folder. All ranks write its checkpoints together, and rank 0 writes the rest."""
-    folder: Path
-    config: TrainConfig
-    world: World = None              # if none, one is made
-    times: object = None             # times(batch) -> t (B,), by which the log sorts losses
-    report: object = None            # report(average, step) -> entries for the log, a picture
-    average: torch.nn.Module = None        # a place for the average; if none, a copy of the model
-    metadata: dict = None            # of an MM-DiT's model.safetensors; if none, it is not written
-    about: dict = field(default_factory=dict)        # more entries for config.json
-
-    def say(self, sentence: str):
-        """Prints a line beside the progress bar, once for all processes."""
-        if self.world.rank == 0:
-            tqdm.write(sentence)
-
-    def write(self, name, write):
-        """A file of the folder, by write(temporary path), once for all processes."""
-        if self.world.rank == 0:
-            write_atomically(self.folder / name, write)
-
-    def start(self, model, average, optimizers):
-        """Locks the folder, loads its newest whole checkpoint, and drops later lines of the log."""
-        self.folder = Path(self.folder)
-        self.world = self.world or World(self.config.device)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")              # The system frees it when we die.
-        try:
-            if self.world.rank == 0:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{self.folder} is in use; choose another --out, or wait") from None
-        self.done, self.began = 0, STARTED
-        self.resume(model, average, optimizers)
-        self.first = self.last_due = self.done
-        self.skipped, self.recent = 0, []
-        self.stopping, self.signals = False, []
-        signal.signal(signal.SIGTERM, lambda number, frame: self.signals.append(number))
-        self.entries = read_log(self.folder / "log.jsonl", self.done)
-        log = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        self.write("log.jsonl", partial(Path.write_text, data=log))
-        about = json.dumps({"train": asdict(self.config), **self.about}, indent=1)
-        self.write("config.json", partial(Path.write_text, data=about))
-        self.steps = self.total_steps()
-        if not self.steps:
-            raise ValueError("--minutes were over before the first step; give more")
-        self.bar = tqdm(initial=self.done, disable=self.world.rank > 0, unit="step")
-        self.last_line = time.time()
-
-    def resume(self, model, average, optimizers):
-        """Loads the newest checkpoint that is whole. OSError if there are some, and none is."""
-        found = self.world.same(checkpoints_of(self.folder))
-        for folder in reversed(found):
-            state = self.state(model, average, optimizers)
-            try:
-                devices.load_state(state, folder, self.world)
-                break
-            except OSError as problem:
-                if folder == found[0]:
-                    raise
-                self.say(f"{problem}; the checkpoint before it is taken")
-        if found:
-            devices.set_optimizer_state_dict(model, optimizers, state["optimizer"])
-            self.done = state["step"]
-            self.began = STARTED - state["seconds"]              # as if it had run without a pause
-
-    def state(self, model, average, optimizers) -> dict:
-        """What a run goes on from. Random numbers need no state: they are keyed by the step."""
-        return {"model": model.state_dict(), "average": average.state_dict(), "step": self.done,
-                "optimizer": devices.get_optimizer_state_dict(model, optimizers),
-                "seconds": time.time() - self.began}
-
-    def total_steps(self) -> int:
-        """--steps, or as many as fit into nine tenths of --minutes; the rest is for the score."""
-        if self.config.steps:
-            return self.config.steps
-        left = max(0, 54 * self.config.minutes - (time.time() - self.began))
-        taken = self.done - self.first - 2                       # The first two are slow.
-        steps = self.done + (1000 if left else 0)
-        if taken < 1:
-            self.paced = time.time()
-        else:
-            steps = self.done + int(left * taken / (time.time() - self.paced))
-        if self.first < self.done and taken < 2 and steps < 100:
-            self.say(f"a run of {steps} steps teaches next to nothing; give more --minutes")
-        return self.world.same(steps)
-
-    def count_step(self, model, grad_norm):
-        """Ends the run when its numbers stop being finite, before they are averaged or saved."""
-        self.done += 1
-        self.steps = self.bar.total = self.total_steps()
-        self.bar.update()
-        self.stopping = self.world.any(bool(self.signals))
-        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
-        period = self.config.every or max(1, self.steps // 10)
-        ended = self.stopping or self.done == self.steps
-        self.due = not self.skipped and (ended or self.done >= self.last_due + period)
-        total = whole(torch.nn.utils.get_total_norm(model.parameters())).item()
-        stuck = self.skipped == 10 or (self.skipped and self.done == self.steps)
-        if stuck or not math.isfinite(total):
-            raise RuntimeError(f"loss, gradient or weights are not finite at step {self.done}; all "
-                               f"that is saved is. Give --out {self.folder} and a lower --lr")
-
-    def log(self, **entry):
-        """Adds a line to log.jsonl."""
-        self.entries.append({"step": self.done, **entry})
-        if self.world.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(self.entries[-1]) + "\n")
-
-    def log_step(self, batch, losses, grad_norm):
-        """Collects a step. The first 20 and then every 20th are followed by a line in the log."""
-        t = self.times(batch) if self.times else losses * math.nan
-        rows = torch.stack([losses.float().cpu(), t.float().cpu()])                    # (2, B)
-        self.recent.append((rows, grad_norm))
-        if self.done > 20 and self.done % 20 and self.done != self.steps:
-            return
-        rows, norms = zip(*self.recent, strict=True)
-        losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
-        norms = torch.tensor(norms)
-        tenths = (10 * t).floor()
-        self.log(
-            loss=mean(losses), loss_by_t=[mean(losses[tenths == tenth]) for tenth in range(10)],
-            grad_norm=mean(norms), skipped=int((~norms.isfinite()).sum()),
-            memory_gb=torch.cuda.max_memory_allocated() / 1e9,
-            images_seen=self.done * self.config.batch_size,
-            images_per_second=len(losses) / (time.time() - self.last_line))
-        self.last_line = time.time()
-        self.recent = []
-
-    def sample(self, average):
-        """Validation, pictures, and the curves of the losses."""
-        if self.report and not self.stopping:
-            entries, picture = self.report(average, self.done)
-            self.log(**entries)
-            self.write("loss.png", partial(draw_losses(self.entries).save, format="PNG"))
-            if picture:
-                self.write(f"samples-{self.done:06}.png", partial(picture.save, format="PNG"))
-
-    def save(self, model, average, optimizers):
-        """The average as model.safetensors, and a checkpoint. The last two checkpoints stay."""
-        self.last_due = self.done
-        if self.metadata:
-            weights = devices.get_model_state_dict(average, options=devices.WHOLE)
-            with torch.device("meta"):
-                mmdit = MMDiT(average.config)
-            if weights:                                          # Only rank 0 has them.
-                mmdit.load_state_dict(weights, assign=True)
-                save_networks(self.folder / "model.safetensors", {"mmdit": mmdit}, **self.metadata)
-        target = self.folder / "checkpoints" / f"{self.done:08}"
-        unfinished = target.with_suffix(".partial")
-        devices.save_state(self.state(model, average, optimizers), unfinished, self.world)
-        if self.world.rank == 0:
-            shutil.rmtree(target, ignore_errors=True)            # A damaged one may be there.
-            unfinished.rename(target)
-            older = [old for old in checkpoints_of(self.folder) if old < target]
-            for old in older[:-1]:
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def read_log(file: Path, last: int) -> list[dict]:
-    """The entries of a log.jsonl up to a step. What else a kill or a stranger left is dropped."""
-    entries = []
-    for line in file.read_text().split("\n") if file.is_file() else ():
-        with suppress(Exception):
-            entry = json.loads(line)
-            numbers = [entry["step"], entry.get("loss") or 0, entry.get("validation") or 0]
-            if 0 <= entry["step"] <= last and all(map(math.isfinite, numbers)):
-                entries.append(entry)
-    return entries
-
-
-def mean(values):
-    """The mean over what is finite; None where nothing is."""
-    values = values[values.isfinite()]
-    return round(values.mean().item(), 6) if values.numel() else None
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. Anything without an eight-digit name is none."""
-    return sorted((folder / "checkpoints").glob("[0-9]" * 8))
-
-
-def draw_losses(entries: list[dict]) -> Image.Image:
-    """loss.png: the loss in training (black) and in validation (red) by step, on a log scale."""
-    image = Image.new("RGB", (720, 480), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((60, 3), "loss by step; red: validation", "black")
-    last = entries[-1]["step"]
-    for loss in (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5):
-        y = 220 - 280 * math.log10(loss)
-        draw.line((60, y, 700, y), "lightgray")
-        draw.text((50, y), str(loss), "black", anchor="rm")
-    for part in range(6):
-        draw.text((60 + 128 * part, 440), str(part * last // 5), "black", anchor="mt")
-    for name, color in (("loss", "black"), ("validation", "red")):
-        points = []
-        for entry in entries:
-            if (entry.get(name) or 0) > 0:
-                y = 220 - 280 * math.log10(entry[name])
-                points.append((60 + 640 * entry["step"] / last, y))
-        draw.line(points, color, 3)
-    return image
-
-
 # --- A run of MM-DiT ------------------------------------------------------------------------------
 # What it is trained on: batches(step), the Batches `unseen` to validate on, the EncodedFolders of
 # both, the frozen networks that encoded them, and the MMDiTConfig that fits all that.
@@ -407,7 +200,7 @@ def make_model(sizes, config, world, trained):
     return model.to_empty(device=world.device)
 
 
-def departures(config) -> str:
+def departures(config):
     """Where a run leaves the paper's numbers. (Sec. 5.3.3 has batches of 4096.)"""
     paper = PRESETS["paper"] | {"encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
     ours = asdict(config)
@@ -423,29 +216,47 @@ def read_config(arguments=None):
     options = parser.parse_args(arguments)
     given = given_options(options, TrainConfig)
     for name in ("data", "init"):
-        if Path(given.get(name, "")).exists() and given.get(name):
+        if given.get(name) and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())       # It holds in any working folder.
     folder = Path(given.get("out") or "runs/none")
-    if not checkpoints_of(folder):
-        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-            raise ValueError(f"--out {folder} is no run folder; choose another")
-        default = "paper" if given.get("depth", 0) >= 15 else "tiny"
-        return TrainConfig(**PRESETS[options.preset or default] | given)
+    if checkpoints_of(folder):
+        return resumed_config(folder, PRESETS.get(options.preset, {}) | given)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"--out {folder} is no run folder; choose another")
+    default = "paper" if given.get("depth", 0) >= 15 else "tiny"
+    return TrainConfig(**PRESETS[options.preset or default] | given)
+
+
+def resumed_config(folder, given):
+    """The TrainConfig of a run that goes on, changed where that does not make it another run."""
     stored = read_json(folder / "config.json", {"train": dict, "encoders": dict})
-    given = PRESETS.get(options.preset, {}) | given
     try:
         for name in ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size"):
             if given.get(name, stored["train"][name]) != stored["train"][name]:
                 raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
-        given["num_scenes"] = stored["train"]["num_scenes"]      # The same pictures come again.
         encoders = run_encoders(folder)
-        if "encoders" in given and fingerprint(given["encoders"], FROZEN) != fingerprint(
-                encoders, FROZEN):
-            raise ValueError("--encoders cannot change within a run; change --out")
-        given["encoders"] = str(encoders)
-        return TrainConfig(**stored["train"] | given)
+        if "encoders" in given:
+            if fingerprint(given["encoders"], FROZEN) != stored["encoders"]["fingerprint"]:
+                raise ValueError("--encoders cannot change within a run; change --out")
+        kept = {"num_scenes": stored["train"]["num_scenes"], "encoders": str(encoders)}
+        return TrainConfig(**stored["train"] | given | kept)
     except (TypeError, KeyError) as problem:
         raise ValueError(f"{folder}/config.json is of another version: {problem}") from None
+
+
+def pick_folder(config):
+    """--out, or the first of runs/d4-1, runs/d4-2, ... that does not exist."""
+    number = 1
+    while Path(f"runs/d{config.depth}-{number}").exists():
+        number += 1
+    return Path(config.out or f"runs/d{config.depth}-{number}")
+
+
+def report(average, step, pipeline, unseen, prompts):
+    """For Run: the losses on unseen data, and a picture of each prompt from noise that stays."""
+    levels = validate(average, unseen.validation(64), pipeline.precision)
+    grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
+    return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
 
 
 def main(arguments=None):
@@ -456,21 +267,25 @@ def main(arguments=None):
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
     if config.batch_size % (world.size * config.accumulate):
         raise ValueError(f"--batch-size {config.batch_size} is no multiple of ranks x --accumulate")
-    number = 1
-    while Path(f"runs/d{config.depth}-{number}").exists():
-        number += 1
-    folder = world.same(Path(config.out or f"runs/d{config.depth}-{number}"))
-    start = load_components(config.init, ("mmdit",)).mmdit if config.init else None
+    folder = world.same(pick_folder(config))
     folder.mkdir(parents=True, exist_ok=True)                    # It is tried before the work.
+    goes_on = bool(checkpoints_of(folder))
+    start = None
+    if config.init and not goes_on:
+        start = load_components(config.init, ("mmdit",)).mmdit
     inputs = read_inputs(config, world, start)
-    frozen = find_model_file(config.encoders)
     size = inputs.training.resolution
-    if checkpoints_of(folder) and size != config.resolution:
+    if goes_on and size != config.resolution:
         raise ValueError(f"--data has {size} px, but the run {config.resolution}; change --out")
+    sizes = inputs.sizes
+    if goes_on:                                                  # Positions may come from --init.
+        sizes = MMDiTConfig(**read_json(folder / "config.json", {"model": dict})["model"])
+    frozen = find_model_file(config.encoders)
     config = replace(config, num_scenes=max(64, len(inputs.training)), encoders=portable(frozen),
                      resolution=size)
-    model = make_model(inputs.sizes, config, world, trained=True)
-    average = make_model(inputs.sizes, config, world, trained=False)
+
+    model = make_model(sizes, config, world, trained=True)
+    average = make_model(sizes, config, world, trained=False)
     model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
     if start:
         load_weights(model, start, devices.assign)
@@ -480,20 +295,17 @@ def main(arguments=None):
                 "height": size, "width": size}
     pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, inputs.precision)
     prompts = [inputs.held_out.captions(index)[0] for index in inputs.held_out.groups[0][:8]]
+
     t_density = density(config.density)
     def times(batch):
         return shift_time(t_density.quantile(batch.uniform), config.timestep_shift)    # (B,)
 
-    def report(average, step):
-        levels = validate(average, inputs.unseen.validation(64), inputs.precision)
-        grid = captioned_grid(generate(pipeline, prompts, seed=1), prompts, 4)
-        return {"validation": mean(levels[:-1]), "validation_by_t": levels.tolist()}, grid
-
     metadata = {"sampling": sampling, "words": () if config.data else sorted(vocabulary())}
     encoders = {"path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}
-    about = {"model": asdict(inputs.sizes), "encoders": encoders}
-    run = Run(folder, config, world, times, report, average, metadata, about)
-    run.say(f"{count_parameters(inputs.sizes):,} parameters, {len(inputs.training)} pictures, "
+    look = partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts)
+    run = Run(folder, config, world, times, look, average, metadata,
+              {"model": asdict(sizes), "encoders": encoders}, STARTED)
+    run.say(f"{count_parameters(sizes):,} parameters, {len(inputs.training)} pictures, "
             f"{world.size} {world.device} {inputs.precision} {world.parallel}")
     run.say(departures(config))
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
@@ -504,7 +316,8 @@ def main(arguments=None):
 def conclude(run, pipeline, prompt):
     """The score, if a run on scenes has none yet, and what to do next."""
     count = min(50, run.done // 20)                  # It takes less than a tenth of the training.
-    if count and not (run.config.data or run.stopping or any("geneval" in e for e in run.entries)):
+    scored = run.config.data or any("geneval" in entry for entry in run.entries)
+    if count and not scored and not run.stopping:
         size = run.config.resolution
         scores = geneval(pipeline, count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)

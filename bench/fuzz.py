@@ -37,6 +37,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import run_folder
 import sample
 import train
 from checkpoints import FROZEN, SHIPPED, fingerprint, load_components, run_encoders, save_networks
@@ -173,7 +174,7 @@ def run_kinds(folder: Path, model: Path) -> list[Kind]:
             run_encoders(folder)
         return found
     return [Kind("config.json", config, read_config),
-            Kind("log.jsonl", log, lambda: str(train.read_log(log, 10)))]
+            Kind("log.jsonl", log, lambda: str(run_folder.read_log(log, 10)))]
 
 
 # ---- Changes -------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Options:
     batch_size: int = option(8, "samples in a timed pass; the paper has 32", 1, 4096)
     repeats: int = option(5, "timed passes; the median counts", 2, 1000)
     num_scenes: int = option(256, "held-out scenes for the loss", 2, 10**5)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "cuda, mps or cpu")
     out: str = option(str(ROOT / "results" / "table7_encoders.json"), "where the numbers go")
 
     def __post_init__(self):

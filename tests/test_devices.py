@@ -24,8 +24,7 @@ def torchrun(script: str, *options, **environment):
 @pytest.mark.parametrize("name", ["cuda", "cuda:9", "foo", "cpu:x", "meta", ""])
 def test_a_device_that_is_not_there_is_refused_by_name(name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
-    sentence = f"--device {name} is not on this machine; choose auto, cpu$"
+    sentence = f"--device {name} is not on this machine; --device auto is cpu$"
     with pytest.raises(ValueError, match=sentence):
         devices.pick_device(name)
 
@@ -33,11 +32,10 @@ def test_a_device_that_is_not_there_is_refused_by_name(name, monkeypatch):
 def test_auto_takes_the_accelerator_and_the_cpu_stays_possible(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator",
                         lambda **_: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    names = ("auto", "cuda", "cuda:1", "cpu")
-    assert [str(devices.pick_device(name)) for name in names] == ["cuda", "cuda", "cuda:1", "cpu"]
-    with pytest.raises(ValueError, match="cuda:2"):
-        devices.pick_device("cuda:2")
+    names = ("auto", "cuda", "cpu")
+    assert [str(devices.pick_device(name)) for name in names] == ["cuda", "cuda", "cpu"]
+    with pytest.raises(ValueError, match="mps is not on this machine; --device auto is cuda"):
+        devices.pick_device("mps")
 
 
 def test_auto_precision_is_bf16_only_where_the_processor_multiplies_it(monkeypatch):
@@ -47,8 +45,6 @@ def test_auto_precision_is_bf16_only_where_the_processor_multiplies_it(monkeypat
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
         assert devices.pick_precision("auto", cpu) == wanted
     assert devices.pick_precision("fp16", cpu) == torch.float16
-    with pytest.raises(ValueError, match="--precision fp8: choose one of auto, fp32, bf16, fp16"):
-        devices.pick_precision("fp8", cpu)
 
 
 def test_autocast_changes_products_and_nothing_in_fp32():
@@ -62,7 +58,6 @@ def test_one_process_needs_no_torchrun():
     world = devices.World("cpu")
     assert (world.rank, world.size, world.parallel) == (0, 1, "ddp")
     assert world.gather("x") == ["x"] and world.same(5) == 5
-    assert world.any(True) and not world.any(False)
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model) is model
     world.close()
@@ -94,14 +89,9 @@ def test_what_a_user_can_get_wrong_ends_in_one_sentence(problem, sentence, monke
         raise problem
 
     monkeypatch.setattr(sys, "argv", ["/some/where/verb.py"])
-    monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as end:
         devices.command(main)
     assert end.value.code == sentence                  # Python prints it and exits with 1.
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(SystemExit) as end:
-        devices.command(main)
-    assert end.value.code == sentence.replace("verb.py:", "verb.py: rank 3:")
 
 
 def test_our_own_mistakes_keep_their_traceback():
@@ -134,20 +124,19 @@ class Model(torch.nn.Module):
     def forward(self, x):
         return self.out(self.joint_blocks[0](x).tanh())
 
-def gradient(model, x, last_only):
-    for last in (False, True):                        # two parts of a step
-        with devices.synchronized(model, last):
-            model(x[last::2]).square().mean().backward()
+def gradient(model, x):
+    for part in (x[0::2], x[1::2]):                   # two parts of a step
+        model(part).square().mean().backward()
 
 def check(world, x):
     alone = Model()
-    gradient(alone, x, False)
+    gradient(alone, x)
     model = Model()
     world.shard(model, torch.float32)
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), alone.parameters()):
             devices.assign(ours, theirs)
-    gradient(world.wrap(model), x.chunk(2)[world.rank], True)
+    gradient(world.wrap(model), x.chunk(2)[world.rank])
     for ours, theirs in zip(model.parameters(), alone.parameters()):
         assert torch.equal(devices.whole(ours.detach()), theirs)
         torch.testing.assert_close(devices.whole(ours.grad), theirs.grad)
@@ -157,19 +146,18 @@ def check(world, x):
     def state():
         return {"model": model.state_dict(), "step": 0,
                 "optimizer": devices.get_optimizer_state_dict(model, [optimizer])}
-    devices.save_state({**state(), "step": 7}, folder / world.parallel, world)
+    devices.save_state({**state(), "step": 7}, folder / world.parallel)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
     loaded = state()
-    devices.load_state(loaded, folder / world.parallel, world)
+    devices.load_state(loaded, folder / world.parallel)
     assert loaded["step"] == 7
     for ours, value in zip(model.parameters(), wanted):
         assert torch.equal(devices.whole(ours.detach()), value)
 
 world = devices.World("cpu", "hsdp")
 assert world.gather(world.rank) == [0, 1] and world.same(world.rank) == 0
-assert world.any(world.rank == 1) and not world.any(False)
 for world.parallel in ("ddp", "fsdp", "hsdp"):
     check(world, torch.randn(8, 5))
     sys.stdout.write(f"good {world.parallel}\\n")               # One write: lines never mix.
@@ -198,15 +186,14 @@ def test_a_store_that_outlives_restarts_brings_a_warning(tmp_path):
 
 def test_a_full_disk_and_a_damaged_file_are_an_oserror(tmp_path, monkeypatch):
     """torch's CheckpointException is a BaseException, which `except Exception` lets pass."""
-    world = devices.World("cpu")
     state = {"weight": torch.ones(3), "step": 1}
-    devices.save_state(state, tmp_path / "whole", world)
+    devices.save_state(state, tmp_path / "whole")
     next((tmp_path / "whole").glob("*.distcp")).write_bytes(b"")
     with pytest.raises(OSError, match="whole cannot be read"):
-        devices.load_state(state, tmp_path / "whole", world)
+        devices.load_state(state, tmp_path / "whole")
     (tmp_path / "file").write_text("a file where a folder should be")
     with pytest.raises(OSError, match="could not save"):
-        devices.save_state(state, tmp_path / "file" / "new", world)
+        devices.save_state(state, tmp_path / "file" / "new")
 
 
 def test_no_other_file_knows_torch_distributed():

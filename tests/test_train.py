@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import devices
+import run_folder
 import train
 from checkpoints import FROZEN, SHIPPED, fingerprint
 from data import Batch, Batches
@@ -80,11 +81,11 @@ def settings(**values):
     return TrainConfig(**start | values)
 
 
-def experiment(folder, model=None, batches=line_batches, loss=line_loss, **values):
+def experiment(folder, model=None, batches=line_batches, loss=line_loss, began=0, **values):
     """Returns (the model, its average, the run)."""
     model = model or small_model()
     config = settings(**values)
-    run = Run(folder, config)
+    run = Run(folder, config, began=began)
     return model, fit(model, loss, batches, config, run), run
 
 
@@ -166,6 +167,7 @@ def test_without_any_whole_checkpoint_a_run_does_not_start_over(tmp_path):
 
 
 def test_a_full_disk_keeps_the_checkpoints_that_are_there(tmp_path, monkeypatch):
+    """What was half written, then or at a kill, goes when the run goes on."""
     def no_space(state, checkpoint_id, **_):
         checkpoint_id.mkdir(parents=True)
         (checkpoint_id / "half").write_text("x")
@@ -177,8 +179,10 @@ def test_a_full_disk_keeps_the_checkpoints_that_are_there(tmp_path, monkeypatch)
         patched.setattr(devices.dcp, "save", no_space)
         with pytest.raises(OSError, match="older ones are untouched .*No space left on device"):
             experiment(tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000003"]
-    assert experiment(tmp_path / "run")[2].first == 3
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["00000003", "00000006.partial"]
+    assert experiment(tmp_path / "run", steps=3)[2].first == 3
+    assert [path.name for path in checkpoints.iterdir()] == ["00000003"]
 
 
 @pytest.mark.parametrize("every, steps, last", [(0, 30, [27, 30]), (4, 11, [8, 11])])
@@ -326,7 +330,7 @@ def test_the_curves_of_the_loss_are_on_a_log_scale():
                for step in (0, 50, 100)]
     entries += [{"step": step, "validation": 2.0, "validation_by_t": [2.0] * 8}
                 for step in (50, 100)]
-    pixels = np.array(train.draw_losses(entries))[20:430]              # without words and numbers
+    pixels = np.array(run_folder.draw_losses(entries))[20:430]              # without words and numbers
 
     def height(color, column):
         rows, = np.nonzero((pixels[:, column] == color).all(axis=-1))
@@ -335,7 +339,7 @@ def test_the_curves_of_the_loss_are_on_a_log_scale():
     left, middle, right = (height((0, 0, 0), column) for column in (62, 370, 678))
     assert left < middle < right and middle == pytest.approx((left + right) / 2, abs=2)
     assert height((255, 0, 0), 400) == height((255, 0, 0), 678) == pytest.approx(middle, abs=6)
-    train.draw_losses([{"step": 1, "loss": None}, {"step": 2, "loss": 0.0}, {"step": 3}])
+    run_folder.draw_losses([{"step": 1, "loss": None}, {"step": 2, "loss": 0.0}, {"step": 3}])
 
 
 # --- Minutes --------------------------------------------------------------------------------------
@@ -351,20 +355,19 @@ def test_minutes_are_kept_whatever_a_step_takes(seconds, minutes, least, most, t
         clock.now += seconds * (2 if step == 0 else 1)                 # The first one is slow.
         return line_batches(step)
 
-    monkeypatch.setattr(train, "STARTED", 1000.0)
-    monkeypatch.setattr(train.time, "time", lambda: clock.now)
-    _, _, run = experiment(tmp_path / "run", batches=batches, steps=0, minutes=minutes)
+    monkeypatch.setattr(time, "time", lambda: clock.now)
+    options = {"batches": batches, "began": 1000.0, "steps": 0, "minutes": minutes}
+    _, _, run = experiment(tmp_path / "run", **options)
     assert least <= run.done <= most and clock.now - 1000 <= max(60 * minutes, 2 * seconds)
     assert ("teaches next to nothing" in capsys.readouterr().out) == (run.done < 100)
-    again = experiment(tmp_path / "run", batches=batches, steps=0, minutes=minutes)[2]
+    again = experiment(tmp_path / "run", **options)[2]
     assert again.done == run.done
     assert 1 <= len(steps_of(tmp_path / "run")) <= 2
 
 
-def test_a_run_without_time_for_a_step_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STARTED", train.time.time() - 55)
+def test_a_run_without_time_for_a_step_says_so(tmp_path):
     with pytest.raises(ValueError, match="over before the first step; give more"):
-        experiment(tmp_path / "run", steps=0, minutes=1.0)
+        experiment(tmp_path / "run", steps=0, minutes=1.0, began=time.time() - 55)
 
 
 # --- The paper's numbers --------------------------------------------------------------------------
@@ -810,6 +813,25 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
     assert "has done its 20 steps; more --steps or --minutes go on" in said
     scores, = [entry for entry in log_of(out) if "geneval" in entry]
     assert scores["num_prompts"] == 1 and "GenEval" in said
+
+
+def test_a_run_that_goes_on_no_longer_needs_the_file_of_init(tmp_path):
+    """Its weights are in the checkpoint. Its positions, those of the released files here, are not
+    what a run without --init would have."""
+    from checkpoints import load_components, save_networks
+    parts = load_components(SHIPPED)
+    parts.mmdit.config = dataclasses.replace(parts.mmdit.config, position_start=0.0)
+    networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
+    save_networks(tmp_path / "old.safetensors", networks, parts.text.config)
+    out = ("--out", str(tmp_path / "run"))
+    depth = str(parts.mmdit.config.depth)
+    train.main([*SMALL, *out, "--depth", depth, "--init", str(tmp_path / "old.safetensors"),
+                "--steps", "1"])
+    (tmp_path / "old.safetensors").unlink()
+    train.main([*out, "--steps", "2"])
+    sizes = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+    assert sizes == dataclasses.asdict(parts.mmdit.config)
+    assert [entry["step"] for entry in log_of(tmp_path / "run") if "loss" in entry] == [1, 2]
 
 
 def test_all_three_encoders_are_dropped_independently_at_the_given_rate():
