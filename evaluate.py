@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from geneval import (
     SPLITS, batch_size, controls, draw_prompts, format_scores, geneval, geneval_cases, read_prompts,
     success_rates)
 from metrics import PictureMeasures
-from options import add_options, check_options, given_options, option, read_json, write_json
+from options import (
+    add_options, check_options, check_value, given_options, option, read_json, write_json)
 from report import write_report
 from run_folder import read_log
 from scenes import HELD_OUT_SEED, Scenes
@@ -68,7 +70,7 @@ def losses_by_level(pipeline, pictures, captions):
     B = batch_size(height, width)
     samples = []
     for first in range(0, len(pictures), B):
-        images = [to_tensor(picture) for picture in pictures[first : first + B]]
+        images = list(map(to_tensor, pictures[first : first + B]))
         image = torch.stack(images).to(pipeline.device)                          # (B, 3, H, W)
         with autocast(pipeline.device, pipeline.precision):
             latent = pipeline.vae.encode(image).float()                          # (B, C, H/8, W/8)
@@ -122,8 +124,9 @@ def add_clip_drops(rows):
     for row in rows:
         alike = []
         for other in rows:
-            if other["settings"] | {"num_steps": 0} == row["settings"] | {"num_steps": 0}:
-                alike.append((other["settings"]["num_steps"], other["clip_score"]))
+            num_steps = other["settings"]["num_steps"]
+            if row["settings"] | {"num_steps": num_steps} == other["settings"]:
+                alike.append((num_steps, other["clip_score"]))
         _, best = max(alike)
         row["clip_drop"] = 100 * (1 - row["clip_score"] / best)
 
@@ -179,19 +182,22 @@ def load_model(checkpoint, options):
 def check_out(options):
     """ValueError, before the work, for an --out that could not be written after it."""
     out = Path(options.out)
-    folder = out.parent
-    if options.prompts:
-        folder = out
-    elif out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give the name of a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.prompts and any(folder.iterdir()):
-        raise ValueError(f"--out {out} is not empty; give a new folder")
-    usable = os.access(folder, os.W_OK) and len(os.fsencode(out.name)) <= 200
-    if os.path.lexists(out) and not options.prompts:
-        usable = usable and out.is_file() and not out.is_symlink()
+    try:
+        if options.prompts:
+            out.mkdir(parents=True, exist_ok=True)
+            usable = not any(out.iterdir())
+            tempfile.TemporaryFile(dir=out).close()
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            regular = out.is_file() and not out.is_symlink()           # A new file replaces it.
+            usable = regular or not os.path.lexists(out)
+            usable = usable and len(os.fsencode(out.name)) <= 200
+            tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError:
+        usable = False
     if not usable:
-        raise ValueError(f"--out {str(out):.80} cannot be written; give another or shorter name")
+        kind = "an empty folder" if options.prompts else "the name of a file"
+        raise ValueError(f"--out {options.out:.80} cannot be written; give {kind}")
 
 
 def note(record, line):
@@ -231,9 +237,10 @@ def sources(pipeline, options, size):
     encoders = run_encoders(folder)
     if encoders:                                             # The folder is that of a run.
         tower = options.tower or encoders.parent
-        config = read_json(folder / "config.json")["train"]
+        config = read_json(folder / "config.json", {"train": dict})["train"]
+        check_value(f"{folder / 'config.json'}: seed", config.get("seed"), int, 0, 2**31)
         training = Scenes(512, config["seed"])
-        if config["data"] and not options.data:
+        if config.get("data") and not options.data:
             print(f"note: scenes are new to this model; {config['data']} trained it; see --data",
                   file=sys.stderr)
     unseen = Scenes(options.num_pictures, HELD_OUT_SEED)
@@ -270,7 +277,7 @@ def measure_model(pipeline, options, record, pictures, captions, measure):
     return first
 
 
-def score(pipeline, options, size, record):
+def measure_all(pipeline, options, size, record):
     """All of it: GenEval with its controls, losses, measures, the report."""
     if pipeline:
         pictures, captions, measure, training = sources(pipeline, options, size)
@@ -297,7 +304,7 @@ def main():
     add_options(parser, Options)
     arguments = parser.parse_args()
     options = Options(**given_options(arguments, Options))
-    pick_device(options.device)
+    pick_device(options.device)                              # ValueError, also without a model
     if options.prompts:
         prompts = read_prompts(options.prompts)
         if not arguments.checkpoint or len(options.grid()) > 1 or options.out.endswith(".json"):
@@ -308,15 +315,16 @@ def main():
     if arguments.checkpoint is not None:
         pipeline = load_model(arguments.checkpoint, options)
         size = (pipeline.defaults["height"], pipeline.defaults["width"])
-    record = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint,
-              **asdict(options), "height": size[0], "width": size[1], "rows": {}, "measures": [],
-              "printed": []}
+    sample.Settings(height=size[0], width=size[1])           # ValueError for less than 16 px
+    about = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint}
+    record = about | asdict(options) | {"height": size[0], "width": size[1]}
+    record |= {"rows": {}, "measures": [], "printed": []}
     try:
         if options.prompts:
             draw_prompts(pipeline, prompts, options.out, options.per_prompt, options.seed,
                          **options.grid()[0])
         else:
-            score(pipeline, options, size, record)
+            measure_all(pipeline, options, size, record)
     except KeyboardInterrupt:
         if options.prompts or record["printed"]:
             raise KeyboardInterrupt(f"{options.out} holds what was done until then") from None

@@ -66,7 +66,8 @@ def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split
         index += 1
         shapes = [thing.shape for thing in scene.things]
         colors = [thing.color for thing in scene.things]
-        if scene.kind == "pair" and (shapes[0] == shapes[1] or colors[0] == colors[1]):
+        different = len(set(shapes)) == len(set(colors)) == 2
+        if scene.kind == "pair" and not different:
             continue
         for task in sorted(TASKS, key=lambda name: len(cases[name])):
             kind, said = TASKS[task]
@@ -154,14 +155,19 @@ def find_word(view, rest, word):
     down = (H - rows.min() - rows.max()) // 2
     right = (W - columns.min() - columns.max()) // 2
     ink, _ = view.ink(rest)
+    ink = ink - ink.mean()
     moved = []
-    for shift in itertools.product(range(down - 2, down + 3), range(right - 2, right + 3)):
-        moved.append(np.roll(ink, shift, axis=(0, 1)).ravel())
-    moved = np.stack(moved) - ink.mean()                                     # (25, H * W)
-    fit = (spellings(word, H, W) @ moved.T).max(axis=1) / np.linalg.norm(moved[0])
-    if fit.argmax() != 0 or fit[0] < MIN_WORD_FIT:
+    for more_down in range(-2, 3):
+        for more_right in range(-2, 3):
+            shift = down + more_down, right + more_right
+            moved.append(np.roll(ink, shift, axis=(0, 1)).ravel())
+    cosines = spellings(word, H, W) @ np.stack(moved).T / np.linalg.norm(ink)    # (n, 25)
+    fit = cosines.max(axis=1)                                                    # (n,)
+    readable = fit.argmax() == 0 and fit[0] >= MIN_WORD_FIT
+    if not readable:
         return None
-    mask = np.roll(word_mask(word, "", H, W), (-down, -right), axis=(0, 1))
+    mask = word_mask(word, "", H, W)
+    mask = np.roll(mask, (-down, -right), axis=(0, 1))
     return local_max(mask, view.radius) > 0.5
 
 
@@ -172,15 +178,14 @@ def success_rates(cases, images) -> dict:
     for case, image in zip(cases, images, strict=True):
         passed[case.task].append(score(case, image))
     n = len(cases) // len(TASKS)
-    rates = {"overall": 0, "overall_lax": 0, "n": n, "strict": {}, "intervals": {}, "lax": {}}
+    strict, intervals, lax = {}, {}, {}
     for task in TASKS:
-        strict, lax = np.mean(passed[task], axis=0).tolist()
-        rates["strict"][task] = strict
-        rates["intervals"][task] = wilson(strict, n)
-        rates["lax"][task] = lax
-    rates["overall"] = sum(rates["strict"][task] for task in GENEVAL_TASKS) / 6
-    rates["overall_lax"] = sum(rates["lax"][task] for task in GENEVAL_TASKS) / 6
-    return rates
+        strict[task], lax[task] = np.mean(passed[task], axis=0).tolist()
+        intervals[task] = wilson(strict[task], n)
+    overall = sum(strict[task] for task in GENEVAL_TASKS) / 6
+    overall_lax = sum(lax[task] for task in GENEVAL_TASKS) / 6
+    return {"overall": overall, "overall_lax": overall_lax, "n": n,
+            "strict": strict, "intervals": intervals, "lax": lax}
 
 
 def format_scores(rates) -> str:
@@ -217,8 +222,9 @@ def controls(cases, pipeline=None):
     truth = [draw_scene(case.scene) for case in cases]
     yield "ground truth", truth, cases
     order = np.random.default_rng(0).permutation(len(cases))
+    shuffled = [truth[i] for i in order]
     asked = [cases[i] for i in np.roll(order, 1)]
-    yield "shuffled captions", [truth[i] for i in order], asked
+    yield "shuffled captions", shuffled, asked
     if pipeline is None:
         return
     yield "ground truth through the VAE", decoded(pipeline, truth), cases
@@ -275,7 +281,7 @@ def draw_prompts(pipeline, prompts, folder, count, seed, **settings):
     written for prompts of which the file says no more than their words."""
     for number, about in enumerate(tqdm(prompts, "prompts")):
         first = number * count
-        words = about["prompt"].replace("/", " ").encode()[:200].decode(errors="ignore")
+        words = about["prompt"].replace("/", " ").encode()[:200]         # A name has 255 bytes.
         place = Path(folder) / "samples"
         if len(about) > 1:
             place = Path(folder) / f"{number:05}" / "samples"
@@ -284,7 +290,8 @@ def draw_prompts(pipeline, prompts, folder, count, seed, **settings):
         for i, picture in enumerate(pictures):
             name = f"{i:04}.png"
             if len(about) == 1:
-                name = f"{words}_{first + i:06}.png"
+                name = f"{words.decode(errors='ignore')}_{first + i:06}.png"
             write_atomically(place / name, partial(picture.save, format="PNG"))
         if len(about) > 1:
-            (place.parent / "metadata.jsonl").write_text(json.dumps(about) + "\n")
+            file = place.with_name("metadata.jsonl")
+            write_atomically(file, partial(Path.write_text, data=json.dumps(about) + "\n"))

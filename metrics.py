@@ -115,10 +115,11 @@ def load_image_tower(place=SHIPPED):
     chosen.pop(None, None)
     tensors = read_tensors(chosen, torch.float32)
     D, _, patch_size, _ = tensors["patch_embedding.weight"].shape
-    side = round((len(tensors["position_embedding.weight"]) - 1) ** 0.5)         # in patches
-    config = CLIPImageConfig(side * patch_size, patch_size, D, count_layers(tensors, "layers."),
-                             len(tensors["projection.weight"]))
-    tower = CLIPImageEncoder(config)
+    num_patches = len(tensors["position_embedding.weight"]) - 1
+    image_size = round(num_patches**0.5) * patch_size
+    num_layers = count_layers(tensors, "layers.")
+    d = len(tensors["projection.weight"])
+    tower = CLIPImageEncoder(CLIPImageConfig(image_size, patch_size, D, num_layers, d))
     text_projection = tensors.pop("text_projection", None)
     tower.load_state_dict(tensors)
     tower.text_projection = text_projection
@@ -150,8 +151,8 @@ def frechet_distance(features_a, features_b):
     root_a = (vectors * values.clamp_min(0).sqrt()) @ vectors.T                  # (d, d)
     eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
     cross = eigenvalues.clamp_min(0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return shift + cov_a.trace() + cov_b.trace() - 2 * cross
+    shift = a.mean(0) - b.mean(0)                                                # (d,)
+    return shift.square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 
 def kernel_distance(features_a, features_b):
@@ -176,7 +177,8 @@ def kernel_distance(features_a, features_b):
 def psnr(image, reconstruction):
     """Peak signal-to-noise ratio in dB: (B,). Images are in [-1, 1]; the second one is clamped."""
     difference = (image - reconstruction.clamp(-1, 1)) / 2                # in units of [0, 1]
-    return -10 * torch.log10(difference.square().mean(dim=(1, 2, 3)).clamp_min(1e-10))
+    mean_square = difference.square().mean(dim=(1, 2, 3))
+    return -10 * mean_square.clamp_min(1e-10).log10()
 
 
 class PictureMeasures:
@@ -235,6 +237,8 @@ class PictureMeasures:
 def wilson(share, n):
     """95 % interval (low, high) of a share that was seen in n cases (Wilson 1927)."""
     z = 1.96
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    variance = share * (1 - share) / n
+    stretch = 1 + z**2 / n
+    middle = (share + z**2 / (2 * n)) / stretch
+    reach = z * (variance + (z / (2 * n)) ** 2) ** 0.5 / stretch
     return max(0.0, middle - reach), min(1.0, middle + reach)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
 
 import evaluate
 import sample
@@ -172,6 +173,10 @@ def test_a_run_is_compared_with_the_scenes_of_its_own_training(tmp_path, capsys)
         assert captions == [unseen.captions(i)[1] for i in range(8)]
         assert (pictures[7] == unseen.image(7, 32, 32)).all()
         assert ("some/photos trained it" in capsys.readouterr().err) == bool(data)
+    for wrong in ({"seed": "5"}, {}, None):
+        (tmp_path / "config.json").write_text(json.dumps({"train": wrong, "encoders": encoders}))
+        with pytest.raises(ValueError, match="config.json: (seed|train)"):
+            evaluate.sources(pipeline, options, (32, 32))
 
 
 def run(*options, cwd):
@@ -181,14 +186,17 @@ def run(*options, cwd):
 
 @pytest.mark.parametrize("options, sentence", [
     (["--height", "63"], "must be multiples of 16 px"), (["--num-prompts", "0"], "--num-prompts 0"),
-    (["--without", "t6"], "--without 't6' must be one of"), (["--out", "/proc/no/x"], "/proc/no"),
+    (["--without", "t6"], "--without 't6' must be one of"), (["--height", "1"], "from 16 to"),
+    (["--out", "/proc/no/x"], "give the name of a file"),
     (["--without", "none", "t5", "--prompts", ROOT / "requirements.txt"], "one value of each"),
     (["--prompts", ROOT / "requirements.txt"], "and --out FOLDER"),
     (["--prompts", "none.txt"], "none.txt"), (["--tower", "none"], "none: no such file"),
     (["--data", "none"], "none does not exist"), (["--out", "."], "give the name of a file"),
     (["--guidance-scale", "nan"], "nan must be"), (["--device", "foo"], "--device foo is not on"),
     (["--out", "x" * 201], "cannot be written"), (["--out", "/dev/null"], "cannot be written"),
-    (["--prompts", ROOT / "requirements.txt", "--out", ROOT / "tests"], "not empty; give a new")])
+    (["--prompts", ROOT / "requirements.txt", "--out", ROOT / "tests"], "give an empty folder"),
+    (["--out", "/proc/x.json"], "give the name of a file"),
+    (["--prompts", ROOT / "requirements.txt", "--out", "/proc/new"], "give an empty folder")])
 def test_wrong_options_are_named_before_the_work(tmp_path, monkeypatch, capsys, options, sentence):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(SHIPPED), *map(str, options)])
@@ -225,3 +233,33 @@ def test_what_was_scored_is_kept_when_it_stops(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="x.json holds what was done until then"):
         evaluate.main()
     assert list(json.loads((tmp_path / "x.json").read_text())["rows"]) == ["first"]
+
+
+def test_pictures_that_were_drawn_are_kept_when_it_stops(tmp_path, monkeypatch):
+    def generate(pipeline, prompts, seed, **settings):
+        if seed > 5:
+            raise KeyboardInterrupt
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    (tmp_path / "two.txt").write_text("a cat\na dog")
+    monkeypatch.setattr(sys, "argv", [
+        "evaluate.py", str(SHIPPED), "--prompts", str(tmp_path / "two.txt"), "--per-prompt", "1",
+        "--seed", "5", "--out", str(tmp_path / "new")])
+    with pytest.raises(KeyboardInterrupt, match="new holds what was done until then"):
+        evaluate.main()
+    kept = [path.name for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    assert kept == ["a cat_000000.png"]
+
+
+def test_a_stop_before_anything_is_measured_promises_nothing(tmp_path, monkeypatch):
+    """An older file of the same name stays as it was."""
+    def stops(*given):
+        raise KeyboardInterrupt
+
+    (tmp_path / "x.json").write_text("old")
+    monkeypatch.setattr(evaluate, "geneval_rows", stops)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(tmp_path / "x.json")])
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        evaluate.main()
+    assert not stopped.value.args and (tmp_path / "x.json").read_text() == "old"

@@ -173,6 +173,11 @@ def test_geneval_asks_in_batches_and_scores_what_comes_back(monkeypatch):
         geneval.geneval(pipeline, 1)                         # too few pictures
 
 
+def test_pictures_that_are_drawn_at_once_have_four_megapixels():
+    for side, count in ((64, 64), (256, 64), (512, 16), (1024, 4), (4096, 1)):
+        assert geneval.batch_size(side, side) == count
+
+
 # ---- Prompts of others and their pictures --------------------------------------------------------
 
 GENEVAL_LINE = '{"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "a cup"}'
