@@ -19,6 +19,7 @@ from checkpoints import (
     released_tensors, save_networks)
 
 ROOT = Path(__file__).parents[1]
+CONV = PREFIXES["vae"] + "decoder.conv_in.weight"
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,10 @@ def test_parts_that_are_missing_or_pickled_are_named(folder):
     shutil.rmtree(folder / "vae")
     with pytest.raises(ValueError, match="vae holds no .safetensors"):
         open_model(folder)
+    (folder / "model_index.json").unlink()
+    (folder / "vae").mkdir()
+    with pytest.raises(ValueError, match="vae holds no .safetensors"):
+        open_model(folder)
     for file in (folder / "transformer").glob("*.safetensors"):
         file.unlink()
     with pytest.raises(ValueError, match="transformer holds no .safetensors"):
@@ -135,6 +140,18 @@ def test_shards_are_read_and_fp16_variants_only_where_there_is_nothing_else(fold
     shards[0].unlink()
     shards[2].unlink()
     assert not read("mmdit", folder).x_embedder.proj.weight.any()      # the fp16 variant alone
+
+
+def test_another_vae_takes_the_place_of_that_of_a_folder(folder, networks, saved):
+    """It is a released file: its attention has 1x1 kernels already."""
+    other = resave(saved, folder / "other.safetensors", lambda x: x[CONV].add_(1), {
+        "vae": {"norm_groups": 4, "vae_scale": 2.0, "vae_shift": 0.5}})
+    parts = load_components(folder, vae=other)
+    expected = networks["vae"].state_dict() | {"decoder.conv_in.weight": load_file(other)[CONV]}
+    for key, tensor in parts.vae.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+    assert (parts.vae.config.vae_scale, parts.vae.config.vae_shift) == (2.0, 0.5)
+    assert equal(parts.mmdit, networks["mmdit"])
 
 
 def test_a_folder_with_tokenizer_json_only_gives_the_same_ids(exported, folder):
@@ -201,6 +218,7 @@ def test_comfyuis_tree_is_found_with_fp16_before_float8(networks, tmp_path):
     save_file({key: x.to(torch.float8_e4m3fn) for key, x in t5.items()},
               tmp_path / "clip" / "t5xxl_fp8_e4m3fn.safetensors")
     parts = load_components(file)
+    assert equal(parts.mmdit, networks["mmdit"])
     assert equal(parts.vae, networks["vae"]) and parts.vae.config.vae_scale == 1.25
     for name, encoder in parts.text.encoders.items():
         assert equal(encoder, networks[name])
