@@ -11,7 +11,6 @@ Run         python encode.py --data PATH --out DIR --resolution 256 --buckets
 import fcntl
 import hashlib
 import json
-import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,19 +35,21 @@ from options import check_options, option, read_options, write_atomically, write
 from scenes import HELD_OUT_SEED, Scenes
 
 
-def encode_images(images, vae, device):
+def encode_images(images, vae, device, precision):
     """n pictures, uint8 (height, width, 3) -> moments (n, 2C, H, W): means, then log-variances."""
     image = torch.from_numpy(np.stack(images)).to(device)
     image = (image.float() / 127.5 - 1).permute(0, 3, 1, 2)           # (n, 3, height, width)
-    means, logvars = vae.encode_moments(image.contiguous())           # (n, C, H, W) each
+    with autocast(device, precision):
+        means, logvars = vae.encode_moments(image.contiguous())       # (n, C, H, W) each
     return torch.cat([means, logvars], dim=1).half().cpu()
 
 
-def encode_texts(captions, text):
+def encode_texts(captions, text, device, precision):
     """{name: (U, ...)} of U captions. The zeros that pad CLIP to T5's width are not stored."""
     contexts, pooleds = [], []
     for start in range(0, len(captions), 64):
-        context, pooled = text(captions[start : start + 64])
+        with autocast(device, precision):
+            context, pooled = text(captions[start : start + 64])
         contexts.append(context.half().cpu())
         pooleds.append(pooled.float().cpu())
     context = torch.cat(contexts)                                     # (U, L + L', D)
@@ -63,7 +64,8 @@ def encode_texts(captions, text):
         "pooled_g": pooled[:, l:].contiguous()}
 
 
-def encode_shard(samples, height, width, vae, text, device):
+@torch.no_grad()
+def encode_shard(samples, height, width, vae, text, device, precision):
     """(tensors, what to say about them) from what `readable` yields of one size. Equal captions are
     stored once. Picture i has the captions caption_row[caption_start[i] : caption_start[i + 1]]."""
     together = max(1, min(64, 64 * 256**2 // (height * width)))       # pictures at a time
@@ -71,7 +73,7 @@ def encode_shard(samples, height, width, vae, text, device):
     rows = {}                                                         # {caption: its row}
     while group := list(islice(samples, together)):
         images = [image for image, _ in group]
-        moments.append(encode_images(images, vae, device))
+        moments.append(encode_images(images, vae, device, precision))
         for _, captions in group:
             for caption in captions:
                 caption_row.append(rows.setdefault(caption, len(rows)))
@@ -80,7 +82,7 @@ def encode_shard(samples, height, width, vae, text, device):
     about = {"count": len(caption_start) - 1, "captions": captions}
     if not captions:                                                  # No picture can be read.
         return {}, about
-    tensors = encode_texts(captions, text)
+    tensors = encode_texts(captions, text, device, precision)
     tensors["moments"] = torch.cat(moments)                           # (N, 2C, H, W)
     tensors["caption_row"] = torch.tensor(caption_row)
     tensors["caption_start"] = torch.tensor(caption_start)            # (N + 1,)
@@ -106,17 +108,16 @@ def identify(source):
     return str(source.path.resolve()), keys
 
 
-def sort_by_size(source, keys, file, resolution):
-    """{(height, width): sample numbers}. Threads read headers; `file` keeps the sizes by key."""
+def sort_by_size(source, keys, folder, buckets):
+    """{(height, width): sample numbers}. Threads read headers; sizes.json keeps sizes by key."""
     sizes = {}
     with suppress(Exception):                           # missing or damaged
-        sizes = dict(json.loads(file.read_text()))
+        sizes = dict(json.loads((folder / "sizes.json").read_text()))
     unknown = [index for index, key in enumerate(keys) if key not in sizes]
     with ThreadPoolExecutor(8) as threads:
         for index, size in zip(unknown, threads.map(source.picture_size, unknown)):
             sizes[keys[index]] = size
-    write_json(file, sizes)
-    buckets = aspect_buckets(resolution)
+    write_json(folder / "sizes.json", sizes)
     groups = {bucket: [] for bucket in buckets}
     for index, key in enumerate(keys):
         groups[nearest_bucket(*sizes[key], buckets)].append(index)
@@ -124,16 +125,15 @@ def sort_by_size(source, keys, file, resolution):
 
 
 def plan_shards(groups, keys, shard_size, recipe):
-    """[{file, height, width, samples}]. The name of a shard follows from all that is in it. So it
-    never changes, and a training may go on with it when its pictures have changed."""
+    """[({file, height, width}, what `readable` wants)]. The name of a shard follows from all that
+    is in it. So it never changes, and a training goes on with it when its pictures have changed."""
     lines = []
     for (height, width), indices in groups.items():
         for start in range(0, len(indices), shard_size):
             part = indices[start : start + shard_size]
             name = hash_of([recipe, height, width, [keys[index] for index in part]])
-            samples = [(index, height, width) for index in part]
-            lines.append({"file": f"shard-{name}.safetensors", "height": height, "width": width,
-                          "samples": samples})
+            line = {"file": f"shard-{name}.safetensors", "height": height, "width": width}
+            lines.append((line, [(index, height, width) for index in part]))
     return lines
 
 
@@ -149,17 +149,16 @@ def make_shards(lines, folder, source, file, world, precision, until):
     parts = load_components(file, ("vae", "text"))
     vae, text = parts.vae.to(world.device), parts.text.to(world.device)
     wanted = []
-    for line in lines:
-        wanted += line["samples"]
+    for _, samples in lines:
+        wanted += samples
     bar = iter(tqdm(wanted, "encoding", unit="image", disable=world.rank > 0))
-    for number, line in enumerate(lines):
+    for number, (line, samples) in enumerate(lines):
         if number > 0 and time.time() > until:
             break
         known = len(source.problems)
-        samples = readable(source, islice(bar, len(line["samples"])))
-        with torch.no_grad(), autocast(world.device, precision):
-            tensors, about = encode_shard(
-                samples, line["height"], line["width"], vae, text, world.device)
+        read = readable(source, islice(bar, len(samples)))
+        tensors, about = encode_shard(
+            read, line["height"], line["width"], vae, text, world.device, precision)
         about["skipped"] = source.problems[known:]
         about["hash"] = shard_hash(tensors, about["captions"])
         save = partial(save_file, tensors, metadata={"shard": json.dumps(about)})
@@ -172,12 +171,11 @@ def write_index(index, lines, folder, source):
     """Write index.json with the shards up to the first that is missing. ValueError if over one per
     cent of the pictures cannot be used."""
     problems = set(source.problems)
-    for line in lines:
+    for line, _ in lines:
         about = read_header(folder / line["file"])
         if not about:                                   # There was no time for it.
             break
         problems.update(about["skipped"])
-        del line["samples"]
         if about["count"]:
             index["shards"].append(line | {"count": about["count"]})
     check_problems(sorted(problems), source.found)
@@ -188,7 +186,7 @@ def write_index(index, lines, folder, source):
 
 
 def encode_folder(source, folder, encoders_file, resolution, world, buckets=False, shard_size=512,
-                  precision="auto", until=math.inf, cached=False):
+                  precision="auto", until=np.inf, cached=False):
     """The EncodedFolder of a source. The processes of `world` share out the shards that are missing
     and begin none after the time `until`. cached: `folder` has a folder for each recipe. ValueError
     for a folder of another recipe, or if over one per cent of the pictures cannot be read."""
@@ -196,25 +194,25 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
     frozen = fingerprint(file, FROZEN)
     precision = pick_precision(precision, world.device)
     origin, keys = identify(source)
-    tokenizers = []                                     # Other tokens make another encoding.
-    for part in sorted((file if file.is_dir() else file.parent).glob("tokenizer*/**/*")):
-        if part.is_file():
-            tokenizers.append(hashlib.sha256(part.read_bytes()).hexdigest())
+    beside = file if file.is_dir() else file.parent     # Other tokens make another encoding.
+    tokenizers = filter(Path.is_file, sorted(beside.glob("tokenizer*/**/*")))
+    tokenizers = [part.read_bytes().hex() for part in tokenizers]
     recipe = hash_of([origin, frozen, tokenizers, resolution, buckets, shard_size, str(precision)])
     folder = Path(folder).expanduser() / (recipe if cached else "")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "index.json").is_file() and EncodedFolder(folder).index.get("recipe") != recipe:
-        raise ValueError(f"{folder} was made from another source, by other encoders or settings; "
-                         f"choose another --out")
+        raise ValueError(f"{folder} is of another source, encoders or settings; change --out")
     missing = []
     with open(folder / ".lock", "w") as lock:           # Two runs can want the same pictures.
         if world.rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)
             groups = {(resolution, resolution): range(len(source))}
             if buckets:
-                groups = sort_by_size(source, keys, folder / "sizes.json", resolution)
+                groups = sort_by_size(source, keys, folder, aspect_buckets(resolution))
             lines = plan_shards(groups, keys, shard_size, recipe)
-            missing = [line for line in lines if "hash" not in read_header(folder / line["file"])]
+            for line, samples in lines:
+                if "hash" not in read_header(folder / line["file"]):
+                    missing.append((line, samples))
         share = world.same(missing)[world.rank :: world.size]
         if share:
             make_shards(share, folder, source, file, world, precision, until)
@@ -227,7 +225,7 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
         return EncodedFolder(folder, frozen)            # before another run can write its index
 
 
-def encoded(config, world, count, until=math.inf):
+def encoded(config, world, count, until=np.inf):
     """(training, held-out) EncodedFolders of a run. They are made once, in a folder "cache" beside
     that of the run. Held out are 64 scenes of HELD_OUT_SEED, or one picture in fifty, at most 64; a
     single one is both."""
@@ -270,10 +268,9 @@ class EncodeConfig:
 def main():
     """From the command line to a folder of shards."""
     config = read_options(EncodeConfig, "Encode captioned pictures once (App. E.1).")
-    source = ImageFiles(config.data)
     world = World(config.device, "ddp")
-    folder = encode_folder(source, config.out, config.encoders, config.resolution, world,
-                           config.buckets, config.shard_size, config.precision)
+    folder = encode_folder(ImageFiles(config.data), config.out, config.encoders, config.resolution,
+                           world, config.buckets, config.shard_size, config.precision)
     world.close()
     if world.rank == 0:
         print(f"{len(folder)} pictures of {len(folder.groups)} sizes: train.py --data {config.out}")

@@ -2,7 +2,6 @@
 
 Read with   Sec. 5.2.2 for two kinds of captions; Tables 4, 5 for GenEval (Ghosh et al. 2023)
 Not here    networks; prompts, rules and controls of the score (geneval.py)
-In order    draw a scene; say it in words; recognise what a picture shows
 Shapes      pictures are uint8 (H, W, 3), masks (H, W); H and W are in pixels
 Run         python scenes.py     draws 24 scenes with their captions into out/scenes.png
 """
@@ -10,14 +9,14 @@ Run         python scenes.py     draws 24 scenes with their captions into out/sc
 import random
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 # ---- Draw ----------------------------------------------------------------------------------------
 COLORS = {"red": "#d71e28", "orange": "#fa870f", "yellow": "#ffe132", "green": "#1e963c",
@@ -52,27 +51,27 @@ HELD_OUT_SEED = 1_000_003       # scenes of this seed validate and score; traini
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its names, and its square in pixels (top left corner and diameter)."""
+    """One object: its names, its square in pixels and, once recognised, its place: (H, W) bool."""
     shape: str
     color: str
     size: str
     left: float
     top: float
     diameter: float
+    mask: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture holds. `kind` is single, pair, count or word; `wording` seeds the captions.
-    `relation` is that of the first thing to the second, or to the word."""
-    kind: str
+    """What a picture holds."""
+    kind: str                       # single, pair, count or word
     height: int
     width: int
     background: str
     things: tuple[Thing, ...]
-    relation: str = ""
+    relation: str = ""              # of the first thing to the second, or to the word
     word: str = ""
-    wording: int = 0
+    wording: int = 0                # seeds the captions
 
 
 def is_held_out(shapes, colors, relation="") -> bool:
@@ -165,10 +164,9 @@ def draw_scene(scene: Scene) -> np.ndarray:
     canvas = np.empty((scene.height, scene.width, 3), dtype=np.float32)
     canvas[:] = RGB[scene.background]
     for thing in scene.things:
+        square = canvas[thing.top :, thing.left :][: thing.diameter, : thing.diameter]
         mask = shape_mask(thing.shape, thing.diameter)[..., None]
-        rows = slice(thing.top, thing.top + thing.diameter)
-        columns = slice(thing.left, thing.left + thing.diameter)
-        canvas[rows, columns] += mask * (np.float32(RGB[thing.color]) - canvas[rows, columns])
+        square += mask * (np.float32(RGB[thing.color]) - square)
     if scene.word:
         mask = word_mask(scene.word, scene.relation, scene.height, scene.width)[..., None]
         canvas += mask * ((0 if scene.background in ("white", "gray") else 255) - canvas)
@@ -177,14 +175,8 @@ def draw_scene(scene: Scene) -> np.ndarray:
 
 # ---- Say it in words -----------------------------------------------------------------------------
 COUNTS = {2: "two", 3: "three", 4: "four"}
-
 # One choice is drawn from each row. `a` is the first thing, `b` the second or the word; `first` is
-# the left or upper one of them. Half of the captions are PLAIN, half VARIED. REWORDED prompts are
-# for testing: the words are known from training, but all openings and most orders are new.
-PLAIN = {
-    "article": "a", "case": "strip", "opening": "{}", "joint": "{a} and {b}",
-    "beside": "{a} {relation} {b}", "stacked": "{a} {relation} {b}", "word": "the word {}",
-    "background": "{} on a {color} background"}
+# the left or upper one. PLAIN has first choices only. REWORDED tests new sentences of known words.
 VARIED = {
     "article": "a|the|",
     "case": "strip|strip|capitalize|title|upper",
@@ -197,6 +189,7 @@ VARIED = {
                "{first} on top of {second}|at the top {first}, at the bottom {second}",
     "word": 'the word {}|the word "{}"|the text {}',
     "background": "{} on a {color} background|{} on {color}|{}, {color} background"}
+PLAIN = {row: choices.split("|")[0] for row, choices in VARIED.items()}
 REWORDED = VARIED | {
     "opening": "please show me {}|draw a picture of {}|show me an image of {}!|the picture of {}",
     "beside": "{first} on the left and {second} on the right|{second} on the right of {first}",
@@ -217,11 +210,8 @@ def caption(scene: Scene, said, forms, rng) -> str:
     said: what else is said of them, some of "color", "size", "relation" and "background"."""
     def choose(row):
         return pick(rng, forms[row].split("|"))
-
-    def name(word):
-        """The name, or now and then another word for it."""
+    def name(word):                                  # now and then, another word for it
         return SYNONYMS.get(word, word) if forms is not PLAIN and rng.random() < 0.3 else word
-
     phrases = []
     for thing in scene.things[: 1 if scene.kind == "count" else 2]:
         words = [name(getattr(thing, part)) for part in ("size", "color") if part in said]
@@ -263,16 +253,16 @@ def vocabulary() -> set[str]:
     texts = [*RGB, *SIZES, *RELATIONS, *WORDS, *COUNTS.values(), *SYNONYMS.values(), "an"]
     for shape in SHAPES:
         texts += [shape, plural(shape), plural(SYNONYMS.get(shape, shape))]
-    texts += [VARIED[row] for row in VARIED if row != "case"]
+    texts += (VARIED | {"case": ""}).values()
     return set(re.findall(r"\w+", re.sub(r"{\w*}", " ", " ".join(texts)).lower()))
 
 
 class Scenes:
     """An endless source of drawn scenes, cut to `size`. It has the methods of data.ImageFiles."""
-
     def __init__(self, size: int, seed: int = 0):
         self.size = self.found = size
-        self.seed, self.problems = seed, []
+        self.seed = seed
+        self.problems = []
 
     def __len__(self):
         return self.size
@@ -282,9 +272,6 @@ class Scenes:
 
     def captions(self, index: int) -> tuple[str, str]:
         return scene_captions(make_scene(self.seed, index))
-
-    def name(self, index: int) -> str:
-        return f"scene {index} of seed {self.seed}"
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(height, width) of the proportions that this scene gets, from 1:2 to 2:1."""
@@ -298,16 +285,9 @@ MIN_AREA = 0.01         # of a thing, in squares of the shorter side; the smalle
 MIN_FIT = 0.9           # correlation with the best shape; drawn things reach .97
 
 
-@dataclass(frozen=True)
-class Found(Thing):
-    """A thing in a picture, as drawn things are described, and where it is: a mask (H, W)."""
-    mask: np.ndarray
-
-
 class View:
     """What the score sees in a picture: a background, which has the middle colour of the border,
     things, and perhaps something else. Large pictures are first reduced to 128 to 255 pixels."""
-
     def __init__(self, image: np.ndarray):
         self.factor = max(1, min(image.shape[:2]) // 128)
         small = Image.fromarray(image).reduce(self.factor).convert("YCbCr")
@@ -343,7 +323,7 @@ class View:
         diameter = np.sqrt(soft.sum() / shape_mask(shape, 64).mean())
         nearest = min(SIZES, key=lambda size: abs(np.log(SIZES[size] * self.side / diameter)))
         square = np.array([center_x - diameter / 2, center_y - diameter / 2, diameter])
-        return Found(shape, nearest_color(color), nearest, *(self.factor * square).tolist(), mask)
+        return Thing(shape, nearest_color(color), nearest, *(self.factor * square).tolist(), mask)
 
     def rest(self, things) -> np.ndarray:
         """Where the picture is not background, and none of these things is near: (H, W)."""
@@ -419,11 +399,10 @@ def captioned_grid(images, captions, columns: int) -> Image.Image:
     grid = Image.new("RGB", (columns * cell, -(-len(images) // columns) * row), "white")
     for i, (image, text) in enumerate(zip(images, captions, strict=True)):
         left, top = i % columns * cell + 8, i // columns * row + 8
-        image = image.resize((factor * image.width, factor * image.height), Image.NEAREST)
+        image = ImageOps.scale(image, factor, Image.Resampling.NEAREST)
         grid.paste(image, (left, top))
         text = textwrap.fill(text, 27, max_lines=4, placeholder=" ...")
-        below = left, top + image.height + 4
-        ImageDraw.Draw(grid).multiline_text(below, text, font=font, fill="black")
+        ImageDraw.Draw(grid).multiline_text((left, top + image.height + 4), text, "black", font)
     return grid
 
 

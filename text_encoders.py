@@ -24,7 +24,6 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 
-
 # ---- The paper's combination (Sec. 4, App. B.2, B.3) ---------------------------------------------
 @dataclass(frozen=True)
 class TextConfig:
@@ -72,7 +71,7 @@ class TextEncoders(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.tokenizers = tokenizers
         self.config = config
-        self.has_noted = False
+        self.excess = []                              # tokens too many of each text so far, or 0
 
     @torch.no_grad()
     def forward(self, prompts, without=()):
@@ -101,24 +100,28 @@ class TextEncoders(nn.Module):
         return combine(clip_l, clip_g, t5, pooled_l, pooled_g)
 
     def tokenize(self, prompts, without=()):
-        """prompts -> {"clip_l": ids (B, clip_length), ..., "t5": ids (B, t5_length)}. Long captions
-        are cut. The first time, a note says how many and which is the longest."""
+        """prompts -> {"clip_l": ids (B, clip_length), ..., "t5": ids (B, t5_length)}. What is too
+        long is cut."""
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
         "".join(prompts).encode()                         # ValueError for what is not UTF-8
         ids = {}
+        excess = torch.zeros(len(prompts), dtype=torch.long)
         for name in self.encoders:
             if name in without:
                 continue
             length = self.config.t5_length if name == "t5" else self.config.clip_length
             ids[name], needed = self.tokenizers[name](prompts, length)    # (B, length), (B,)
-            num_cut = int((needed > length).sum())
-            if num_cut and not self.has_noted:
-                self.has_noted = True
-                longest = f"the longest needs {needed.max()}: {prompts[needed.argmax()][:60]!r}"
-                print(f"note: {num_cut} of {len(prompts)} captions need more than {length} tokens "
-                      f"for {name} and are cut; {longest}", file=sys.stderr)
+            excess = excess.maximum(needed - length)
+        self.excess += excess.tolist()
         return ids
+
+    def note_cut(self):
+        """Say how many of all texts so far an encoder has cut, if any, and by how much."""
+        excess = torch.tensor(self.excess)
+        if excess.sum() > 0:
+            print(f"note: {excess.count_nonzero()} of {len(excess)} texts are cut, the longest by "
+                  f"{excess.max()} tokens", file=sys.stderr)
 
 
 def attend(q, k, v, **options):
@@ -342,7 +345,9 @@ class CLIPTokenizer:
         self.vocab_size = self.end + 1                                # the end token is the last id
 
     def __call__(self, prompts, length=77):
-        rows = [encoding.ids for encoding in self.backend.encode_batch(prompts)]
+        rows = []
+        for encoding in self.backend.encode_batch(prompts):
+            rows.append(encoding.ids)
         return fit_length(rows, length, [self.start], self.end, self.padding)
 
 
@@ -412,8 +417,7 @@ def main():
     clip_l = CLIPTextEncoder(CLIPConfig(vocab_size=2048, num_layers=2))
     text = TextEncoders({"clip_l": clip_l}, {"clip_l": clip}, TextConfig())
     for name, part in zip(("context", "pooled"), text([prompt])):
-        zeros = (part == 0).float().mean()
-        print(f"{name} {tuple(part.shape)}, {zeros:.0%} of it zero")
+        print(f"{name} {tuple(part.shape)}, {(part == 0).float().mean():.0%} of it zero")
 
 
 if __name__ == "__main__":

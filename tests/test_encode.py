@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import encode
-from checkpoints import SHIPPED, find_model_file, load_components, save_networks
+from checkpoints import SHIPPED, load_components, save_networks
 from data import EncodedFolder, ImageFiles, aspect_buckets, from_tensor, nearest_bucket, to_tensor
 from encode import EncodeConfig, encode_folder, encode_shard, encoded
 from scenes import HELD_OUT_SEED, Scenes
@@ -28,9 +27,9 @@ from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 THREADS = str(torch.get_num_threads())          # The last bit depends on it, and on nothing else.
-SCENES = ("--num-scenes", "130", "--resolution", "32", "--shard-size", "64", "--device", "cpu",
-          "--precision", "fp32")
-CONFIG = {"data": "", "encoders": str(SHIPPED), "resolution": 32, "seed": 0, "precision": "fp32"}
+SMALL = ("--resolution", "32", "--shard-size", "64", "--device", "cpu", "--precision", "fp32")
+CONFIG = {"data": "", "out": "runs/one", "encoders": str(SHIPPED), "resolution": 32, "seed": 0,
+          "precision": "fp32"}
 
 
 class OneProcess:
@@ -43,9 +42,6 @@ class OneProcess:
     def gather(self, value):
         return [value]
 
-    def any(self, flag):
-        return flag
-
 
 WORLD = OneProcess()
 
@@ -56,11 +52,11 @@ def make(out, source=None, resolution=32, **options):
     return encode_folder(source or Scenes(130), out, SHIPPED, resolution, WORLD, **options)
 
 
-def run(*arguments, launcher=()):
+def start(*arguments, launcher=()):
     """encode.py as a command."""
-    environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
     command = [sys.executable, *launcher, "encode.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": THREADS},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def contents(folder):
@@ -79,21 +75,37 @@ def square(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The same scenes as pictures with metadata.jsonl."""
+    return write_pictures(tmp_path_factory.mktemp("files"), 130, [(32, 32)])
+
+
+@pytest.fixture(scope="module")
+def expected(files, tmp_path_factory):
+    """Their shards, made by one process that nothing disturbs."""
+    return make(tmp_path_factory.mktemp("expected") / "shards", ImageFiles(files)).folder
+
+
+@pytest.fixture(scope="module")
 def parts():
     return load_components(SHIPPED, ("vae", "text"))
+
+
+def write_pictures(folder, count, sizes):
+    """Scenes as pictures of these sizes by turns, with their captions in metadata.jsonl."""
+    lines = []
+    for i in range(count):
+        Image.fromarray(Scenes(count).image(i, *sizes[i % len(sizes)])).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "captions": Scenes(count).captions(i)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture
 def pictures(tmp_path):
     """Twelve pictures of three shapes in a folder with metadata.jsonl."""
-    folder, lines = tmp_path / "pictures", []
-    folder.mkdir()
-    for i in range(12):
-        height, width = [(40, 40), (40, 90), (90, 40)][i % 3]
-        Image.fromarray(Scenes(12).image(i, height, width)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "captions": Scenes(12).captions(i)}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    (tmp_path / "pictures").mkdir()
+    return write_pictures(tmp_path / "pictures", 12, [(40, 40), (40, 90), (90, 40)])
 
 
 def captions_of(file):
@@ -129,9 +141,9 @@ def encode_blank(count, side):
     """What is stored for `count` black pictures with one caption, and how they were grouped."""
     vae, image = FakeVAE(), np.zeros((side, side, 3), np.uint8)
     samples = iter([(image, ("a circle",))] * count)
-    tensors, captions = encode_shard(samples, side, side, vae, FakeText(), WORLD.device,
-                                     torch.float32)
-    return tensors, captions, vae.groups
+    tensors, about = encode_shard(samples, side, side, vae, FakeText(), WORLD.device,
+                                  torch.float32)
+    return tensors, about["captions"], vae.groups
 
 
 def test_storage_is_that_of_table_7():
@@ -236,58 +248,57 @@ def test_sizes_are_read_once_and_again_for_a_picture_that_has_changed(pictures, 
 # ---- Many processes, kills ----------------------------------------------------------------------
 
 
-def test_two_processes_write_the_shards_of_one_and_the_bar_counts_pictures(square, tmp_path):
+def test_two_processes_write_the_shards_of_one_and_the_bar_counts_pictures(
+        files, expected, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583")
-    result = run(*SCENES, "--out", tmp_path / "two", launcher=launcher)
-    assert result.returncode == 0, result.stderr
-    assert contents(tmp_path / "two") == contents(square)
-    folders = (tmp_path / "two", square)
-    ours, expected = (json.loads((f / "index.json").read_text()) for f in folders)
-    assert ours["shards"] == expected["shards"]
-    assert "/66 [" in result.stderr and "130 pictures" in result.stdout     # rank 0's: 64 + 2
+    process = start(*SMALL, "--data", files, "--out", tmp_path / "two", launcher=launcher)
+    said, noted = process.communicate()
+    assert process.returncode == 0, noted
+    assert contents(tmp_path / "two") == contents(expected)
+    assert EncodedFolder(tmp_path / "two").index == EncodedFolder(expected).index
+    assert "/66 [" in noted and "130 pictures" in said                # rank 0's: 64 + 2
 
 
-def test_after_a_kill_only_the_missing_shards_are_made(square, tmp_path):
-    """SIGKILL once the first shard is there; the second start keeps it; the bytes are equal."""
-    folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "encode.py", *SCENES, "--out", str(folder)], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": THREADS},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not contents(folder):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "index.json").exists()
+def kill_and_go_on(files, expected, folder, wait):
+    """SIGKILL after `wait`. The second start keeps the shards that are there: whole ones, which
+    the first start wrote. In the end, all bytes are those of a start that nothing disturbed."""
+    process = start(*SMALL, "--data", files, "--out", folder)
+    wait(process)
+    process.kill()
+    process.communicate()
     before = stamps(folder)
-    make(folder)
-    assert contents(folder) == contents(square)
-    assert before and before.items() <= stamps(folder).items()
+    for name in before:
+        load_file(folder / name)
+    make(folder, ImageFiles(files))
+    assert contents(folder) == contents(expected)
+    assert before.items() <= stamps(folder).items()
+    return before
+
+
+def test_after_a_kill_only_the_missing_shards_are_made(files, expected, tmp_path):
+    def wait(process):
+        while process.poll() is None and not contents(tmp_path / "killed"):
+            time.sleep(0.002)
+
+    assert kill_and_go_on(files, expected, tmp_path / "killed", wait)
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_any_instant_leave_equal_bytes(square, tmp_path):
+def test_twenty_kills_at_any_instant_leave_equal_bytes(files, expected, tmp_path):
     rng = np.random.default_rng(0)
-    for number in range(20):
-        folder = tmp_path / str(number)
-        process = subprocess.Popen([sys.executable, "encode.py", *SCENES, "--out", str(folder)],
-                                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": THREADS},
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def wait(_):
         time.sleep(rng.uniform(2, 12))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for file in folder.glob("shard-*.safetensors"):
-            load_file(file)                                           # whole, whenever it was
-        make(folder)
-        assert contents(folder) == contents(square)
-        shutil.rmtree(folder)
+
+    for number in range(20):
+        kill_and_go_on(files, expected, tmp_path / str(number), wait)
 
 
 # ---- What is made again, what is kept ------------------------------------------------------------
 
 
 def test_a_second_start_writes_nothing_and_a_replaced_picture_is_encoded_again(
-        pictures, tmp_path, capsys):
+        pictures, tmp_path):
     """The shard with the old picture stays, as a training may be reading it; nothing lists it."""
     out, picture = tmp_path / "out", pictures / "5.png"
     size = Image.open(picture).size[::-1]
@@ -304,7 +315,6 @@ def test_a_second_start_writes_nothing_and_a_replaced_picture_is_encoded_again(
     assert len(old) == 3 and len(new) == 4 and old.items() <= new.items()
     listed = {line["file"] for line in json.loads((out / "index.json").read_text())["shards"]}
     assert len(listed) == 3 and len(listed & old.keys()) == 2
-    assert capsys.readouterr().err.count("1 shards in") == 1
     after = [after.read([i], [0])["moments"] for i in (4, 5)]
     assert np.array_equal(before[0], after[0]) and not np.array_equal(before[1], after[1])
 
@@ -330,7 +340,7 @@ def test_other_tokenizers_make_another_encoding(tmp_path):
     encode_folder(Scenes(2), tmp_path / "out", model, 64, WORLD, precision="fp32")
     with open(model / "tokenizers" / "clip" / "merges.txt", "a") as file:
         file.write("zz zz\n")
-    with pytest.raises(ValueError, match="made from another source, by other encoders"):
+    with pytest.raises(ValueError, match="is of another source, encoders"):
         encode_folder(Scenes(2), tmp_path / "out", model, 64, WORLD, precision="fp32")
 
 
@@ -349,7 +359,7 @@ def test_the_command_mends_a_damaged_shard(square, tmp_path, damage):
 def test_a_folder_of_another_recipe_is_not_mixed_into(square, tmp_path, pictures):
     for options in ({"buckets": True}, {"source": ImageFiles(pictures)}, {"resolution": 48},
                     {"source": Scenes(130, seed=1)}, {"precision": "bf16"}):
-        with pytest.raises(ValueError, match="was made from another source.*choose another --out"):
+        with pytest.raises(ValueError, match="is of another source, enc.* change --out"):
             make(square, **options)
 
 
@@ -403,9 +413,8 @@ def test_scenes_are_encoded_as_needed_kept_and_extended(cache, monkeypatch):
     assert more.captions(89) == Scenes(90).captions(89)
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in before.items())
     monkeypatch.setattr(encode, "load_components", None)              # Nothing is encoded any more.
-    fewer, _ = encoded(config, WORLD, 65)
-    assert len(fewer) == 65 and scenes_made(cache) == 154
-    again = encoded(config, WORLD, 90)[0]
+    again = encoded(config, WORLD, 70)[0]
+    assert len(again) == 70
     second = again.read([69], again.caption_rows(69)[:1])
     assert all(np.array_equal(first[name], second[name]) for name in first)
     with pytest.raises(TypeError):                                    # another seed, other scenes
@@ -455,21 +464,45 @@ def test_an_encoded_folder_is_taken_as_it_is(square, cache):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"out": "x", "resolution": 40}, "multiple of 16"), ({"data": "x"}, "give --out FOLDER"),
-    ({}, "give --out FOLDER"),
-    ({"out": "x", "shard_size": 0}, "--shard-size"), ({"num_scenes": -1}, "--num-scenes"),
-    ({"out": "x", "precision": "fp8"}, "--precision")])
+    ({"resolution": 40}, "multiple of 16"), ({"data": ""}, "give --data PATH"),
+    ({"out": ""}, "--out FOLDER"), ({"shard_size": 0}, "--shard-size"),
+    ({"precision": "fp8"}, "--precision")])
 def test_options_that_cannot_work_are_refused_in_one_sentence(options, words):
     with pytest.raises(ValueError, match=words) as error:
-        EncodeConfig(**options)
+        EncodeConfig(**{"data": "x", "out": "y"} | options)
     assert "\n" not in str(error.value)
 
 
-def test_the_command_says_what_is_missing(tmp_path):
-    for arguments, words in (((), "give --out FOLDER"),
-                             (("--data", "nowhere", "--out", tmp_path / "x"), "does not exist"),
-                             (("--out", tmp_path / "x", "--device", "foo"), "--device foo")):
-        result = run(*arguments)
-        assert result.returncode == 1 and words in result.stderr
-        assert result.stderr.startswith("encode.py: ") and result.stderr.count("\n") == 1
-    assert find_model_file(SHIPPED).is_file() and not (tmp_path / "x").exists()
+def test_the_command_says_what_is_missing(files, tmp_path):
+    out = ("--out", tmp_path / "x")
+    for arguments, words in (((), "give --data PATH"),
+                             (("--data", "nowhere", *out), "does not exist"),
+                             (("--data", files, *out, "--device", "foo"), "--device foo")):
+        process = start(*arguments)
+        _, noted = process.communicate()
+        assert process.returncode == 1 and words in noted
+        assert noted.startswith("encode.py: ") and noted.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_captions_that_are_cut_are_counted_over_all_shards_and_said_once(
+        pictures, tmp_path, capsys):
+    lines = []
+    for i in range(12):
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": "red " * (1 + 10 * i)}))
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    make(tmp_path / "out", ImageFiles(pictures), shard_size=3)
+    length = load_components(SHIPPED, ("text",)).text.config.clip_length
+    too_long = [i for i in range(12) if 1 + 10 * i + 2 > length]      # CLIP's start and end
+    noted = capsys.readouterr().err
+    assert noted.count("are cut") == 1
+    assert f"note: {len(too_long)} of 12 texts are cut, the longest by {113 - length}" in noted
+    make(tmp_path / "out", ImageFiles(pictures), shard_size=3)        # nothing to encode
+    assert "are cut" not in capsys.readouterr().err
+
+
+def test_the_cache_lies_beside_the_run(cache, tmp_path):
+    """Nothing is written into the working folder if --out names another place."""
+    elsewhere = tmp_path / "disk" / "run"
+    encoded(SimpleNamespace(**CONFIG | {"out": str(elsewhere)}), WORLD, 64)
+    assert scenes_made(elsewhere.parent / "cache") == 128 and not cache.exists()

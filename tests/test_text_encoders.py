@@ -539,18 +539,18 @@ def test_one_text_is_no_list_of_texts(vocabularies):
         encoders(vocabularies)("red cat")
 
 
-def test_the_note_about_cut_captions_gives_their_number_and_the_longest_once(vocabularies, capsys):
-    """Tokens count, not characters. Later batches bring no other note."""
+def test_the_note_about_cut_captions_counts_all_of_them_and_is_one_line(vocabularies, capsys):
+    """Tokens count, not characters."""
     text = encoders(vocabularies, ("clip_l", "clip_g"))
     text.tokenize(["red" + " " * 5000 + "cat", "red " * 75])                  # 4 tokens and 77
+    text.note_cut()
     assert capsys.readouterr().err == ""
     text.tokenize(["red cat", "red " * 76, "cat " + "red " * 80])             # 304 characters: 78
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "2 of 3 captions need more than 77 tokens for clip_l" in said
-    assert "the longest needs 83: 'cat red" in said
     text.tokenize(["red " * 90])
     assert capsys.readouterr().err == ""
+    text.note_cut()
+    assert capsys.readouterr().err == (
+        "note: 3 of 6 texts are cut, the longest by 15 tokens\n")                # 92 of 77
 
 
 def test_the_demonstration_shows_tokens_and_the_papers_shapes(capsys, monkeypatch):
