@@ -168,15 +168,21 @@ class Options:
 
 
 def load_model(checkpoint, options):
-    """The Pipeline, whose defaults have the size that is asked for. ValueError for settings that
+    """(Pipeline or None, the options with the size of the pictures). ValueError for settings that
     the model cannot draw with."""
-    pipeline = sample.load(checkpoint, options.device)
+    pipeline = None
+    defaults = {"height": 64, "width": 64}
+    if checkpoint is not None:
+        pipeline = sample.load(checkpoint, options.device)
+        defaults = pipeline.defaults
     for name in ("height", "width"):
         if getattr(options, name):
-            pipeline.defaults[name] = getattr(options, name)
-    for settings in options.grid():
-        sample.latent_shape(pipeline, sample.Settings(**pipeline.defaults | settings))
-    return pipeline
+            defaults[name] = getattr(options, name)
+    for chosen in options.grid():
+        settings = sample.Settings(**defaults | chosen)
+        if pipeline:
+            sample.latent_shape(pipeline, settings)
+    return pipeline, replace(options, height=defaults["height"], width=defaults["width"])
 
 
 def check_out(options):
@@ -207,10 +213,10 @@ def note(record, line):
     print(line, flush=True)
 
 
-def geneval_rows(pipeline, options, size):
+def geneval_rows(pipeline, options):
     """Yields (name, success rates) of all controls and of the model with each of the settings. A
     single one is asked for all splits."""
-    cases = geneval_cases(options.num_prompts, options.seed, *size)
+    cases = geneval_cases(options.num_prompts, options.seed, options.height, options.width)
     for name, images, asked in controls(cases, pipeline):
         yield name, success_rates(asked, images)
     if pipeline is None:
@@ -228,7 +234,7 @@ def geneval_rows(pipeline, options, size):
             yield f"model, {split}", rates
 
 
-def sources(pipeline, options, size):
+def sources(pipeline, options):
     """(unseen pictures, their captions, PictureMeasures of them, pictures of the training): scenes,
     or those of --data."""
     folder = pipeline.parts.file.parent
@@ -251,7 +257,7 @@ def sources(pipeline, options, size):
     pictures = []
     captions = []
     for index in range(min(options.num_pictures, len(unseen))):
-        pictures.append(unseen.image(index, *size))
+        pictures.append(unseen.image(index, options.height, options.width))
         captions.append(unseen.captions(index)[-1])
     measure = PictureMeasures(pictures, captions, pipeline.text, tower, pipeline.device)
     return pictures, captions, measure, training
@@ -277,13 +283,13 @@ def measure_model(pipeline, options, record, pictures, captions, measure):
     return first
 
 
-def measure_all(pipeline, options, size, record):
+def measure_all(pipeline, options, record):
     """All of it: GenEval with its controls, losses, measures, the report."""
     if pipeline:
-        pictures, captions, measure, training = sources(pipeline, options, size)
+        pictures, captions, measure, training = sources(pipeline, options)
     if not options.data:
         print(f"{options.num_prompts} prompts a task, strict scores with 95 % intervals")
-        for name, rates in geneval_rows(pipeline, options, size):
+        for name, rates in geneval_rows(pipeline, options):
             record["rows"][name] = rates
             note(record, f"{name:32} {format_scores(rates)}")
     if pipeline is None:
@@ -310,21 +316,15 @@ def main():
         if not arguments.checkpoint or len(options.grid()) > 1 or options.out.endswith(".json"):
             raise ValueError("--prompts takes a model, one value of each setting, and --out FOLDER")
     check_out(options)
-    pipeline = None
-    size = (options.height or 64, options.width or 64)
-    if arguments.checkpoint is not None:
-        pipeline = load_model(arguments.checkpoint, options)
-        size = (pipeline.defaults["height"], pipeline.defaults["width"])
-    sample.Settings(height=size[0], width=size[1])           # ValueError for less than 16 px
+    pipeline, options = load_model(arguments.checkpoint, options)
     about = {"command": shlex.join(["python", *sys.argv]), "checkpoint": arguments.checkpoint}
-    record = about | asdict(options) | {"height": size[0], "width": size[1]}
-    record |= {"rows": {}, "measures": [], "printed": []}
+    record = about | asdict(options) | {"rows": {}, "measures": [], "printed": []}
     try:
         if options.prompts:
             draw_prompts(pipeline, prompts, options.out, options.per_prompt, options.seed,
                          **options.grid()[0])
         else:
-            measure_all(pipeline, options, size, record)
+            measure_all(pipeline, options, record)
     except KeyboardInterrupt:
         if options.prompts or record["printed"]:
             raise KeyboardInterrupt(f"{options.out} holds what was done until then") from None

@@ -166,8 +166,8 @@ def test_a_run_is_compared_with_the_scenes_of_its_own_training(tmp_path, capsys)
     for data in ("", "some/photos"):
         config = {"train": {"seed": 5, "data": data}, "encoders": encoders}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        options = evaluate.Options(num_pictures=8)
-        pictures, captions, measure, training = evaluate.sources(pipeline, options, (32, 32))
+        options = evaluate.Options(num_pictures=8, height=32, width=32)
+        pictures, captions, measure, training = evaluate.sources(pipeline, options)
         assert training.seed == 5 and len(pictures) == len(measure.real) == 8
         unseen = Scenes(8, HELD_OUT_SEED)
         assert captions == [unseen.captions(i)[1] for i in range(8)]
@@ -176,7 +176,7 @@ def test_a_run_is_compared_with_the_scenes_of_its_own_training(tmp_path, capsys)
     for wrong in ({"seed": "5"}, {}, None):
         (tmp_path / "config.json").write_text(json.dumps({"train": wrong, "encoders": encoders}))
         with pytest.raises(ValueError, match="config.json: (seed|train)"):
-            evaluate.sources(pipeline, options, (32, 32))
+            evaluate.sources(pipeline, options)
 
 
 def run(*options, cwd):
