@@ -1,7 +1,8 @@
 """sample.py: from a prompt to a picture (SD3, arXiv:2403.03206v1, Eq. 1 from noise to data).
 
 Read with   Eq. 1; App. B.3 for Euler's method; Sec. 5.3.2 for the shift; Sec. 5.3.3 for `without`
-Not here    the formulae of a step (flow.py), the networks, their files (checkpoints.py)
+Not here    the formulae of a step (flow.py), networks and their files (checkpoints.py), the
+            settings and what a PNG says of itself (recipe.py)
 Shapes      B batch   C latent channels   H W latent height, width   L text tokens   P pooled_dim
 Run         python sample.py --prompt "a red circle left of a blue square"
             python sample.py --from-png out/PICTURE.png     draws the picture again, bit for bit
@@ -9,45 +10,25 @@ Run         python sample.py --prompt "a red circle left of a blue square"
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import flow
 from checkpoints import SHIPPED, Components, fingerprint, load_components
 from data import from_tensor, read_image, read_lines, resize_and_crop, to_tensor
-from devices import PRECISIONS, autocast, command, pick_device, pick_precision
-from options import add_options, check_options, given_options, option, write_atomically
+from devices import autocast, command, pick_device, pick_precision
+from options import add_options
+from recipe import Options, Recipe, Settings, read_record, save_png
 from scenes import captioned_grid
-from text_encoders import ENCODERS
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How noise and a prompt become a picture. The defaults are those of the released SD3."""
-    num_steps: int = option(28, "steps of the solver", 1, 1000)
-    guidance_scale: float = option(5.0, "classifier-free guidance; 1: off", 0, 100)
-    timestep_shift: float = option(3.0, "alpha of Eq. 23; 1: no shift", 0.01, 100)
-    schedule: str = option("released", "times of the steps", choices=tuple(flow.SCHEDULES))
-    solver: str = option("euler", "the paper has euler", choices=tuple(flow.SOLVERS))
-    unconditional: str = option("empty", "what no text is (App. B.3)", choices=("zeros", "empty"))
-    negative_prompt: str = option("", "guidance leads away from this text")
-    without: tuple[str, ...] = option((), "encoders to leave out", choices=ENCODERS)
-    height: int = option(1024, "height of the picture in px", 16, 16384)
-    width: int = option(1024, "width of the picture in px", 16, 16384)
-    strength: float = option(0.6, "with --image: 0 keeps it, 1 keeps nothing", 0, 1)
-    skip_layers: tuple[int, ...] = option((), "blocks for skip-layer guidance; none: off", 0)
-
-    __post_init__ = check_options
 
 
 @dataclass
@@ -100,14 +81,11 @@ def encode(pipeline, prompts, settings):
 def guided_velocity(mmdit, context, pooled, guidance_scale, skip_layers, z, t):
     """The velocity at z (B, C, H, W) and t (B,). context, pooled: from `encode`."""
     B = len(z)
-    if guidance_scale == 1:
-        v_cond = mmdit(z, t, context, pooled).float()
-        v = v_cond
-    else:
-        z_twice = torch.cat([z, z])
-        both = mmdit(z_twice, t.repeat(2), context, pooled).float()   # (2B, C, H, W)
-        v_cond, v_uncond = both.chunk(2)                              # (B, C, H, W) each
-        v = flow.guide(v_cond, v_uncond, guidance_scale)
+    rows = len(context) // B                                          # 2 with guidance, 1 without
+    found = mmdit(z.repeat(rows, 1, 1, 1), t.repeat(rows), context, pooled).float()
+    v_cond = found[:B]                                                # (B, C, H, W)
+    v_uncond = found[-B:]                                             # the same without guidance
+    v = flow.guide(v_cond, v_uncond, guidance_scale)
     if skip_layers:
         skipped = mmdit(z, t, context[:B], pooled[:B], skip_layers=skip_layers).float()
         v = flow.guide_skip_layers(v, v_cond, skipped, 2.5)
@@ -126,7 +104,7 @@ def sample_latents(mmdit, context, pooled, noise, settings, latent=None, repaint
     first = 0
     z = noise
     if latent is not None:
-        first = int(N * (1 - settings.strength) + 1e-6)               # of 10 at .9 it leaves out 1
+        first = settings.first_step
         z = flow.interpolate(latent, noise, times[first : first + 1])
     before = None
     lengths = noise.new_zeros(len(noise))
@@ -223,75 +201,33 @@ def generate(pipeline, prompts, seed=0, batch_size=8, image=None, mask=None, **s
 
 
 # --- The command line -----------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Recipe(Settings):
-    """What a PNG says of itself: numbers and texts, but no file and no device."""
-    prompt: tuple[str, ...] = option((), "one or more texts, each in quotes")
-    seed: int = option(0, "seed of the first picture", 0, 2**63 - 1)
-    precision: str = option("auto", "of matrix products", choices=("auto", *PRECISIONS))
-    t5_length: int = option(0, "tokens of T5; 0: the model's own", 0, 2048)
-    grid: bool = option(False, "one more PNG with all pictures and their prompts, enlarged")
-    enlarge: int = option(1, "px that each px of a picture becomes", 1, 32)
-    made_from: str = option("", "hash of model, --image and --mask; others are refused")
-
-
-@dataclass(frozen=True)
-class Options(Recipe):
-    """What the command line takes."""
-    image: str = option("", "a picture to begin from")
-    mask: str = option("", "a picture, white where --image is painted anew")
-    prompts_file: str = option("", "a text file with one prompt a line")
-    from_png: str = option("", "a PNG made here: draw it again (give its --image and --mask)")
-    checkpoint: str = option(str(SHIPPED), "run or model folder, .safetensors file, or hub name")
-    tokenizers: str = option("", "folder with clip/ and t5/, if not beside the checkpoint")
-    text_encoders: tuple[str, ...] = option((), "files of text encoders, if not in the checkpoint")
-    vae: str = option("", "file of the VAE, if not in the checkpoint")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    out: str = option("out", "a folder; or, for one picture, NAME.png")
-
-
-def save_png(picture, file, record):
-    """Writes a PNG that carries how it was made as JSON."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("rectified-flow", json.dumps(record))
-    write_atomically(file, partial(picture.save, format="PNG", pnginfo=info))
-    print(file)
-
-
-def read_record(file):
-    """{field of Recipe: value} of a PNG. A stranger's PNG may say anything: it gives nothing but
-    numbers and texts within their bounds, or it is refused."""
-    try:
-        if not Path(file).is_file():
-            raise ValueError("no such file")
-        with Image.open(file, formats=["PNG"]) as picture:
-            record = json.loads(picture.info["rectified-flow"])
-        Recipe(**record)
-        return record
-    except Exception as problem:        # whatever a decoder raises
-        raise ValueError(f"--from-png {file}: not a PNG that sample.py wrote ({problem})") from None
-
-
-def notes(pipeline, options):
-    """Sentences about what this model cannot know. The words of a released model are unknown."""
-    found, known = [], pipeline.parts.words
-    words = set(re.findall(r"\w+", " ".join(options.prompt).lower())).difference(known)
-    if known and words:
-        found.append(f"the model does not know: {', '.join(sorted(words)[:20])}. It knows: "
-                     f"{', '.join(known)}")
-    seen = f"{pipeline.defaults['height']}x{pipeline.defaults['width']}"
-    if known and seen != f"{options.height}x{options.width}":
-        found.append(f"the model has only seen pictures of {seen} px")
-    if "t5" in pipeline.parts.missing:
-        found.append("the model's T5 is missing; it draws without (Sec. 5.3.3)")
-    return found
+def output_files(options):
+    """A file for each prompt. What could not be written after the work is an error before it."""
+    out = Path(options.out)
+    extension = out.suffix.lower()
+    files = []
+    for i, prompt in enumerate(options.prompt):
+        name = re.sub(r"\W+", "-", prompt)[:40].strip("-") or "picture"
+        files.append(out / f"{name}-{options.seed + i}.png")
+    if extension == ".png" and len(files) == 1 and not options.grid:
+        files = [out]
+    elif extension in Image.registered_extensions():
+        raise ValueError(f"--out {out}: give a folder; or, for one picture, NAME.png")
+    folder = files[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written; give another")
+    for file in files:
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise ValueError(f"{file} is a link or no regular file; give another --out")
+    return files
 
 
 def main():
     """From a prompt to a picture. The checkpoint's own defaults go before those below."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
     add_options(parser, Options)
-    given = given_options(parser.parse_args(), Options)
+    given = vars(parser.parse_args())
     if "prompts_file" in given:
         lines = filter(str.strip, read_lines(given["prompts_file"]))
         given["prompt"] = [*given.get("prompt", []), *lines]
@@ -300,17 +236,8 @@ def main():
     options = Options(**given)
     if not options.prompt:
         raise ValueError('nothing says what to draw, with --image or not; give --prompt "a heart"')
-    out = Path(options.out)
-    is_png = out.suffix.lower() == ".png" and len(options.prompt) == 1 and not options.grid
-    if not is_png and out.suffix.lower() in Image.registered_extensions():
-        raise ValueError(f"--out {out}: give a folder; or, for one picture, NAME.png")
-    folder = out.parent if is_png else out
-    folder.mkdir(parents=True, exist_ok=True)
-    usable = os.access(folder, os.W_OK) and len(os.fsencode(out.name)) <= 200
-    if is_png and os.path.lexists(out):                               # write_atomically replaces
-        usable = usable and out.is_file() and not out.is_symlink()    # regular files only.
-    if not usable:
-        raise ValueError(f"--out {out.name[:80]} cannot be written; give another or shorter name")
+    files = output_files(options)
+    note = partial(print, "note:", file=sys.stderr)
 
     read = partial(load, options.checkpoint, options.device, options.precision, options.t5_length,
                    tokenizers=options.tokenizers, text_encoders=options.text_encoders,
@@ -320,29 +247,41 @@ def main():
     sources = hashlib.sha256(fingerprint(pipeline.parts.file).encode())
     for file in filter(None, (options.image, options.mask)):
         sources.update(read_image(file).tobytes())
-    record = given_options(options, Recipe) | {"made_from": sources.hexdigest()}
+    record = {}
+    for item in fields(Recipe):
+        record[item.name] = getattr(options, item.name)
+    record["made_from"] = sources.hexdigest()
     if options.made_from not in ("", record["made_from"]):
         raise ValueError(f"{options.from_png} was made with another model, --image or --mask; "
                          f'give its own, or --made-from ""')
-    for note in notes(pipeline, options):
-        print(f"note: {note}", file=sys.stderr)
+    known = pipeline.parts.words                                      # () of a released model
+    words = set(re.findall(r"\w+", " ".join(options.prompt).lower())).difference(known)
+    seen = f"{pipeline.defaults['height']}x{pipeline.defaults['width']}"
+    if known and words:
+        note(f"the model does not know: {', '.join(sorted(words)[:20])}. It knows: "
+             f"{', '.join(known)}")
+    if known and seen != f"{options.height}x{options.width}":
+        note(f"the model has only seen pictures of {seen} px")
+    if "t5" in pipeline.parts.missing:
+        note("the model's T5 is missing; it draws without (Sec. 5.3.3)")
     texts = []
     for prompt in options.prompt:
         texts.append(encode(pipeline, [prompt], options))
+    pipeline.text.note_cut()
     del pipeline                                                      # It frees the text encoders.
     pipeline = read(networks=("mmdit", "vae"))
-    bar = tqdm(total=options.num_steps * len(texts), desc="sampling")
+
+    first = options.first_step if options.image else 0
+    bar = tqdm(total=(options.num_steps - first) * len(texts), desc="sampling")
     pictures = []
     for i, prompt in enumerate(options.prompt):
         seed = options.seed + i
         pictures += draw(pipeline, *texts[i], [seed], options, options.image, options.mask, bar)
-        name = re.sub(r"\W+", "-", prompt)[:40].strip("-") or "picture"
-        file = out if is_png else out / f"{name}-{seed}.png"
         picture = ImageOps.scale(pictures[i], options.enlarge, Image.NEAREST)
-        save_png(picture, file, record | {"prompt": [prompt], "seed": seed, "grid": False})
+        save_png(picture, files[i], record | {"prompt": [prompt], "seed": seed, "grid": False})
     if options.grid:
         grid = captioned_grid(pictures, options.prompt, min(4, len(pictures)))
-        save_png(grid, out / "grid.png", record)
+        save_png(grid, files[0].with_name("grid.png"), record)
 
 
 if __name__ == "__main__":

@@ -498,7 +498,7 @@ def test_file_names_are_short_in_bytes(tmp_path, monkeypatch, prompt, name):
 
 @pytest.mark.parametrize("out, words", [
     ("x.jpg", "give a folder"), ("x.webp", "give a folder"), ("several.png", "give a folder"),
-    ("x" * 300 + ".png", "shorter name"), ("\u732b" * 90 + ".png", "shorter name"),
+    ("x" * 300 + ".png", "name too long"), ("\u732b" * 90 + ".png", "name too long"),
     ("folder.png", "give another"), ("link.png", "give another"), ("pipe.png", "give another")])
 def test_out_is_checked_before_the_work(tmp_path, monkeypatch, out, words):
     monkeypatch.setattr(sample, "load", None)
@@ -506,7 +506,7 @@ def test_out_is_checked_before_the_work(tmp_path, monkeypatch, out, words):
     (tmp_path / "link.png").symlink_to("elsewhere.png")
     os.mkfifo(tmp_path / "pipe.png")
     prompts = ("a heart", "a star") if out == "several.png" else ("a heart",)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, OSError), match=words):
         run_main(monkeypatch, "--prompt", *prompts, "--out", tmp_path / out)
 
 
@@ -538,6 +538,13 @@ def test_one_bar_counts_the_steps_of_all_pictures(tmp_path, monkeypatch, capsys)
     run_main(monkeypatch, "--prompt", "a heart", "a star", "--num-steps", 2, "--out", tmp_path)
     shown = capsys.readouterr().err
     assert "4/4" in shown and "2/2" not in shown
+
+
+def test_from_an_image_the_bar_counts_the_steps_taken(tmp_path, photo, monkeypatch, capsys):
+    """At strength .6 of five steps, the first two are left out."""
+    run_main(monkeypatch, "--prompt", "a heart", "a star", "--num-steps", 5, "--strength", 0.6,
+             "--image", photo, "--out", tmp_path)
+    assert "100%" in (shown := capsys.readouterr().err) and "6/6" in shown
 
 
 def test_a_picture_is_enlarged_by_a_whole_factor(tmp_path, monkeypatch):
