@@ -100,7 +100,10 @@ def open_weights(file):
         for part, rules in STORED.items():
             for name, value in config.get(part, {}).items():
                 check_value(f"its {name}", value, *rules[name], 1e6)
-        return {key: opened.get_tensor(key) for key in opened.keys()}, config
+        tensors = {}
+        for key in opened.keys():
+            tensors[key] = opened.get_tensor(key)
+        return tensors, config
     except Exception as problem:           # A stranger's header can be wrong in every way.
         reason = importlib.import_module("convert").describe_unreadable(Path(file), problem)
         raise ValueError(reason) from None
@@ -264,7 +267,8 @@ def run_encoders(folder):
     its fingerprint proves; None for a folder that is no run."""
     named = {}
     if (folder / "config.json").is_file():
-        named = read_json(folder / "config.json", {"encoders": dict | None}).get("encoders") or {}
+        named = read_json(folder / "config.json").get("encoders", {})
+    check_value(f"{folder}/config.json: encoders", named, dict)
     if not {"path", "fingerprint"} <= named.keys():    # somebody else's config.json
         return None
     file = find_model_file(str(named["path"]), hub=False)

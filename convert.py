@@ -129,8 +129,7 @@ def find_foreign(path, hub=True):
     if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
         return path
     if path.is_dir():
-        raise ValueError(f"{path} has no model.safetensors; a run gets one when it is first saved, "
-                         f"and for a part of a diffusers folder, give the folder above it")
+        raise ValueError(f"{path} has no model.safetensors yet, and is no whole diffusers folder")
     owned = re.fullmatch(r"(?!(runs|out|pretrained)/)[\w-][\w.-]*/[\w.-]+", str(path))
     if hub and owned and not path.parent.is_dir() and path.suffix != ".safetensors":
         return from_hub(str(path))
@@ -268,9 +267,10 @@ def open_part(model, name, folder):
 
 def read_config(model, part, file):
     """Take the VAE's numbers and the shift; refuse what a JSON file says and we do not do."""
-    told = read_json(file, {"hidden_size": int | None})
+    told = read_json(file)
     expected = dict(EXPECTED[part])
     if "hidden_size" in told:                          # CLIP: the heads have 64 channels.
+        check_value(f"{file}: hidden_size", told["hidden_size"], int)
         expected["num_attention_heads"] = told["hidden_size"] // 64
     for key, value in expected.items():
         if told.get(key) not in (None, value):

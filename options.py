@@ -2,7 +2,8 @@
 
 Options     A frozen dataclass names the options of a command, each with its help and its range. It
             becomes the command line, and it checks itself however it is made.
-Files       JSON is read with its types; every file is written whole or not at all.
+Files       Texts are UTF-8, JSON is read with its types, and every file is written whole or not at
+            all.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import field, fields
 from pathlib import Path
 
+MAX_TEXT = 2**20                       # characters of a line, bytes of a caption file
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
          dict: "an object"}
 
@@ -89,8 +91,23 @@ def read_options(kind, description, arguments=None, **presets):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
+def read_lines(path, errors="strict"):
+    """The lines of a UTF-8 file, split at newlines only. "surrogateescape" keeps wrong bytes."""
+    path = Path(path).expanduser()
+    lines = []
+    try:
+        with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
+            while line := file.readline(MAX_TEXT):
+                if len(line) == MAX_TEXT:
+                    raise ValueError(f"{path} line {len(lines) + 1} has over {MAX_TEXT} characters")
+                lines.append(line.rstrip("\r\n"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8; save it again as UTF-8") from None
+    return lines
+
+
 def read_json(file, kinds=None):
-    """The object in a JSON file. kinds: {name: type} is checked; a `type | None` may be absent."""
+    """The object in a JSON file. kinds: {name: type} of what it must hold."""
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
@@ -98,8 +115,7 @@ def read_json(file, kinds=None):
     except (OSError, ValueError, RecursionError) as problem:
         raise ValueError(f"{file} cannot be read as JSON ({problem}); fetch it anew") from None
     for name, kind in (kinds or {}).items():
-        if not isinstance(value.get(name), kind):
-            raise ValueError(f"{file}: {name} is {value.get(name)!r:.80}, but no {kind}")
+        check_value(f"{file}: {name}", value.get(name), kind)
     return value
 
 

@@ -120,7 +120,7 @@ def test_parts_that_are_missing_or_pickled_are_named(folder):
         file.unlink()
     with pytest.raises(ValueError, match="transformer holds no .safetensors"):
         open_model(folder)
-    with pytest.raises(ValueError, match="transformer has no model.safe.*give the folder above"):
+    with pytest.raises(ValueError, match="transformer has no model.safe.* no whole diffusers"):
         open_model(folder / "transformer")
 
 
