@@ -217,7 +217,9 @@ def infer_config(name, tensors, stored):
 def portable(file):
     """A path for a record: relative where it is inside this project, absolute elsewhere."""
     file = Path(file).resolve()
-    return file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
+    if file.is_relative_to(ROOT):
+        return file.relative_to(ROOT).as_posix()
+    return str(file)
 
 
 def find_model_file(path, hub=True):
@@ -330,9 +332,11 @@ def released_sampling(model, path):
     depth = count_layers(names, "joint_blocks.")
     if depth == 24 and count_layers(names, "joint_blocks.", ".x_block.attn2."):      # medium
         return {"num_steps": 50, "guidance_scale": 4.0, "skip_layers": (7, 8, 9)}
-    if depth == 38 and "turbo" in Path(path).name.lower():
+    if depth != 38:                                                                  # not large
+        return {}
+    if "turbo" in Path(path).name.lower():
         return {"num_steps": 4, "guidance_scale": 1.0}
-    return {"guidance_scale": 3.5} if depth == 38 else {}                            # large
+    return {"guidance_scale": 3.5}
 
 
 def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.float32,
