@@ -25,16 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ContainerIO, Image, ImageOps
 from safetensors import safe_open
 
+from options import MAX_TEXT, read_lines
 from text_encoders import combine, drop_encoders
 from vae import normalize, sample_code
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # No other decoder sees a foreign file.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**30                                        # of a picture
-MAX_TEXT = 2**20                                         # of a line, and of a caption file
 MEND = "delete it and run the same command again"        # what helps against a damaged file
 warnings.filterwarnings("ignore", module=r"PIL\.")       # of large pictures and odd EXIF blocks
 
@@ -49,13 +49,16 @@ class Part:
     size: int = MAX_BYTES
     captions: tuple[str, ...] = ()
 
-    def read(self, at_most=MAX_BYTES):
-        """The first bytes. Every call opens the file, so threads do not share a position."""
+    def open(self):
+        """The part as a file of its own, so that threads do not share a position."""
         if self.path.exists() and not self.path.is_file():
             raise ValueError("it is a folder, a pipe or a device")
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(min(self.size, at_most))
+        return ContainerIO.ContainerIO(open(self.path, "rb"), self.offset, self.size)
+
+    def read(self, at_most=MAX_BYTES):
+        """The first bytes."""
+        with self.open() as file:
+            return file.read(at_most)
 
 
 def read_image(source, background="white"):
@@ -120,21 +123,6 @@ def nearest_bucket(height, width, buckets):
 
 # ---- Captioned pictures, in files of any layout: nothing is unpacked or written ------------------
 
-def read_lines(path, errors="strict"):
-    """The lines of a UTF-8 file, split at newlines only. "surrogateescape" keeps wrong bytes."""
-    path = Path(path).expanduser()
-    lines = []
-    try:
-        with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
-            while line := file.readline(MAX_TEXT):
-                if len(line) == MAX_TEXT:
-                    raise ValueError(f"{path} line {len(lines) + 1} has over {MAX_TEXT} characters")
-                lines.append(line.rstrip("\r\n"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8; save it again as UTF-8") from None
-    return lines
-
-
 def clean_captions(found):
     """Captions without blank ones, white space collapsed. found: a text, a list, a JSON object."""
     if isinstance(found, dict):
@@ -153,14 +141,11 @@ def clean_captions(found):
 class ImageFiles:
     """Captioned pictures in a folder, in tar files or named by a .jsonl file. `problems` says what
     cannot be used, `found` counts all samples. scenes.Scenes has the same methods."""
-
     def __init__(self, path):
         self.path = Path(path).expanduser()
         self.records, self.problems = [], []
         files = {}                                      # {name: Part}
-        table = self.path / "metadata.jsonl"
-        if self.path.suffix == ".jsonl":
-            table = self.path
+        table = self.path if self.path.suffix == ".jsonl" else self.path / "metadata.jsonl"
         if table.is_file() and not any(map(Path.is_file, self.path.glob("*.tar"))):
             self.read_table(table)
         elif self.path.is_file():
@@ -265,16 +250,13 @@ class ImageFiles:
 
     def picture_size(self, index):
         """(height, width) of the upright picture, from its header; (1, 1) if that is broken. An
-        orientation that stands elsewhere is not seen here, so such a picture loses more in a crop.
-        """
-        for at_most in (2**16, MAX_BYTES):              # Pillow wants to see the whole of a WebP.
-            with suppress(Exception):
-                content = self.records[index].read(at_most)
-                image = Image.open(io.BytesIO(content), formats=FORMATS)
-                exif = image.getexif() if "exif" in image.info else {}
-                if exif.get(0x0112) in (5, 6, 7, 8):    # It is stored lying on its side.
-                    return image.size
-                return image.height, image.width
+        orientation that stands elsewhere is not seen: such a picture loses more in a crop."""
+        with suppress(Exception), self.records[index].open() as file:
+            image = Image.open(file, formats=FORMATS)
+            exif = image.getexif() if "exif" in image.info else {}
+            if exif.get(0x0112) in (5, 6, 7, 8):        # It is stored lying on its side.
+                return image.size
+            return image.height, image.width
         return 1, 1
 
 
@@ -316,13 +298,11 @@ def shard_hash(tensors, captions):
 class EncodedFolder:
     """The shards of a folder that encode.py made with these `encoders`, a fingerprint ("": any).
     `groups` has the sample numbers of each picture size. ValueError names damage and its mend."""
-
     def __init__(self, folder, encoders=""):
-        self.folder = Path(folder).expanduser()
-        self.opened = {}
-        self.starts = []                                # the first sample number of each shard
-        file = self.folder / "index.json"
-        count = 0
+        self.files = []
+        self.ends = [0]                                 # where the samples of each shard end
+        self.opened = {}                                # {number of a shard: its tensors}
+        file = Path(folder).expanduser() / "index.json"
         groups = {}
         try:
             self.index = json.loads(file.read_text())
@@ -330,12 +310,10 @@ class EncodedFolder:
             made_with = self.index["encoders"]
             others = encoders not in ("", made_with["fingerprint"])
             for line in self.index["shards"]:
-                if not isinstance(line["file"], str):
-                    raise ValueError("a shard has no name")
-                self.starts.append(count)
-                numbers = np.arange(count, count + line["count"])
-                groups.setdefault((line["height"], line["width"]), []).append(numbers)
-                count += line["count"]
+                self.files.append(file.parent / line["file"])
+                self.ends.append(self.ends[-1] + line["count"])
+                group = groups.setdefault((line["height"], line["width"]), [])
+                group.append(np.arange(*self.ends[-2:]))
             self.longest_side = max(max(size) for size in groups)
         except Exception as problem:
             raise ValueError(f"{file} is missing or damaged ({problem}); {MEND}") from None
@@ -348,22 +326,21 @@ class EncodedFolder:
 
     def find(self, index):
         """The tensors of a sample's shard (encode.encode_shard), and the sample's place in them."""
-        number = bisect(self.starts, index) - 1
+        number = bisect(self.ends, index) - 1
         if number not in self.opened:
-            self.opened[number] = self.open(self.index["shards"][number])
-        return self.opened[number], index - self.starts[number]
+            self.opened[number] = self.open(self.files[number], np.diff(self.ends)[number])
+        return self.opened[number], index - self.ends[number]
 
-    def open(self, line):
+    def open(self, file, count):
         """Views of a mapped shard, once its bytes are known to be those that were written."""
-        file = self.folder / str(line["file"])
         try:
             with safe_open(file, "pt") as opened:
                 shard = {name: opened.get_tensor(name) for name in opened.keys()}
                 about = json.loads(opened.metadata()["shard"])
             if shard_hash(shard, about["captions"]) != about["hash"]:
                 raise ValueError("its bytes are not those that were written")
-            if len(shard["moments"]) != line["count"]:
-                raise ValueError(f"index.json counts {line['count']} pictures in it")
+            if len(shard["moments"]) != count:
+                raise ValueError(f"index.json counts {count} pictures in it")
         except Exception as problem:
             raise ValueError(f"{file} is damaged ({problem}); {MEND}") from None
         shard["captions"] = about["captions"]
@@ -422,7 +399,6 @@ class Batch:
 class Batches:
     """batches(step) is this process's share of a batch. Every draw is keyed by (seed, step, index
     in the whole batch), so there is no state. config: train.TrainConfig. world: devices.World."""
-
     def __init__(self, folder, vae_config, text_config, config, world):
         self.folder, self.config, self.world = folder, config, world
         self.vae_config, self.text_config = vae_config, text_config
@@ -438,8 +414,7 @@ class Batches:
             batches = []
             for group in self.folder.groups:
                 count = max(1, len(group) // self.config.batch_size)
-                order = rng.permutation(group)
-                batches += list(np.resize(order, (count, self.config.batch_size)))
+                batches.extend(np.resize(rng.permutation(group), (count, self.config.batch_size)))
             order = rng.permutation(len(batches))
             self.epochs = {number: [batches[i] for i in order]}
         return self.epochs[number]
@@ -455,38 +430,34 @@ class Batches:
         """The batch of a step. Beside a GPU a thread makes the next one meanwhile."""
         if self.thread is None:
             return self.make(step)
-        waiting = self.ahead.pop(step, None) or self.thread.submit(self.make, step)
-        batch = waiting.result()
+        batch = self.ahead.pop(step, None) or self.thread.submit(self.make, step)
         self.ahead = {step + 1: self.thread.submit(self.make, step + 1)}
-        return batch
+        return batch.result()
 
     def make(self, step):
         """The Batch of a step: samples, one caption each, noise, dropped encoders."""
-        config = self.config
         indices = self.indices(step)
+        shard, _ = self.folder.find(indices[0])
+        shape = shard["moments"].shape[1:]                            # (2C, H, W)
         draws, rows, noise = [], [], []
         for number, index in enumerate(indices, self.world.rank * len(indices)):
-            rng = np.random.default_rng((config.seed, 2, step, number))
+            rng = np.random.default_rng((self.config.seed, 2, step, number))
             draw = rng.random(5)                                      # t, caption, three encoders
             draws.append(draw)
             captions = self.folder.caption_rows(index)
-            rows.append(pick_caption(captions, draw[1], config.full_captions))
-            shard, _ = self.folder.find(index)
-            shape = shard["moments"].shape[1:]                        # (2C, H, W)
+            rows.append(pick_caption(captions, draw[1], self.config.full_captions))
             noise.append(rng.standard_normal(shape, np.float32))
         noise = torch.from_numpy(np.stack(noise)).to(self.world.device)
         noise, code_noise = noise.chunk(2, dim=1)                     # (B, C, H, W) each
         latent, context, pooled = self.inputs(self.folder.read(indices, rows), code_noise)
         draws = torch.from_numpy(np.stack(draws)).float()             # (B, 5)
-        keep = (draws[:, 2:] >= config.encoder_dropout).to(self.world.device)     # (B, 3)
+        keep = (draws[:, 2:] >= self.config.encoder_dropout).to(self.world.device)     # (B, 3)
         context, pooled = drop_encoders(context, pooled, keep, self.text_config)
         return Batch(latent, context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6))
 
     def inputs(self, stored, code_noise=None):
         """What `read` gives -> latent, context, pooled in fp32, on the device."""
-        tensors = {}
-        for name, tensor in stored.items():
-            tensors[name] = tensor.to(self.world.device).float()
+        tensors = {name: part.to(self.world.device).float() for name, part in stored.items()}
         mean, logvar = tensors.pop("moments").chunk(2, dim=1)         # (B, C, H, W) each
         code = sample_code(mean, logvar, code_noise)
         context, pooled = combine(**tensors)

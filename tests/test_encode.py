@@ -71,7 +71,9 @@ def stamps(folder):
 @pytest.fixture(scope="module")
 def square(tmp_path_factory):
     """130 scenes of 32 px in three shards."""
-    return make(tmp_path_factory.mktemp("square") / "shards").folder
+    folder = tmp_path_factory.mktemp("square")
+    make(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,9 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(files, tmp_path_factory):
     """Their shards, made by one process that nothing disturbs."""
-    return make(tmp_path_factory.mktemp("expected") / "shards", ImageFiles(files)).folder
+    folder = tmp_path_factory.mktemp("expected")
+    make(folder, ImageFiles(files))
+    return folder
 
 
 @pytest.fixture(scope="module")
