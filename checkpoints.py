@@ -267,10 +267,9 @@ def fingerprint(path, components=tuple(PREFIXES)):
 def run_encoders(folder):
     """The file of the frozen networks that a run was trained with, as its config.json names it and
     its fingerprint proves; None for a folder that is no run."""
-    named = {}
-    if (folder / "config.json").is_file():
-        named = read_json(folder / "config.json").get("encoders", {})
-    check_value(f"{folder}/config.json: encoders", named, dict)
+    config = folder / "config.json"
+    named = read_json(config).get("encoders", {}) if config.is_file() else {}
+    check_value(f"{config}: encoders", named, dict)
     if not {"path", "fingerprint"} <= named.keys():    # somebody else's config.json
         return None
     file = find_model_file(str(named["path"]), hub=False)
@@ -344,9 +343,8 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     """Components of whatever `open_model` opens. dtype: see `read_network`. A run folder holds its
     MM-DiT only; its config.json names the encoders."""
     model = open_model(path, text_encoders, vae)
-    words = tuple(model.config.get("words", ()))
     sampling = released_sampling(model, path) | model.config.get("sampling", {})
-    parts = Components(model.path, sampling, words)
+    parts = Components(model.path, sampling, tuple(model.config.get("words", ())))
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", model, dtype)
     if "vae" in wanted or "text" in wanted:
