@@ -234,12 +234,12 @@ def resumed_config(folder, given):
         for name in ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size"):
             if given.get(name, stored["train"][name]) != stored["train"][name]:
                 raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
-        encoders = run_encoders(folder)
-        if "encoders" in given:
-            if fingerprint(given["encoders"], FROZEN) != stored["encoders"]["fingerprint"]:
-                raise ValueError("--encoders cannot change within a run; change --out")
-        kept = {"num_scenes": stored["train"]["num_scenes"], "encoders": str(encoders)}
-        return TrainConfig(**stored["train"] | given | kept)
+        proof = stored["encoders"]["fingerprint"]
+        if "encoders" in given and fingerprint(given["encoders"], FROZEN) != proof:
+            raise ValueError("--encoders cannot change within a run; change --out")
+        given["encoders"] = str(run_encoders(folder))
+        given["num_scenes"] = stored["train"]["num_scenes"]      # The same pictures come again.
+        return TrainConfig(**stored["train"] | given)
     except (TypeError, KeyError) as problem:
         raise ValueError(f"{folder}/config.json is of another version: {problem}") from None
 
