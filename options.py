@@ -2,8 +2,7 @@
 
 Options     A frozen dataclass names the options of a command, each with its help and its range. It
             becomes the command line, and it checks itself however it is made.
-Files       Texts are UTF-8, JSON is read with its types, and every file is written whole or not at
-            all.
+Files       Text and JSON are checked as they are read. A file is written whole or not at all.
 """
 
 import argparse
