@@ -56,7 +56,6 @@ class Part:
         return ContainerIO.ContainerIO(open(self.path, "rb"), self.offset, self.size)
 
     def read(self, at_most=MAX_BYTES):
-        """The first bytes."""
         with self.open() as file:
             return file.read(at_most)
 
@@ -300,7 +299,7 @@ class EncodedFolder:
     `groups` has the sample numbers of each picture size. ValueError names damage and its mend."""
     def __init__(self, folder, encoders=""):
         self.files = []
-        self.ends = [0]                                 # where the samples of each shard end
+        self.starts = [0]                               # of the shards, and the number of all
         self.opened = {}                                # {number of a shard: its tensors}
         file = Path(folder).expanduser() / "index.json"
         groups = {}
@@ -311,9 +310,9 @@ class EncodedFolder:
             others = encoders not in ("", made_with["fingerprint"])
             for line in self.index["shards"]:
                 self.files.append(file.parent / line["file"])
-                self.ends.append(self.ends[-1] + line["count"])
+                self.starts.append(self.starts[-1] + line["count"])
                 group = groups.setdefault((line["height"], line["width"]), [])
-                group.append(np.arange(*self.ends[-2:]))
+                group.append(np.arange(*self.starts[-2:]))
             self.longest_side = max(max(size) for size in groups)
         except Exception as problem:
             raise ValueError(f"{file} is missing or damaged ({problem}); {MEND}") from None
@@ -326,10 +325,11 @@ class EncodedFolder:
 
     def find(self, index):
         """The tensors of a sample's shard (encode.encode_shard), and the sample's place in them."""
-        number = bisect(self.ends, index) - 1
+        number = bisect(self.starts, index) - 1
         if number not in self.opened:
-            self.opened[number] = self.open(self.files[number], np.diff(self.ends)[number])
-        return self.opened[number], index - self.ends[number]
+            count = self.index["shards"][number]["count"]
+            self.opened[number] = self.open(self.files[number], count)
+        return self.opened[number], index - self.starts[number]
 
     def open(self, file, count):
         """Views of a mapped shard, once its bytes are known to be those that were written."""

@@ -85,7 +85,7 @@ def opened(folder: Path) -> tuple[EncodedFolder, float]:
     """A folder whose shards are checked and mapped, no page of them touched; and bytes a second."""
     images = EncodedFolder(folder)
     start = time.perf_counter()
-    for first in images.starts:
+    for first in images.starts[:-1]:
         images.find(first)
     seconds = time.perf_counter() - start
     total = sum(file.stat().st_size for file in folder.glob("shard-*"))

