@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import flow
 from checkpoints import SHIPPED, Components, fingerprint, load_components
-from data import from_tensor, read_image, read_lines, resize_and_crop, to_tensor
+from data import from_tensor, read_image, resize_and_crop, to_tensor
 from devices import autocast, command, pick_device, pick_precision
-from options import add_options
+from options import add_options, read_lines
 from recipe import Options, Recipe, Settings, read_record, save_png
 from scenes import captioned_grid
 
