@@ -28,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED
+from checkpoints import SHIPPED, find_model_file, portable
 from devices import World, autocast, command
 from flow import LogitNormal, validate
 from mmdit import MMDiT, load_weights
@@ -297,7 +297,7 @@ def main(arguments=None):
     for row in table:
         print(f"{row['verdict']}: {row['claim']} ({row['paper']}); here {row['here']}, with the "
               f"seeds from {row['interval'][0]} to {row['interval'][1]}")
-    settings = asdict(options)
+    settings = asdict(options) | {"encoders": portable(find_model_file(options.encoders))}
     del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig5_qk_norm.py", *sys.argv[1:]]),
               "settings": settings, "device": str(world.device),

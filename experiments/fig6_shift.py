@@ -30,7 +30,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, load_components
+from checkpoints import SHIPPED, find_model_file, load_components, portable
 from devices import World, command, pick_precision
 from flow import LogitNormal
 from geneval import geneval_cases, success_rates
@@ -259,7 +259,7 @@ def main(arguments=None):
     for row in table:
         print(f"{row['verdict']}: {row['claim']} ({row['paper']}); here {row['here']}, from "
               f"{row['interval'][0]} to {row['interval'][1]}")
-    settings = asdict(options)
+    settings = asdict(options) | {"encoders": portable(find_model_file(options.encoders))}
     del settings["out"]
     record = {"command": shlex.join(["python", "experiments/fig6_shift.py", *sys.argv[1:]]),
               "settings": settings, "device": str(world.device),
