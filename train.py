@@ -39,6 +39,8 @@ PRESETS = {
     "tiny":  dict(optimizer="muon",  lr=6e-4, warmup_steps=0,    cooldown=0.8, ema=0.0,
                   ema_every=1,   batch_size=64,   resolution=64),
 }
+# How a model that is trained here is sampled (App. B.3: no text is zeros).
+SAMPLING = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted", "unconditional": "zeros"}
 
 
 @dataclass(frozen=True)
@@ -200,11 +202,25 @@ def make_model(sizes, config, world, trained):
     return model.to_empty(device=world.device)
 
 
+def make_models(sizes, config, world, start):
+    """An MM-DiT with its first weights, and one for its average. start: the model of --init."""
+    model = make_model(sizes, config, world, trained=True)
+    average = make_model(sizes, config, world, trained=False)
+    model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
+    if start:
+        load_weights(model, start, devices.assign)
+    average.load_state_dict(model.state_dict())
+    return model, average
+
+
 def departures(config):
     """Where a run leaves the paper's numbers. (Sec. 5.3.3 has batches of 4096.)"""
     paper = PRESETS["paper"] | {"encoder_dropout": 0.464, "density": "lognorm(0, 1)"}
     ours = asdict(config)
-    found = [f"{name} {ours[name]} ({paper[name]})" for name in paper if ours[name] != paper[name]]
+    found = []
+    for name in paper:
+        if ours[name] != paper[name]:
+            found.append(f"{name} {ours[name]} ({paper[name]})")
     return f"not as in the paper (App. B.3): {', '.join(found) or 'nothing'}"
 
 
@@ -281,30 +297,27 @@ def main(arguments=None):
     if goes_on:                                                  # Positions may come from --init.
         sizes = MMDiTConfig(**read_json(folder / "config.json", {"model": dict})["model"])
     frozen = find_model_file(config.encoders)
-    config = replace(config, num_scenes=max(64, len(inputs.training)), encoders=portable(frozen),
-                     resolution=size)
+    num_scenes = max(64, len(inputs.training))
+    config = replace(config, num_scenes=num_scenes, encoders=portable(frozen), resolution=size)
 
-    model = make_model(sizes, config, world, trained=True)
-    average = make_model(sizes, config, world, trained=False)
-    model.initialize(torch.Generator().manual_seed(config.seed), devices.assign)
-    if start:
-        load_weights(model, start, devices.assign)
-    average.load_state_dict(model.state_dict())
-    sampling = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted",
-                "timestep_shift": config.timestep_shift, "unconditional": "zeros",
-                "height": size, "width": size}
+    model, average = make_models(sizes, config, world, start)
+    sampling = SAMPLING | {"timestep_shift": config.timestep_shift, "height": size, "width": size}
     pipeline = Pipeline(average, inputs.vae, inputs.text, sampling, world.device, inputs.precision)
     prompts = [inputs.held_out.captions(index)[0] for index in inputs.held_out.groups[0][:8]]
-
+    encoders = {"path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}
+    words = () if config.data else sorted(vocabulary())
     t_density = density(config.density)
     def times(batch):
         return shift_time(t_density.quantile(batch.uniform), config.timestep_shift)    # (B,)
 
-    metadata = {"sampling": sampling, "words": () if config.data else sorted(vocabulary())}
-    encoders = {"path": config.encoders, "fingerprint": fingerprint(frozen, FROZEN)}
-    look = partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts)
-    run = Run(folder, config, world, times, look, average, metadata,
-              {"model": asdict(sizes), "encoders": encoders}, STARTED)
+    run = Run(
+        folder, config, world, times,
+        report=partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts),
+        average=average,
+        metadata={"sampling": sampling, "words": words},
+        about={"model": asdict(sizes), "encoders": encoders},
+        began=STARTED,
+    )
     run.say(f"{count_parameters(sizes):,} parameters, {len(inputs.training)} pictures, "
             f"{world.size} {world.device} {inputs.precision} {world.parallel}")
     run.say(departures(config))
