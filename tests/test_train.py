@@ -330,7 +330,7 @@ def test_the_curves_of_the_loss_are_on_a_log_scale():
                for step in (0, 50, 100)]
     entries += [{"step": step, "validation": 2.0, "validation_by_t": [2.0] * 8}
                 for step in (50, 100)]
-    pixels = np.array(run_folder.draw_losses(entries))[20:430]              # without words and numbers
+    pixels = np.array(run_folder.draw_losses(entries))[20:430]         # without words and numbers
 
     def height(color, column):
         rows, = np.nonzero((pixels[:, column] == color).all(axis=-1))
@@ -918,7 +918,9 @@ def test_nodes_start_again_together_when_a_process_of_one_of_them_dies(tmp_path)
     assert [node.wait(timeout=600) for node in nodes] == [0, 0]
     nodes = start_nodes(1, "--out", tmp_path / "run", *options)
     for count, victim in ((1, nodes[0]), (3, nodes[1])):
-        wait_for(lambda: max(steps_of(tmp_path / "run"), default=0) >= 12 * count, nodes[0])  # noqa: B023
+        def far_enough(steps=12 * count):
+            return max(steps_of(tmp_path / "run"), default=0) >= steps
+        wait_for(far_enough, nodes[0])
         found = subprocess.run(["pgrep", "-P", str(victim.pid)], capture_output=True, text=True)
         os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
     assert [node.wait(timeout=600) for node in nodes] == [0, 0]
