@@ -72,11 +72,12 @@ class World:
                                           mesh_dim_names=("copies", "shards"))
 
     def shard(self, model, precision):
-        """Makes fp32 shards of each block, gathered in `precision`, and then of the rest."""
+        """Makes fp32 shards of each block, gathered in `precision`, and of the rest, in fp32."""
         if self.parallel == "ddp":
             return
         for module in (*model.joint_blocks, model):
-            policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+            dtype = torch.float32 if module is model else precision     # Time needs fp32.
+            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
 
     def wrap(self, model):
