@@ -46,7 +46,7 @@ SAMPLING = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted", "unco
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a run. The command line is made from it."""
-    out: str = option("", "run folder, beside it cache/; going on unpickles: give only your own")
+    out: str = option("", "run folder, beside it cache/; going on unpickles, so give only your own")
     init: str = option("", "a model whose MM-DiT a new run starts from (fine-tuning)")
     data: str = option("", "captioned pictures, or the --out of encode.py; empty: drawn scenes")
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")

@@ -158,14 +158,16 @@ def test_skip_layer_guidance_is_its_formula(pipeline, noise):
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpm++2m"])
-def test_second_order_solvers_come_closer_than_euler(pipeline, noise, solver):
-    """The reference is Heun's method with 64 steps."""
-    ends = {}
-    for name, steps in ((solver, 32), ("euler", 32), ("heun", 64)):
-        settings = replace(PLAIN, num_steps=steps, guidance_scale=2, solver=name)
-        ends[name, steps] = latents(pipeline, noise, settings)[0]
-    exact = ends["heun", 64]
-    assert (ends[solver, 32] - exact).norm() < 0.7 * (ends["euler", 32] - exact).norm()
+def test_second_order_solvers_come_closer_than_euler(noise, solver):
+    """For data N(2, .5^2) the flow is known: it takes noise n to 2 + .5 n."""
+    def model(z, t, context, pooled):
+        return flow.gaussian_velocity(z, t, mean=2.0, std=0.5)
+    errors = {}
+    for name in (solver, "euler"):
+        settings = replace(PLAIN, num_steps=32, solver=name)
+        z, _ = sample_latents(model, noise, noise, noise, settings)      # no text is read
+        errors[name] = (z - (2 + 0.5 * noise)).norm()
+    assert errors[solver] < 0.3 * errors["euler"]
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
