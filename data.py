@@ -309,6 +309,8 @@ class EncodedFolder:
             made_with = self.index["encoders"]
             others = encoders not in ("", made_with["fingerprint"])
             for line in self.index["shards"]:
+                if line["count"] < 1:
+                    raise ValueError(f"{line['file']} has {line['count']} pictures")
                 self.files.append(file.parent / line["file"])
                 self.starts.append(self.starts[-1] + line["count"])
                 group = groups.setdefault((line["height"], line["width"]), [])

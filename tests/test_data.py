@@ -908,7 +908,8 @@ def test_a_damaged_shard_is_an_error_that_names_it_and_the_mend(mixed, damage):
 @pytest.mark.parametrize("change, words", [
     ({"shards": []}, "is missing or damaged"), ({"shards": 5}, "is missing or damaged"),
     ({"encoders": None}, "is missing or damaged"), ({"resolution": ...}, "resolution"),
-    ({"count": ...}, "count"), ({"count": "5"}, "damaged"), ({"count": 12}, "damaged"),
+    ({"count": ...}, "count"), ({"count": "5"}, "damaged"),
+    ({"count": -1}, "damaged"), ({"count": 12}, "damaged"),
     ({"file": 3}, "is missing or damaged"), ({"file": ["shard"]}, "is missing or damaged"),
     ({"file": ...}, "is missing or damaged"),
     ({"height": None}, "damaged"), ({"width": ...}, "width"), ("{", "is missing or damaged"),
