@@ -46,33 +46,11 @@ from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor 
 from devices import command  # noqa: E402
 from metrics import CLIPImageConfig, CLIPImageEncoder, psnr  # noqa: E402
 from scenes import (  # noqa: E402
-    COLORS,
-    COUNTS,
-    OPPOSITE,
-    SHAPES,
-    SIZES,
-    WORDS,
-    Scenes,
-    draw_scene,
-    is_held_out,
-    make_scene,
-    scene_captions,
-    vocabulary,
-)
+    COLORS, COUNTS, OPPOSITE, SHAPES, SIZES, WORDS, Scenes, draw_scene, is_held_out, make_scene,
+    scene_captions, vocabulary)
 from text_encoders import (  # noqa: E402
-    CLIPConfig,
-    CLIPTextEncoder,
-    CLIPTokenizer,
-    RMSNorm,
-    T5Attention,
-    T5Config,
-    T5Encoder,
-    T5FeedForward,
-    T5Tokenizer,
-    TextConfig,
-    clip_text_rules,
-    relative_position_bucket,
-)
+    CLIPConfig, CLIPTextEncoder, CLIPTokenizer, RMSNorm, T5Attention, T5Config, T5Encoder,
+    T5FeedForward, T5Tokenizer, TextConfig, clip_text_rules, relative_position_bucket)
 from train import Run, TrainConfig, fit  # noqa: E402
 from vae import VAE, VAEConfig, vae_loss  # noqa: E402
 
@@ -89,10 +67,7 @@ TRAIN_SEED, HELD_OUT_SEED = 1, 2  # of scenes
 NEAR_MISSES = 4  # wrong captions for each picture of CLIP's batches
 
 
-# --------------------------------------------------------------------------------------------------
-# Captions and pictures
-# --------------------------------------------------------------------------------------------------
-
+# ---- Captions and pictures -----------------------------------------------------------------------
 
 class Corpus:
     """What the stages train on besides scenes: emoji, photographs of clothing, and prompts for
@@ -102,8 +77,7 @@ class Corpus:
         self.folder = folder
         self.sources = {
             "emoji": ImageFiles(folder / "emoji"),
-            "clothing": ImageFiles(folder / "photos" / "clothing"),
-        }
+            "clothing": ImageFiles(folder / "photos" / "clothing")}
         self.decoded = {}
 
     def picture(self, name: str, index: int) -> Image.Image:
@@ -161,10 +135,7 @@ def save_weights(network: nn.Module, file: Path):
     save_file(tensors, file)
 
 
-# --------------------------------------------------------------------------------------------------
-# Stage: tokenizers
-# --------------------------------------------------------------------------------------------------
-
+# ---- Stage: tokenizers ---------------------------------------------------------------------------
 
 def train_tokenizers(corpus: Corpus, out: Path):
     """Writes clip/vocab.json and clip/merges.txt in CLIP's layout, and t5/spiece.model.
@@ -179,11 +150,8 @@ def train_tokenizers(corpus: Corpus, out: Path):
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = clip_text_rules()
     trainer = trainers.BpeTrainer(
-        vocab_size=2 * VOCABULARY,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
+        vocab_size=2 * VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>",
+        show_progress=False)
     bpe.train_from_iterator(prompts + scenes, trainer)
     merges = []
     for left, right in json.loads(bpe.to_str())["model"]["merges"]:
@@ -196,16 +164,9 @@ def train_tokenizers(corpus: Corpus, out: Path):
     lines = ["#version: 0.2"] + [f"{left} {right}" for left, right in merges]
     (out / "clip" / "merges.txt").write_text("\n".join(lines) + "\n")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prompts + 4 * scenes),
-        model_prefix=str(out / "t5" / "spiece"),
-        vocab_size=VOCABULARY,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        normalization_rule_name="nmt_nfkc_cf",
-        minloglevel=1,
-    )
+        sentence_iterator=iter(prompts + 4 * scenes), model_prefix=str(out / "t5" / "spiece"),
+        vocab_size=VOCABULARY, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        normalization_rule_name="nmt_nfkc_cf", minloglevel=1)
     (out / "t5" / "spiece.vocab").unlink()
     report_lengths("clip", CLIPTokenizer(out / "clip"), TEXT.clip_length, scenes, prompts)
     report_lengths("t5", T5Tokenizer(out / "t5" / "spiece.model"), TEXT.t5_length, scenes, prompts)
@@ -217,14 +178,10 @@ def report_lengths(name: str, tokenizer, length: int, scenes, prompts):
         needed = tokenizer(texts, length)[1].float()
         print(
             f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max():.0f}; "
-            f"{(needed > length).float().mean():.1%} are cut to {length}"
-        )
+            f"{(needed > length).float().mean():.1%} are cut to {length}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Stage: CLIP
-# --------------------------------------------------------------------------------------------------
-
+# ---- Stage: CLIP ---------------------------------------------------------------------------------
 
 def swap(scene, **fields):
     """The scene with some fields of its two things exchanged, e.g. color=True."""
@@ -386,8 +343,7 @@ def contrastive_loss(image, text, same, scale):
     near = scale * (image[:, None] * misses).sum(dim=2)  # (B, misses)
     nothing = target.new_zeros(near.shape)
     text_of_image = F.cross_entropy(
-        torch.cat([logits, near], dim=1), torch.cat([target, nothing], dim=1), reduction="none"
-    )
+        torch.cat([logits, near], dim=1), torch.cat([target, nothing], dim=1), reduction="none")
     image_of_text = F.cross_entropy(logits.T, target, reduction="none")
     return (text_of_image + image_of_text) / 2
 
@@ -435,10 +391,7 @@ def train_clips(corpus, tokenizers: Path, steps: int, work: Path):
     save_weights(clips, work / "clip.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------
-# Stage: T5
-# --------------------------------------------------------------------------------------------------
-
+# ---- Stage: T5 -----------------------------------------------------------------------------------
 
 def corrupt_spans(ids, rng, rate: float = 0.25):
     """T5's objective on one list of ids: (source with spans replaced by sentinels, target with the
@@ -537,8 +490,7 @@ class SpanBatches:
             targets.append(torch.tensor(target))
         return (
             nn.utils.rnn.pad_sequence(sources, batch_first=True),
-            nn.utils.rnn.pad_sequence(targets, batch_first=True),
-        )
+            nn.utils.rnn.pad_sequence(targets, batch_first=True))
 
 
 def t5_loss(model, batch):
@@ -554,19 +506,12 @@ def train_t5(corpus, tokenizers: Path, steps: int, work: Path):
     torch.manual_seed(0)
     config = adamw(steps, batch_size=128, lr=2e-3, warmup_steps=100, cooldown=0.9, ema=0.99)
     model = fit(
-        T5(T5_CONFIG),
-        t5_loss,
-        SpanBatches(corpus, tokenizers, 128),
-        config,
-        Run(work / "t5-run", config),
-    )
+        T5(T5_CONFIG), t5_loss, SpanBatches(corpus, tokenizers, 128), config,
+        Run(work / "t5-run", config))
     save_weights(model.encoder, work / "t5.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------
-# Stage: autoencoder
-# --------------------------------------------------------------------------------------------------
-
+# ---- Stage: autoencoder --------------------------------------------------------------------------
 
 def random_crop(picture: Image.Image, size: int, rng):
     """A size x size square out of a picture at a random scale, half of the time mirrored."""
@@ -625,10 +570,8 @@ def vae_quality(vae, corpus, count: int = 64) -> dict:
     codes in fp32."""
     scenes = [draw_scene(make_scene(HELD_OUT_SEED, i)) for i in range(count)]
     sets = {
-        "scenes 64 px": scenes,
-        "emoji 128 px": corpus.last("emoji", 128, count),
-        "clothing 256 px": corpus.last("clothing", 256, count),
-    }
+        "scenes 64 px": scenes, "emoji 128 px": corpus.last("emoji", 128, count),
+        "clothing 256 px": corpus.last("clothing", 256, count)}
     quality = {}
     for name, pictures in sets.items():
         values = []
@@ -661,10 +604,7 @@ def latent_statistics(vae, count: int = 2048):
     return codes.mean().item(), codes.std().item()
 
 
-# --------------------------------------------------------------------------------------------------
-# Stages: put together
-# --------------------------------------------------------------------------------------------------
-
+# ---- Stages: put together ------------------------------------------------------------------------
 
 def load_part(work: Path, file: str, prefix: str, network: nn.Module):
     """The network with the tensors of work/file whose names begin with prefix."""
@@ -692,8 +632,7 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
         "vae": vae,
         "clip_l": load_part(work, "clip.safetensors", "clip_l.", CLIPTextEncoder(CLIP_L)),
         "clip_g": load_part(work, "clip.safetensors", "clip_g.", CLIPTextEncoder(CLIP_G)),
-        "t5": load_part(work, "t5.safetensors", "", T5Encoder(T5_CONFIG)),
-    }
+        "t5": load_part(work, "t5.safetensors", "", T5Encoder(T5_CONFIG))}
     out.mkdir(parents=True, exist_ok=True)
     save_networks(out / "model.safetensors", networks, TEXT, dtype=torch.bfloat16)
     towers = {}
@@ -706,11 +645,9 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
     clips = load_part(work, "clip.safetensors", "", Clips())
     batches = ClipBatches(corpus, work / "tokenizers", 64)
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "latents": {"mean": mean, "std": std},
+        "command": shlex.join(["python", *sys.argv]), "latents": {"mean": mean, "std": std},
         "psnr": vae_quality(vae, corpus),
-        "prefers its caption to a near miss": swap_tests(clips, batches),
-    }
+        "prefers its caption to a near miss": swap_tests(clips, batches)}
     text = json.dumps(record, indent=1) + "\n"
     (ROOT / "results" / "tiny-frozen.json").write_text(text)
     print(text)
@@ -723,13 +660,8 @@ def ship(run: Path, encoders: Path, out: Path):
     trained = load_components(run, ("mmdit",))
     networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
     save_networks(
-        out / "model.safetensors",
-        networks,
-        parts.text.config,
-        trained.sampling,
-        torch.bfloat16,
-        trained.words,
-    )
+        out / "model.safetensors", networks, parts.text.config, trained.sampling, torch.bfloat16,
+        trained.words)
     if encoders.resolve() != out.resolve():
         shutil.copytree(encoders / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
         shutil.copy(encoders / "clip_image.safetensors", out)
@@ -744,47 +676,33 @@ def main():
     """Runs the stages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder with emoji/, photos/ and prompts/, as the model card describes",
-    )
+        "--data", type=Path,
+        help="folder with emoji/, photos/ and prompts/, as the model card describes")
     parser.add_argument(
-        "--stage", required=True, choices=("tokenizers", "clip", "t5", "vae", "assemble", "ship")
-    )
+        "--stage", required=True, choices=("tokenizers", "clip", "t5", "vae", "assemble", "ship"))
     parser.add_argument(
-        "--steps", type=int, default=0, help="of the stage; default: clip 3000, t5 3000, vae 12000"
-    )
+        "--steps", type=int, default=0, help="of the stage; default: clip 3000, t5 3000, vae 12000")
     parser.add_argument(
-        "--channels", type=int, default=16, help="latent channels of the autoencoder"
-    )
+        "--channels", type=int, default=16, help="latent channels of the autoencoder")
     parser.add_argument(
-        "--vae-from", type=Path, help="stage assemble: keep the autoencoder of this model"
-    )
+        "--vae-from", type=Path, help="stage assemble: keep the autoencoder of this model")
     parser.add_argument("--run", type=Path, help="stage ship: a run folder of train.py")
     parser.add_argument(
-        "--encoders",
-        type=Path,
-        default=SHIPPED,
-        help="stage ship: the model with the frozen networks",
-    )
+        "--encoders", type=Path, default=SHIPPED,
+        help="stage ship: the model with the frozen networks")
     parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs/pretrain"),
-        help="where the stages leave their weights",
-    )
+        "--work", type=Path, default=Path("runs/pretrain"),
+        help="where the stages leave their weights")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     options = parser.parse_args()
     if options.stage == "ship":
         if not options.run:
             parser.error(
-                "--stage ship needs --run, the run folder of train.py whose MM-DiT is shipped"
-            )
+                "--stage ship needs --run, the run folder of train.py whose MM-DiT is shipped")
         return ship(options.run, options.encoders, options.out)
     if not (options.data and options.data.is_dir()):
         parser.error(
-            f"--data {options.data}: no such folder; this stage reads pictures or captions there"
-        )
+            f"--data {options.data}: no such folder; this stage reads pictures or captions there")
     options.work.mkdir(parents=True, exist_ok=True)
     corpus, tokenizers = Corpus(options.data), options.work / "tokenizers"
     steps = options.steps or STEPS.get(options.stage, 0)
