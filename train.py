@@ -12,7 +12,7 @@ import argparse
 import copy
 import math
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from encode import encoded
 from flow import density, rectified_flow_loss, shift_time, validate
 from geneval import format_scores, geneval
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
-from options import add_options, check_options, given_options, option, read_json
+from options import add_options, check_options, check_value, given_options, option, read_json
 from run_folder import Run, checkpoints_of, mean
 from sample import Pipeline, generate
 from scenes import captioned_grid, vocabulary
@@ -260,6 +260,17 @@ def resumed_config(folder, given):
         raise ValueError(f"{folder}/config.json is of another version: {problem}") from None
 
 
+def sizes_of(folder):
+    """The MMDiTConfig of the run in this folder. Some of it may come from --init."""
+    file = folder / "config.json"
+    model = read_json(file, {"model": dict})["model"]
+    sizes = {}
+    for item in fields(MMDiTConfig):
+        sizes[item.name] = model.get(item.name)
+        check_value(f"{file}: {item.name}", sizes[item.name], item.type)
+    return MMDiTConfig(**sizes)
+
+
 def pick_folder(config):
     """--out, or the first of runs/d4-1, runs/d4-2, ... that does not exist."""
     number = 1
@@ -293,9 +304,7 @@ def main(arguments=None):
     size = inputs.training.resolution
     if goes_on and size != config.resolution:
         raise ValueError(f"--data has {size} px, but the run {config.resolution}; change --out")
-    sizes = inputs.sizes
-    if goes_on:                                                  # Positions may come from --init.
-        sizes = MMDiTConfig(**read_json(folder / "config.json", {"model": dict})["model"])
+    sizes = sizes_of(folder) if goes_on else inputs.sizes
     frozen = find_model_file(config.encoders)
     num_scenes = max(64, len(inputs.training))
     config = replace(config, num_scenes=num_scenes, encoders=portable(frozen), resolution=size)

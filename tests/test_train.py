@@ -834,6 +834,14 @@ def test_a_run_that_goes_on_no_longer_needs_the_file_of_init(tmp_path):
     assert [entry["step"] for entry in log_of(tmp_path / "run") if "loss" in entry] == [1, 2]
 
 
+@pytest.mark.parametrize("name, value", [("position_step", None), ("depth", "4")])
+def test_the_sizes_of_a_run_are_checked(tmp_path, name, value):
+    stored = dataclasses.asdict(MMDiTConfig(depth=2)) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps({"model": stored}))
+    with pytest.raises(ValueError, match=f"config.json: {name}"):
+        train.sizes_of(tmp_path)
+
+
 def test_all_three_encoders_are_dropped_independently_at_the_given_rate():
     """App. B.3: 46.4 % each, so .464^3 = 10 % of the samples have no text at all."""
     config = TrainConfig(device="cpu", precision="fp32", num_scenes=64)
