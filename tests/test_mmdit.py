@@ -121,6 +121,7 @@ def test_initial_weights_have_the_spread_that_is_stated():
     for embedder in (model.t_embedder, model.y_embedder):
         for layer in (embedder.mlp[0], embedder.mlp[2]):
             assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert abs(layer.weight.mean().item()) < 0.002
 
 
 def test_initialize_hands_every_weight_whole_to_assign():
@@ -541,6 +542,13 @@ def test_depth_gives_the_papers_sizes(depth, hidden, billions):
     config = MMDiTConfig(depth)
     assert (config.hidden_size, config.num_heads) == (hidden, depth)
     assert round(count_parameters(config) / 1e9) == billions
+
+
+def test_the_default_sizes_are_those_of_the_2b_model():
+    """Sec. 4: T5-XXL has 4096 channels, CLIP-L and CLIP-G 768 + 1280, a patch 2 x 2 of 16."""
+    config = MMDiTConfig()
+    assert (config.depth, config.patch_size, config.latent_channels) == (24, 2, 16)
+    assert (config.context_dim, config.pooled_dim) == (4096, 768 + 1280)
 
 
 def test_parameters_are_as_many_as_by_hand():
