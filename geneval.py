@@ -1,8 +1,7 @@
 """geneval.py: does a picture show what was asked (SD3, arXiv:2403.03206v1, Tables 4 and 5).
 
 Read with   Tables 4 and 5; Ghosh et al. 2023 (arXiv:2310.11513), whose six tasks these are
-Not here    drawing and recognising things (scenes.py), making pictures (sample.py), the command
-            line (evaluate.py)
+Not here    the drawn world (scenes.py), making pictures (sample.py), the command line (evaluate.py)
 Shapes      pictures are uint8 (H, W, 3) or PIL; H W are in pixels here
 Run         python evaluate.py      scores what must score 1, and what must score about 0
 """
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import sample
@@ -24,8 +25,8 @@ from devices import autocast
 from metrics import wilson
 from options import write_atomically
 from scenes import (
-    HELD_OUT_SEED, PLAIN, REWORDED, WORDS, Scene, View, caption, draw_scene, is_held_out, local_max,
-    make_scene, word_mask)
+    HELD_OUT_SEED, PLAIN, REWORDED, RGB, SHAPES, SIZES, WORDS, Scene, Thing, caption, draw_scene,
+    is_held_out, make_scene, shape_mask, word_mask)
 
 # ---- GenEval (Tables 4 and 5) on the drawn world -------------------------------------------------
 # task: the kind of scene that it takes, and what its prompts say besides shapes, counts and words
@@ -84,6 +85,139 @@ def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split
     return chosen
 
 
+# ---- Recognise what a picture shows, from its pixels alone ---------------------------------------
+MIN_DIFFERENCE = 30     # of foreground from the background, in YCbCr; the colours differ by 63
+MIN_AREA = 0.01         # of a thing, in squares of the shorter side; the smallest ones have .04
+MIN_FIT = 0.9           # correlation with the best shape; drawn things reach .97
+
+
+class View:
+    """What the score sees in a picture: a background, which has the middle colour of the border,
+    things, and perhaps something else. Large pictures are first reduced to 128 to 255 pixels."""
+    def __init__(self, image: np.ndarray):
+        self.factor = max(1, min(image.shape[:2]) // 128)
+        small = Image.fromarray(image).reduce(self.factor).convert("YCbCr")
+        pixels = np.asarray(small, dtype=np.float32)                                   # (H, W, 3)
+        rows = np.concatenate([pixels[0], pixels[-1]])                                 # (2 W, 3)
+        columns = np.concatenate([pixels[:, 0], pixels[:, -1]])                        # (2 H, 3)
+        self.color = np.median(np.concatenate([rows, columns]), axis=0)
+        self.background = nearest_color(self.color)
+        self.offset = pixels - self.color                                              # (H, W, 3)
+        self.difference = np.linalg.norm(self.offset, axis=2)                          # (H, W)
+        self.side = min(self.difference.shape)
+        self.radius = max(2, self.side // 32)
+        highest = local_max(self.difference, self.radius)
+        highest = np.maximum(highest, 2 * MIN_DIFFERENCE)
+        self.things = []
+        for blob in components(self.difference > 0.6 * highest):
+            thing = self.recognise(blob)
+            if thing is not None:
+                self.things.append(thing)
+
+    def ink(self, mask):
+        """(coverage (H, W) by the colour that a mask shows most clearly, that colour)"""
+        clearest = mask & (self.difference >= np.median(self.difference[mask]))
+        color = np.median(self.offset[clearest], axis=0)
+        along = self.offset @ color / (color @ color)                                  # (H, W)
+        near = local_max(mask, self.radius)
+        return near * along.clip(0, 1), self.color + color
+
+    def recognise(self, mask):
+        """The thing whose middle is this mask, or None where that is a speck or looks like none."""
+        if mask.sum() < MIN_AREA * self.side**2:
+            return None
+        soft, color = self.ink(mask)
+        form, center_x, center_y = normal_form(soft)
+        fit = shape_forms() @ form                                                     # (8,)
+        if fit.max() < MIN_FIT:
+            return None
+        shape = SHAPES[fit.argmax()]
+        share = shape_mask(shape, 64).mean()             # of its square that a shape covers
+        diameter = float(np.sqrt(soft.sum() / share))
+        left = float(center_x) - diameter / 2
+        top = float(center_y) - diameter / 2
+        return Thing(shape, nearest_color(color), nearest_size(diameter / self.side),
+                     self.factor * left, self.factor * top, self.factor * diameter, mask)
+
+    def rest(self, things) -> np.ndarray:
+        """Where the picture is not background, and none of these things is near: (H, W)."""
+        rest = self.difference > MIN_DIFFERENCE
+        for thing in things:
+            rest &= local_max(thing.mask, self.radius) == 0
+        return rest
+
+
+def nearest_color(color) -> str:
+    """The name of the closest colour of this world to (Y, Cb, Cr)."""
+    row = np.uint8([list(RGB.values())])                                               # (1, 13, 3)
+    palette = np.array(Image.fromarray(row).convert("YCbCr"), dtype=np.float32)[0]
+    distances = np.linalg.norm(palette - color, axis=1)                                # (13,)
+    return tuple(RGB)[distances.argmin()]
+
+
+def nearest_size(diameter) -> str:
+    """The name of the size with the nearest ratio to `diameter`, in shorter sides."""
+    ratios = np.array(list(SIZES.values())) / diameter
+    return tuple(SIZES)[abs(np.log(ratios)).argmin()]
+
+
+def local_max(x, radius: int) -> np.ndarray:
+    """The largest value within `radius` pixels in either direction: (H, W) -> (H, W)."""
+    x = torch.from_numpy(x).float()[None]
+    highest = F.max_pool2d(x, 2 * radius + 1, stride=1, padding=radius)
+    return highest[0].numpy()
+
+
+def components(mask) -> list[np.ndarray]:
+    """The parts of a mask (H, W) whose pixels touch along sides, as masks. Each pixel starts with a
+    label of its own, and takes the largest one beside it until nothing changes."""
+    mask = torch.from_numpy(mask)
+    labels = torch.arange(1.0, mask.numel() + 1).view(mask.shape)
+    labels = labels * mask                                                             # 0: no part
+    before = None
+    while before is None or not before.equal(labels):
+        before = labels
+        upright = F.max_pool2d(labels[None], (3, 1), 1, (1, 0))[0]
+        across = F.max_pool2d(labels[None], (1, 3), 1, (0, 1))[0]
+        labels = torch.maximum(upright, across) * mask
+    return [(labels == label).numpy() for label in labels.unique() if label > 0]
+
+
+def normal_form(soft, grid=24):
+    """(form, center_x, center_y) of a soft mask (H, W). The product of two forms (grid * grid,) is
+    a correlation that does not depend on place and size: each is centred and scaled by its mass."""
+    H, W = soft.shape
+    y, x = np.mgrid[:H, :W] + 0.5
+    weights = soft / soft.sum()
+    center_x = (weights * x).sum()
+    center_y = (weights * y).sum()
+    squares = (x - center_x) ** 2 + (y - center_y) ** 2
+    spread = np.sqrt((weights * squares).sum())
+    reach = np.linspace(-2.2, 2.2, grid) * spread                            # A triangle reaches 2.
+    points = np.empty((1, grid, grid, 2), dtype=np.float32)
+    points[..., 0] = (center_x + reach) / W * 2 - 1                          # -1 is the left edge
+    points[..., 1] = (center_y + reach[:, None]) / H * 2 - 1
+    points = torch.from_numpy(points)
+    soft = torch.from_numpy(np.float32(soft))[None, None]                    # (1, 1, H, W)
+    form = F.grid_sample(soft, points, align_corners=False)
+    form = form.flatten().numpy()
+    form = form - form.mean()
+    return form / max(np.linalg.norm(form), 1e-9), center_x, center_y
+
+
+@lru_cache(maxsize=1)
+def shape_forms() -> np.ndarray:
+    """The normal forms of the shapes, a little blurred: (8, grid * grid)."""
+    forms = []
+    for shape in SHAPES:
+        mask = np.pad(shape_mask(shape, 64), 16)
+        blurred = F.avg_pool2d(torch.from_numpy(mask)[None], 7, 1, 3)[0]
+        form, _, _ = normal_form(blurred.numpy())
+        forms.append(form)
+    return np.stack(forms)
+
+
+# ---- Is that what was asked? ---------------------------------------------------------------------
 def fits(case, things) -> bool:
     """Are the things that were found, in this order, those of the case in all that it says?
     Differs from GenEval: what is "left of" may be even farther below, as it may in the scenes."""

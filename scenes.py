@@ -1,11 +1,12 @@
 """scenes.py: a drawn world that can be scored exactly (SD3, arXiv:2403.03206v1, Sec. 5).
 
-Read with   Sec. 5.2.2 for two kinds of captions; Tables 4, 5 for GenEval (Ghosh et al. 2023)
-Not here    networks; prompts, rules and controls of the score (geneval.py)
+Read with   Sec. 5.2.2 for two kinds of captions
+Not here    networks; what a picture shows, and its score (geneval.py)
 Shapes      pictures are uint8 (H, W, 3), masks (H, W); H and W are in pixels
 Run         python scenes.py     draws 24 scenes with their captions into out/scenes.png
 """
 
+import math
 import random
 import re
 import textwrap
@@ -14,8 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 # ---- Draw ----------------------------------------------------------------------------------------
@@ -23,7 +22,9 @@ COLORS = {"red": "#d71e28", "orange": "#fa870f", "yellow": "#ffe132", "green": "
           "cyan": "#3cd2e1", "blue": "#234be1", "purple": "#8c2daf", "pink": "#ff91c8"}
 BACKGROUNDS = {"white": "#ffffff", "gray": "#808080", "black": "#000000", "brown": "#4b280f",
                "navy": "#0f194b"}
-RGB = {name: ImageColor.getrgb(code) for name, code in (COLORS | BACKGROUNDS).items()}
+RGB = {}
+for name, code in (COLORS | BACKGROUNDS).items():
+    RGB[name] = ImageColor.getrgb(code)
 OUTLINES = {                 # in the unit square: the box of an ellipse, or corners x, y, x, y, ...
     "circle": ["ellipse 0 0 1 1"],
     "square": ["rectangle .05 .05 .95 .95"],
@@ -39,9 +40,13 @@ SHAPES = tuple(OUTLINES)
 SIZES = {"small": 0.335, "medium": 0.395, "large": 0.45}    # diameter / shorter side of the picture
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE)
-PLACES = {"": (0, 0, 1, 1), "left of": (0, 0, 0.5, 1), "right of": (0.5, 0, 0.5, 1),
-          "above": (0, 0, 1, 0.5), "below": (0, 0.5, 1, 0.5), 0: (0, 0, 0.5, 0.5),
-          1: (0.5, 0, 0.5, 0.5), 2: (0, 0.5, 0.5, 0.5), 3: (0.5, 0.5, 0.5, 0.5)}
+PLACES = {                   # left, top, width, height of a box, in the unit square
+    "": (0, 0, 1, 1),
+    "left of": (0, 0, 0.5, 1),
+    "right of": (0.5, 0, 0.5, 1),
+    "above": (0, 0, 1, 0.5),
+    "below": (0, 0.5, 1, 0.5)}
+QUARTERS = ((0, 0, 0.5, 0.5), (0.5, 0, 0.5, 0.5), (0, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5))
 GROUNDS = ("white", "white", "black", "black", "gray", "brown", "navy")
 KINDS = ("single", "pair", "pair", "pair", "count", "count", "word")
 WORDS = ("GO UP NO ON ME WE HI OK CAT DOG SUN SKY RED BIG ART TEA ICE FOX BEE OWL CAR BUS HAT CUP "
@@ -77,12 +82,15 @@ class Scene:
 def is_held_out(shapes, colors, relation="") -> bool:
     """Is this combination never drawn for training? A colour or relation "" is left open.
     There is no green circle, for example, no circle left of a diamond or above a cross."""
-    number = [SHAPES.index(shape) for shape in shapes]
-    for i, color in enumerate(colors):
-        if color and (list(COLORS).index(color) - number[i]) % 8 == 3:
+    names = list(COLORS)
+    for shape, color in zip(shapes, colors):
+        if color and (names.index(color) - SHAPES.index(shape)) % 8 == 3:
             return True
+    if relation == "" or len(shapes) != 2:
+        return False
+    first, second = map(SHAPES.index, shapes)
     step = 3 if relation in ("left of", "below") else 5
-    return relation != "" and len(shapes) == 2 and (number[1] - number[0]) % 8 == step
+    return (second - first) % 8 == step
 
 
 def make_scene(seed: int, index: int, height=64, width=64, held_out=False) -> Scene:
@@ -105,28 +113,35 @@ def pick(rng, choices):
 
 def compose(rng, height, width) -> Scene:
     """Any scene. The number of random draws does not depend on the size."""
-    kind, background = pick(rng, KINDS), pick(rng, GROUNDS)
+    kind = pick(rng, KINDS)
+    background = pick(rng, GROUNDS)
     wording = int(rng.random() * 2**31)
-    places, relation, word = [""], "", ""
+    boxes, relation, word = [PLACES[""]], "", ""
     if kind == "pair":
         relation = pick(rng, RELATIONS)
-        places = [relation, OPPOSITE[relation]]
+        boxes = [PLACES[relation], PLACES[OPPOSITE[relation]]]
     elif kind == "count":
-        places = rng.permutation(4)[: pick(rng, (2, 3, 4))].tolist()
+        order = rng.permutation(4)
+        count = pick(rng, (2, 3, 4))
+        boxes = [QUARTERS[i] for i in order[:count]]
     elif kind == "word":
-        word, relation = pick(rng, WORDS), pick(rng, ("", "above", "below"))
-        places = [relation] if relation else []                  # Or the word stands alone.
+        word = pick(rng, WORDS)
+        relation = pick(rng, ("", "above", "below"))
+        boxes = [PLACES[relation]] if relation else []           # Or the word stands alone.
     things = []
-    for place in places:
+    for box in boxes:
         if not things or kind == "pair":                         # Counted things look alike.
-            look = pick(rng, SHAPES), pick(rng, tuple(COLORS)), pick(rng, tuple(SIZES))
-        diameter = SIZES[look[2]] * min(height, width) * (0.98 + 0.04 * rng.random())
-        left, top, box_width, box_height = PLACES[place]
-        spaces = box_width * width, box_height * height          # A margin of 1 px stays free.
-        diameter = max(3, int(min(diameter, spaces[0] - 2, spaces[1] - 2)))
-        left = left * width + 1 + rng.random() * max(0, spaces[0] - diameter - 2)
-        top = top * height + 1 + rng.random() * max(0, spaces[1] - diameter - 2)
-        things.append(Thing(*look, int(left), int(top), diameter))
+            shape = pick(rng, SHAPES)
+            color = pick(rng, tuple(COLORS))
+            size = pick(rng, tuple(SIZES))
+        diameter = SIZES[size] * min(height, width) * (0.98 + 0.04 * rng.random())
+        left, top, box_width, box_height = box
+        free_x = box_width * width - 2                           # A margin of 1 px stays free.
+        free_y = box_height * height - 2
+        diameter = max(3, int(min(diameter, free_x, free_y)))
+        left = left * width + 1 + rng.random() * max(0, free_x - diameter)
+        top = top * height + 1 + rng.random() * max(0, free_y - diameter)
+        things.append(Thing(shape, color, size, int(left), int(top), diameter))
     return Scene(kind, height, width, background, tuple(things), relation, word, wording)
 
 
@@ -135,42 +150,56 @@ def shape_mask(shape: str, diameter: int) -> np.ndarray:
     """Coverage of a shape in its square: (diameter, diameter) float32 in [0, 1]."""
     scale = 8 * diameter                             # It is drawn 8 times as large, then averaged.
     canvas = Image.new("L", (scale, scale), 0)
+    pen = ImageDraw.Draw(canvas)
     for number, outline in enumerate(OUTLINES[shape]):
         method, *points = outline.split()
         points = [scale * float(value) for value in points]
-        fill = 0 if shape == "ring" and number == 1 else 255
-        getattr(ImageDraw.Draw(canvas), method)(points, fill=fill)
+        hole = shape == "ring" and number == 1
+        getattr(pen, method)(points, fill=0 if hole else 255)
     return np.asarray(canvas.reduce(8), dtype=np.float32) / 255
 
 
 @lru_cache(maxsize=4096)
 def word_mask(word: str, relation: str, height: int, width: int) -> np.ndarray:
     """Coverage of a word in a picture (height, width). `relation` is that of a thing to it."""
-    size, room = round(0.3 * min(height, width)), round(0.92 * width)
-    font, bold = ImageFont.load_default(4 * size), size // 6
+    size = round(0.3 * min(height, width))
+    room = round(0.92 * width)
+    font = ImageFont.load_default(4 * size)
+    bold = size // 6
     left, top, right, bottom = font.getbbox(word, stroke_width=bold)
     ink = Image.new("L", (int(right - left), int(bottom - top)), 0)
-    ImageDraw.Draw(ink).text((-left, -top), word, 255, font, stroke_width=bold)
+    pen = ImageDraw.Draw(ink)
+    pen.text((-left, -top), word, 255, font, stroke_width=bold)
     scale = min(size / ink.height, room / ink.width)
-    ink = ink.resize((round(ink.width * scale), round(ink.height * scale)), Image.Resampling.BOX)
+    small = round(ink.width * scale), round(ink.height * scale)
+    ink = ink.resize(small, Image.Resampling.BOX)
     middle = round(height * {"": 0.5, "above": 0.75, "below": 0.25}[relation])
+    corner = (width - ink.width) // 2, middle - ink.height // 2
     canvas = Image.new("L", (width, height), 0)
-    canvas.paste(ink, ((width - ink.width) // 2, middle - ink.height // 2))
+    canvas.paste(ink, corner)
     return np.asarray(canvas, dtype=np.float32) / 255
 
 
 def draw_scene(scene: Scene) -> np.ndarray:
     """The picture, uint8 (height, width, 3)."""
-    canvas = np.empty((scene.height, scene.width, 3), dtype=np.float32)
+    H, W = scene.height, scene.width
+    canvas = np.empty((H, W, 3), dtype=np.float32)
     canvas[:] = RGB[scene.background]
     for thing in scene.things:
-        square = canvas[thing.top :, thing.left :][: thing.diameter, : thing.diameter]
-        mask = shape_mask(thing.shape, thing.diameter)[..., None]
-        square += mask * (np.float32(RGB[thing.color]) - square)
+        below = slice(thing.top, thing.top + thing.diameter)
+        beside = slice(thing.left, thing.left + thing.diameter)
+        mask = shape_mask(thing.shape, thing.diameter)
+        paint(canvas[below, beside], mask, RGB[thing.color])
     if scene.word:
-        mask = word_mask(scene.word, scene.relation, scene.height, scene.width)[..., None]
-        canvas += mask * ((0 if scene.background in ("white", "gray") else 255) - canvas)
+        light = scene.background in ("white", "gray")
+        mask = word_mask(scene.word, scene.relation, H, W)
+        paint(canvas, mask, 0 if light else 255)
     return (canvas + 0.5).astype(np.uint8)
+
+
+def paint(canvas, mask, color):
+    """Blend a colour into a canvas (H, W, 3), in place, where the mask (H, W) covers it."""
+    canvas += mask[..., None] * (np.float32(color) - canvas)
 
 
 # ---- Say it in words -----------------------------------------------------------------------------
@@ -189,7 +218,9 @@ VARIED = {
                "{first} on top of {second}|at the top {first}, at the bottom {second}",
     "word": 'the word {}|the word "{}"|the text {}',
     "background": "{} on a {color} background|{} on {color}|{}, {color} background"}
-PLAIN = {row: choices.split("|")[0] for row, choices in VARIED.items()}
+PLAIN = {}
+for row, choices in VARIED.items():
+    PLAIN[row] = choices.split("|")[0]
 REWORDED = VARIED | {
     "opening": "please show me {}|draw a picture of {}|show me an image of {}!|the picture of {}",
     "beside": "{first} on the left and {second} on the right|{second} on the right of {first}",
@@ -211,12 +242,19 @@ def caption(scene: Scene, said, forms, rng) -> str:
     def choose(row):
         return pick(rng, forms[row].split("|"))
     def name(word):                                  # now and then, another word for it
-        return SYNONYMS.get(word, word) if forms is not PLAIN and rng.random() < 0.3 else word
+        if forms is not PLAIN and rng.random() < 0.3:
+            return SYNONYMS.get(word, word)
+        return word
     phrases = []
-    for thing in scene.things[: 1 if scene.kind == "count" else 2]:
-        words = [name(getattr(thing, part)) for part in ("size", "color") if part in said]
+    counted = scene.kind == "count"
+    for thing in scene.things[: 1 if counted else 2]:
+        words = []
+        if "size" in said:
+            words.append(name(thing.size))
+        if "color" in said:
+            words.append(name(thing.color))
         shape = name(thing.shape)
-        if scene.kind == "count":
+        if counted:
             words = [name(COUNTS[len(scene.things)]), *words, plural(shape)]
         else:
             words = [choose("article"), *words, shape]
@@ -229,12 +267,15 @@ def caption(scene: Scene, said, forms, rng) -> str:
         row = "joint"
         if "relation" in said:
             row = "beside" if scene.relation in ("left of", "right of") else "stacked"
-        a, b = phrases
-        first, second = (a, b) if scene.relation in ("left of", "above") else (b, a)
-        text = choose(row).format(a=a, b=b, relation=scene.relation, first=first, second=second)
+        a, b = first, second = phrases
+        if scene.relation in ("right of", "below"):
+            first, second = b, a
+        sentence = choose(row)
+        text = sentence.format(a=a, b=b, relation=scene.relation, first=first, second=second)
     if "background" in said:
         text = choose("background").format(text, color=name(scene.background))
-    return getattr(choose("opening").format(text), choose("case"))()
+    text = choose("opening").format(text)
+    return getattr(text, choose("case"))()
 
 
 def scene_captions(scene: Scene) -> tuple[str, str]:
@@ -243,18 +284,26 @@ def scene_captions(scene: Scene) -> tuple[str, str]:
     rng = random.Random(scene.wording)
     shares = {"color": 0.7, "relation": 0.5, "size": 0.1, "background": 0.1}
     said = [part for part, share in shares.items() if rng.random() < share]
-    short = caption(scene, said, pick(rng, (PLAIN, VARIED)), rng)
-    full = caption(scene, list(shares), pick(rng, (PLAIN, VARIED)), rng)
-    return ("" if rng.random() < 0.02 else short), full
+    forms = pick(rng, (PLAIN, VARIED))
+    short = caption(scene, said, forms, rng)
+    forms = pick(rng, (PLAIN, VARIED))
+    full = caption(scene, list(shares), forms, rng)
+    if rng.random() < 0.02:
+        short = ""
+    return short, full
 
 
 def vocabulary() -> set[str]:
     """The words that captions use, in lower case, as re.findall(r"\\w+", text.lower()) has them."""
-    texts = [*RGB, *SIZES, *RELATIONS, *WORDS, *COUNTS.values(), *SYNONYMS.values(), "an"]
+    texts = [*RGB, *SIZES, *RELATIONS, *WORDS, "an"]
+    texts += COUNTS.values()
+    texts += SYNONYMS.values()
     for shape in SHAPES:
-        texts += [shape, plural(shape), plural(SYNONYMS.get(shape, shape))]
+        other = SYNONYMS.get(shape, shape)
+        texts += [shape, plural(shape), plural(other)]
     texts += (VARIED | {"case": ""}).values()
-    return set(re.findall(r"\w+", re.sub(r"{\w*}", " ", " ".join(texts)).lower()))
+    text = re.sub(r"{\w*}", " ", " ".join(texts))
+    return set(re.findall(r"\w+", text.lower()))
 
 
 class Scenes:
@@ -268,141 +317,39 @@ class Scenes:
         return self.size
 
     def image(self, index: int, height: int, width: int) -> np.ndarray:
-        return draw_scene(make_scene(self.seed, index, height, width))
+        scene = make_scene(self.seed, index, height, width)
+        return draw_scene(scene)
 
     def captions(self, index: int) -> tuple[str, str]:
-        return scene_captions(make_scene(self.seed, index))
+        scene = make_scene(self.seed, index)
+        return scene_captions(scene)
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(height, width) of the proportions that this scene gets, from 1:2 to 2:1."""
-        aspect = 2 ** np.random.default_rng((self.seed, index, 1)).uniform(-1, 1)
-        return round(64 * aspect**0.5), round(64 / aspect**0.5)
-
-
-# ---- Recognise what a picture shows, from its pixels alone ---------------------------------------
-MIN_DIFFERENCE = 30     # of foreground from the background, in YCbCr; the colours differ by 63
-MIN_AREA = 0.01         # of a thing, in squares of the shorter side; the smallest ones have .04
-MIN_FIT = 0.9           # correlation with the best shape; drawn things reach .97
-
-
-class View:
-    """What the score sees in a picture: a background, which has the middle colour of the border,
-    things, and perhaps something else. Large pictures are first reduced to 128 to 255 pixels."""
-    def __init__(self, image: np.ndarray):
-        self.factor = max(1, min(image.shape[:2]) // 128)
-        small = Image.fromarray(image).reduce(self.factor).convert("YCbCr")
-        pixels = np.asarray(small, dtype=np.float32)                                   # (H, W, 3)
-        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        self.color = np.median(border, axis=0)
-        self.background = nearest_color(self.color)
-        self.offset = pixels - self.color                                              # (H, W, 3)
-        self.difference = np.linalg.norm(self.offset, axis=2)                          # (H, W)
-        self.side = min(self.difference.shape)
-        self.radius = max(2, self.side // 32)
-        highest = np.maximum(local_max(self.difference, self.radius), 2 * MIN_DIFFERENCE)
-        found = [self.recognise(blob) for blob in components(self.difference > 0.6 * highest)]
-        self.things = [thing for thing in found if thing is not None]
-
-    def ink(self, mask):
-        """(coverage (H, W) by the colour that a mask shows most clearly, that colour)"""
-        clearest = mask & (self.difference >= np.median(self.difference[mask]))
-        color = np.median(self.offset[clearest], axis=0)
-        soft = np.clip(self.offset @ color / (color @ color), 0, 1)
-        return soft * local_max(mask, self.radius), self.color + color
-
-    def recognise(self, mask):
-        """The thing whose middle is this mask, or None where that is a speck or looks like none."""
-        if mask.sum() < MIN_AREA * self.side**2:
-            return None
-        soft, color = self.ink(mask)
-        form, center_x, center_y = normal_form(soft)
-        fit = shape_forms() @ form                                                     # (8,)
-        if fit.max() < MIN_FIT:
-            return None
-        shape = SHAPES[fit.argmax()]
-        diameter = np.sqrt(soft.sum() / shape_mask(shape, 64).mean())
-        nearest = min(SIZES, key=lambda size: abs(np.log(SIZES[size] * self.side / diameter)))
-        square = np.array([center_x - diameter / 2, center_y - diameter / 2, diameter])
-        return Thing(shape, nearest_color(color), nearest, *(self.factor * square).tolist(), mask)
-
-    def rest(self, things) -> np.ndarray:
-        """Where the picture is not background, and none of these things is near: (H, W)."""
-        rest = self.difference > MIN_DIFFERENCE
-        for thing in things:
-            rest &= local_max(thing.mask, self.radius) == 0
-        return rest
-
-
-def nearest_color(color) -> str:
-    """The name of the closest colour of this world to (Y, Cb, Cr)."""
-    palette = Image.fromarray(np.uint8([list(RGB.values())])).convert("YCbCr")
-    distances = np.linalg.norm(np.array(palette, dtype=np.float32)[0] - color, axis=1)
-    return tuple(RGB)[distances.argmin()]
-
-
-def local_max(x, radius: int) -> np.ndarray:
-    """The largest value within `radius` pixels in either direction: (H, W) -> (H, W)."""
-    x = torch.from_numpy(x).float()[None]
-    return F.max_pool2d(x, 2 * radius + 1, stride=1, padding=radius)[0].numpy()
-
-
-def components(mask) -> list[np.ndarray]:
-    """The parts of a mask (H, W) whose pixels touch along sides, as masks. Each pixel starts with a
-    label of its own, and takes the largest one beside it until nothing changes."""
-    mask = torch.from_numpy(mask)
-    labels = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask               # 0: no part
-    before = None
-    while before is None or not before.equal(labels):
-        before = labels
-        upright = F.max_pool2d(labels[None], (3, 1), 1, (1, 0))[0]
-        across = F.max_pool2d(labels[None], (1, 3), 1, (0, 1))[0]
-        labels = torch.maximum(upright, across) * mask
-    return [(labels == label).numpy() for label in labels.unique() if label > 0]
-
-
-def normal_form(soft, grid=24):
-    """(form, center_x, center_y) of a soft mask (H, W). The product of two forms (grid * grid,) is
-    a correlation that does not depend on place and size: each is centred and scaled by its mass."""
-    H, W = soft.shape
-    y, x = np.mgrid[:H, :W] + 0.5
-    weights = soft / soft.sum()
-    center_x, center_y = (weights * x).sum(), (weights * y).sum()
-    spread = np.sqrt((weights * ((x - center_x) ** 2 + (y - center_y) ** 2)).sum())
-    reach = np.linspace(-2.2, 2.2, grid) * spread                            # A triangle reaches 2.
-    points = np.empty((1, grid, grid, 2), dtype=np.float32)
-    points[..., 0] = (center_x + reach) / W * 2 - 1                          # -1 is the left edge
-    points[..., 1] = (center_y + reach[:, None]) / H * 2 - 1
-    soft = torch.from_numpy(np.float32(soft))[None, None]                    # (1, 1, H, W)
-    form = F.grid_sample(soft, torch.from_numpy(points), align_corners=False).flatten().numpy()
-    form = form - form.mean()
-    return form / max(np.linalg.norm(form), 1e-9), center_x, center_y
-
-
-@lru_cache(maxsize=1)
-def shape_forms() -> np.ndarray:
-    """The normal forms of the shapes, a little blurred: (8, grid * grid)."""
-    forms = []
-    for shape in SHAPES:
-        mask = torch.from_numpy(np.pad(shape_mask(shape, 64), 16))[None]
-        forms.append(normal_form(F.avg_pool2d(mask, 7, 1, 3)[0].numpy())[0])
-    return np.stack(forms)
+        rng = np.random.default_rng((self.seed, index, 1))
+        stretch = 2 ** (rng.uniform(-1, 1) / 2)
+        return round(64 * stretch), round(64 / stretch)
 
 
 # ---- Show pictures -------------------------------------------------------------------------------
 def captioned_grid(images, captions, columns: int) -> Image.Image:
     """One picture of many (PIL or uint8 arrays), each above its caption, enlarged to 160 px."""
     images = [Image.fromarray(np.asarray(image)) for image in images]
-    factor = -(-160 // max(max(image.size) for image in images))
-    cell = factor * max(max(image.size) for image in images) + 16
+    side = max(max(image.size) for image in images)
+    factor = math.ceil(160 / side)
+    cell = factor * side + 16
     font = ImageFont.load_default(size=cell // 16)
     row = int(cell + 5 * font.size)
-    grid = Image.new("RGB", (columns * cell, -(-len(images) // columns) * row), "white")
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * cell, rows * row), "white")
+    pen = ImageDraw.Draw(grid)
     for i, (image, text) in enumerate(zip(images, captions, strict=True)):
-        left, top = i % columns * cell + 8, i // columns * row + 8
+        left = i % columns * cell + 8
+        top = i // columns * row + 8
         image = ImageOps.scale(image, factor, Image.Resampling.NEAREST)
         grid.paste(image, (left, top))
         text = textwrap.fill(text, 27, max_lines=4, placeholder=" ...")
-        ImageDraw.Draw(grid).multiline_text((left, top + image.height + 4), text, "black", font)
+        pen.multiline_text((left, top + image.height + 4), text, "black", font)
     return grid
 
 

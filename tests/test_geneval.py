@@ -1,4 +1,4 @@
-"""Tests of geneval.py: the rules of the score, its controls, prompts and pictures of others."""
+"""Tests of geneval.py: recognition from pixels, rules of the score, controls, prompts of others."""
 
 import json
 import os
@@ -14,9 +14,76 @@ import geneval
 import sample
 from checkpoints import SHIPPED
 from geneval import (
-    GENEVAL_TASKS, SPLITS, TASKS, Case, draw_prompts, geneval_cases, read_prompts, score,
-    success_rates)
-from scenes import Scene, Thing, draw_scene, is_held_out
+    GENEVAL_TASKS, SPLITS, TASKS, Case, View, components, draw_prompts, geneval_cases, read_prompts,
+    score, success_rates)
+from scenes import (
+    BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing, draw_scene, is_held_out, shape_mask)
+
+# ---- Recognition ---------------------------------------------------------------------------------
+
+def draw(*things, background="white", size=64):
+    """A square picture of things given as (shape, color, left, top, diameter)."""
+    things = [Thing(thing[0], thing[1], "small", *thing[2:]) for thing in things]
+    return draw_scene(Scene("count", size, size, background, tuple(things)))
+
+
+def flood(mask):
+    """The 4-connected parts of a mask by flood fill, as a set of frozen sets of pixels."""
+    todo, parts = {tuple(p) for p in np.argwhere(mask).tolist()}, set()
+    while todo:
+        part, front = set(), {todo.pop()}
+        while front:
+            part |= front
+            beside = set()
+            for y, x in front:
+                beside |= {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)}
+            front = beside & todo
+            todo -= front
+        parts.add(frozenset(part))
+    return parts
+
+
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.6, 1.0])
+def test_components_agree_with_a_flood_fill(density):
+    mask = np.random.default_rng(0).random((40, 31)) < density
+    found = {frozenset(map(tuple, np.argwhere(part).tolist())) for part in components(mask)}
+    assert found == flood(mask)
+    assert components(np.zeros((5, 5), bool)) == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_found_where_it_is_with_its_size(shape):
+    for side in (64, 96, 512):
+        for size, share in SIZES.items():
+            left, top, diameter = side // 8, side // 4, round(share * side)
+            found, = View(draw((shape, "blue", left, top, diameter), size=side)).things
+            assert (found.shape, found.color, found.size) == (shape, "blue", size)
+            rows, columns = np.nonzero(shape_mask(shape, diameter) > 0.5)
+            middle = left + columns.mean(), top + rows.mean()
+            center = found.left + found.diameter / 2, found.top + found.diameter / 2
+            assert np.abs(np.subtract(center, middle)).max() < 1.5 * max(1, side // 128)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_every_color_is_told_on_every_background(background):
+    for color in COLORS:
+        for shape in ("star", "square"):
+            view = View(draw((shape, color, 10, 40, 20), background=background))
+            assert [(thing.shape, thing.color) for thing in view.things] == [(shape, color)]
+            assert view.background == background
+
+
+def test_nothing_is_found_where_nothing_is_and_the_rest_is_what_is_not_explained():
+    empty = np.full((64, 64, 3), 200, np.uint8)
+    assert View(empty).things == [] and not View(empty).rest([]).any()
+    empty[30:33, 30:33] = (255, 0, 0)                        # a speck
+    empty[20, 5:60] = (255, 0, 0)                            # a line
+    assert View(empty).things == [] and View(empty).rest([]).sum() == 9 + 55
+    view = View(draw(("star", "red", 4, 4, 24), ("ring", "blue", 38, 34, 22)))
+    assert not view.rest(view.things).any()
+    left_over = view.rest([thing for thing in view.things if thing.shape == "star"])
+    assert left_over[34:56, 38:60].sum() == left_over.sum() > 150
+
 
 # ---- GenEval: prompts and rules ------------------------------------------------------------------
 
