@@ -719,11 +719,13 @@ def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(mixed):
         running(step)
     expected = running(23)
     fresh = make_batches(EncodedFolder(mixed), encoder_dropout=0.5)(23)
-    halves = [make_batches(folder, rank(i, 2), encoder_dropout=0.5)(23) for i in range(2)]
     for name, tensor in vars(expected).items():
         assert torch.equal(getattr(fresh, name), tensor)
-        joined = torch.cat([getattr(half, name) for half in halves])
-        torch.testing.assert_close(joined, tensor, rtol=1e-6, atol=1e-6)
+    for size in (2, 4):                                      # two pictures a rank, and one
+        parts = [make_batches(folder, rank(i, size), encoder_dropout=0.5)(23) for i in range(size)]
+        for name, tensor in vars(expected).items():
+            joined = torch.cat([getattr(part, name) for part in parts])
+            torch.testing.assert_close(joined, tensor, rtol=1e-6, atol=1e-6)
     assert make_batches(folder, seed=1).indices(23) != running.indices(23)
     other = make_batches(folder, seed=1)(23)
     assert not torch.equal(other.noise.flatten()[:64], expected.noise.flatten()[:64])
