@@ -387,6 +387,24 @@ def test_the_tiny_preset_is_what_a_config_is_without_one():
     assert "optimizer muon (adamw)" in train.departures(TrainConfig())
 
 
+def test_defaults_are_what_the_help_says_and_the_limits_themselves_are_allowed():
+    config = TrainConfig()
+    assert config.full_captions == 0.5                       # Sec. 5.2.2
+    assert config.encoder_dropout == 0.464                   # App. B.3
+    assert config.every == config.warmup_steps == config.steps == 0
+    assert (config.batch_size, config.minutes, config.depth) == (64, 10, 4)
+    lowest = {"depth": 1, "batch_size": 1, "encoder_dropout": 0.0, "full_captions": 0.0,
+              "lr": 1e-12, "timestep_shift": 0.01, "steps": 0, "every": 0, "warmup_steps": 0}
+    highest = {"depth": 128, "encoder_dropout": 1.0, "full_captions": 1.0, "lr": 1.0,
+               "timestep_shift": 100.0, "cooldown": 1.0, "ema": 0.999999}
+    for allowed in (lowest, highest):
+        assert allowed.items() <= dataclasses.asdict(TrainConfig(**allowed)).items()
+    for name, value in (("depth", 129), ("encoder_dropout", 1.01), ("full_captions", 1.01),
+                        ("timestep_shift", 101), ("lr", 1.01), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=name.replace("_", "-")):
+            TrainConfig(**{name: value})
+
+
 def test_the_papers_rate_rises_over_1000_steps_and_stays():
     config = TrainConfig(**train.PRESETS["paper"])
     rates = [train.learning_rate(step, 500_000, config) for step in (0, 499, 999, 1000, 499_999)]
