@@ -62,6 +62,8 @@ class World:
             raise ValueError(f"--parallel {parallel} needs several processes: use torchrun")
         if self.size == 1:
             return
+        if not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+            raise ValueError("LOCAL_RANK and LOCAL_WORLD_SIZE are not set; start with torchrun")
         shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             warnings.warn("to restart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun", stacklevel=2)
@@ -83,7 +85,7 @@ class World:
     def wrap(self, model):
         """The model whose backward() averages gradients over all processes."""
         if self.size > 1 and self.parallel == "ddp":
-            model = torch.nn.parallel.DistributedDataParallel(model)
+            model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         return model
 
     def gather(self, value):

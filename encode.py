@@ -210,6 +210,8 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
             if buckets:
                 groups = sort_by_size(source, keys, folder, aspect_buckets(resolution))
             lines = plan_shards(groups, keys, shard_size, recipe)
+            for half in folder.glob("*.partial"):       # A kill left it.
+                half.unlink()
             for line, samples in lines:
                 if "hash" not in read_header(folder / line["file"]):
                     missing.append((line, samples))

@@ -50,10 +50,10 @@ class Run:
         """Locks the folder, loads its newest whole checkpoint, and drops later lines of the log."""
         self.folder = Path(self.folder)
         self.world = self.world or World(self.config.device)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")              # The system frees it when we die.
         self.began = self.began or time.time()
-        self.done = 0
+        self.done = self.steps = 0
         self.skipped = 0                                         # steps in a row, not finite
         self.recent = []                                         # steps that wait for a line
         self.stopping = False
@@ -63,27 +63,33 @@ class Run:
         self.resume(model, average, optimizers)
         self.first = self.done
         self.last_due = self.done
-        signal.signal(signal.SIGTERM, lambda number, frame: self.signals.append(number))
+        self.handler = signal.signal(signal.SIGTERM, lambda *stop: self.signals.append(stop))
         self.entries = read_log(self.folder / "log.jsonl", self.done)
         if self.world.rank == 0:
+            write_json(self.folder / "config.json", {"train": asdict(self.config), **self.about})
             log = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             write_atomically(self.folder / "log.jsonl", partial(Path.write_text, data=log))
-            write_json(self.folder / "config.json", {"train": asdict(self.config), **self.about})
         self.steps = self.total_steps()
         if self.steps == 0:
             raise ValueError("--minutes were over before the first step; give more")
         self.bar = tqdm(initial=self.done, disable=self.world.rank > 0, unit="step")
         self.last_line = time.time()
 
+    def finish(self):
+        """After the last step: SIGTERM ends the program again, as it did before."""
+        signal.signal(signal.SIGTERM, self.handler)
+
     # --- Checkpoints ------------------------------------------------------------------------------
     def take_over(self):
-        """Locks the folder, and clears away checkpoints that a kill or a full disk left half."""
+        """Locks the folder, and clears away what a kill or a full disk left half."""
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.folder} is in use; choose another --out, or wait") from None
         for half in (self.folder / "checkpoints").glob("*.partial"):
             shutil.rmtree(half, ignore_errors=True)
+        for half in self.folder.glob("*.partial"):
+            half.unlink()
 
     def resume(self, model, average, optimizers):
         """Loads the newest checkpoint that is whole. OSError if there are some, and none is."""
@@ -100,6 +106,7 @@ class Run:
         if found:
             devices.set_optimizer_state_dict(model, optimizers, state["optimizer"])
             self.done = state["step"]
+            self.steps = state["steps"]                          # until some new steps are timed
             self.began -= state["seconds"]                       # as if it had run without a pause
 
     def state(self, model, average, optimizers):
@@ -109,6 +116,7 @@ class Run:
             "average": average.state_dict(),
             "optimizer": devices.get_optimizer_state_dict(model, optimizers),
             "step": self.done,
+            "steps": self.steps,
             "seconds": time.time() - self.began,
         }
 
@@ -147,7 +155,9 @@ class Run:
             steps = self.done + int(left * taken / (time.time() - self.paced))
         else:
             self.paced = time.time()
-            steps = self.done + (1000 if left else 0)
+            steps = self.done
+            if left:
+                steps = self.steps if self.steps > self.done else self.done + 1000
         if self.first < self.done and taken < 2 and steps < 100:
             self.say(f"a run of {steps} steps teaches next to nothing; give more --minutes")
         return self.world.same(steps)

@@ -11,6 +11,7 @@ STARTED = time.time()                    # --minutes counts from here; importing
 import argparse
 import copy
 import math
+import os
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -30,7 +31,7 @@ from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_size
 from options import add_options, check_options, check_value, given_options, option, read_json
 from run_folder import Run, checkpoints_of, mean
 from sample import Pipeline, generate
-from scenes import captioned_grid, vocabulary
+from scenes import HELD_OUT_SEED, captioned_grid, vocabulary
 
 # "paper" is App. B.3 at 256 px. "tiny" is for minutes on two CPU cores.
 PRESETS = {
@@ -81,6 +82,8 @@ class TrainConfig:
         density(self.density)                                    # Its ValueError names the choices.
         if self.resolution % 16:
             raise ValueError(f"--resolution {self.resolution} is no multiple of 16 px (VAE 8 x 2)")
+        if self.seed == HELD_OUT_SEED:
+            raise ValueError(f"--seed {self.seed} draws the scenes that score; choose another")
 
 
 # --- The loss and one step ------------------------------------------------------------------------
@@ -160,8 +163,9 @@ def fit(model, loss, batches, config, run):
             update_average(average, model, run.done, run.steps, config)
             run.log_step(batch, losses, grad_norm)
             if run.due:
-                run.sample(average)
                 run.save(model, average, optimizers)
+                run.sample(average)
+    run.finish()
     return average
 
 
@@ -237,8 +241,11 @@ def read_config(arguments=None):
     folder = Path(given.get("out") or "runs/none")
     if checkpoints_of(folder):
         return resumed_config(folder, PRESETS.get(options.preset, {}) | given)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    names = {path.name for path in folder.glob("*") if path.suffix != ".partial"}
+    if names - {"lock", "checkpoints"} and "config.json" not in names:
         raise ValueError(f"--out {folder} is no run folder; choose another")
+    if "model.safetensors" in names and "checkpoints" not in names:
+        raise ValueError(f"--out {folder} has a model, but no checkpoints; choose another")
     default = "paper" if given.get("depth", 0) >= 15 else "tiny"
     return TrainConfig(**PRESETS[options.preset or default] | given)
 
@@ -289,6 +296,8 @@ def report(average, step, pipeline, unseen, prompts):
 def main(arguments=None):
     """A whole run, from pictures to the score."""
     config = read_config(arguments)
+    if not config.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError("--max-restarts would start another run each time; give --out as well")
     world = World(config.device, config.parallel, count_parameters(MMDiTConfig(config.depth)))
     if world.parallel != "ddp" and config.optimizer == "muon":
         raise ValueError("Muon works on whole matrices: give --optimizer adamw or --parallel ddp")
@@ -307,7 +316,8 @@ def main(arguments=None):
     sizes = sizes_of(folder) if goes_on else inputs.sizes
     frozen = find_model_file(config.encoders)
     num_scenes = max(64, len(inputs.training))
-    config = replace(config, num_scenes=num_scenes, encoders=portable(frozen), resolution=size)
+    config = replace(config, num_scenes=num_scenes, encoders=portable(frozen), resolution=size,
+                     precision="fp32" if inputs.precision == torch.float32 else "bf16")
 
     model, average = make_models(sizes, config, world, start)
     sampling = SAMPLING | {"timestep_shift": config.timestep_shift, "height": size, "width": size}
@@ -344,7 +354,10 @@ def conclude(run, pipeline, prompt):
         scores = geneval(pipeline, count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)
         run.say(f"{format_scores(scores)}, {count} prompts for each task")
-    run.say(f"{run.folder} has done its {run.done} steps; more --steps or --minutes go on. Next:\n"
+    ended = "has done its {} steps; more --steps or --minutes go on"
+    if run.stopping:
+        ended = "was stopped after {} steps; the same command goes on"
+    run.say(f"{run.folder} {ended.format(run.done)}. Next:\n"
             f'python sample.py --checkpoint {run.folder} --prompt "{prompt}"')
     run.world.close()
 

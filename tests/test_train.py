@@ -31,6 +31,7 @@ from data import Batch, Batches
 from encode import encoded
 from flow import density
 from mmdit import MMDiT, MMDiTConfig
+from scenes import Scenes
 from train import Run, TrainConfig, fit, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +209,40 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(tmp_path):
     whole, *_ = experiment(tmp_path / "whole")
     _, _, run = experiment(tmp_path / "run", batches=batches, every=100)
     assert run.stopping and run.done == 5 and steps_of(tmp_path / "run") == [5]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # A second one ends it.
     assert same_model(experiment(tmp_path / "run")[0], whole)
+
+
+def test_a_step_is_saved_before_anything_is_done_with_it(tmp_path):
+    """Validation may run out of memory. Then a restart would never get past it."""
+    def report(average, step):
+        raise MemoryError
+
+    run = Run(tmp_path / "run", settings(), report=report)
+    with pytest.raises(MemoryError):
+        fit(small_model(), line_loss, line_batches, run.config, run)
+    assert steps_of(tmp_path / "run") == [3]
+
+
+def test_the_average_is_what_is_validated_and_drawn(tmp_path):
+    seen = []
+
+    def report(average, step):
+        seen.append(average.weight.detach().clone())
+        return {}, None
+
+    run = Run(tmp_path / "run", settings(steps=3, ema=0.5), report=report)
+    model = small_model()
+    average = fit(model, line_loss, line_batches, run.config, run)
+    assert torch.equal(seen[-1], average.weight) and not torch.equal(seen[-1], model.weight)
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path):
+    experiment(tmp_path / "run")
+    half = tmp_path / "run" / "model.safetensors.0f.partial"
+    half.write_text("half")
+    experiment(tmp_path / "run")
+    assert not half.exists()
 
 
 def test_a_finished_run_ends_at_once_and_more_steps_go_on(tmp_path):
@@ -363,6 +397,34 @@ def test_minutes_are_kept_whatever_a_step_takes(seconds, minutes, least, most, t
     again = experiment(tmp_path / "run", **options)[2]
     assert again.done == run.done
     assert 1 <= len(steps_of(tmp_path / "run")) <= 2
+
+
+def test_a_restart_keeps_the_planned_end_until_steps_are_timed(tmp_path, monkeypatch):
+    """Else the rate, which falls towards that end, would jump up for a few steps."""
+    clock = SimpleNamespace(now=1000.0)
+    rates = {}
+    real = train.learning_rate
+
+    def rate(step, steps, config):
+        rates.setdefault(step, []).append(real(step, steps, config))
+        return rates[step][-1]
+
+    def batches(step):
+        clock.now += 1
+        if step == 190 and len(rates[190]) == 1:
+            raise Killed
+        return line_batches(step)
+
+    monkeypatch.setattr(time, "time", lambda: clock.now)
+    monkeypatch.setattr(train, "learning_rate", rate)
+    options = {"batches": batches, "began": 1000.0, "steps": 0, "minutes": 4, "every": 20}
+    with pytest.raises(Killed):
+        experiment(tmp_path / "run", **options)
+    experiment(tmp_path / "run", **options | {"began": clock.now})
+    twice = [found for found in rates.values() if len(found) == 2]
+    assert len(twice) >= 5
+    for first, second in twice:
+        assert second == pytest.approx(first, abs=0.05)
 
 
 def test_a_run_without_time_for_a_step_says_so(tmp_path):
@@ -717,6 +779,14 @@ def test_a_folder_without_checkpoints_does_not_bind_the_next_command(tmp_path):
     assert read_config(["--out", str(folder), "--depth", "1"]).depth == 1
     with pytest.raises(ValueError, match="is no run folder"):
         read_config(["--out", str(ROOT / "tests")])
+    killed = tmp_path / "killed"                                       # before its config.json
+    (killed / "checkpoints").mkdir(parents=True)
+    for name in ("lock", "config.json.0f.partial"):
+        (killed / name).touch()
+    assert read_config(["--out", str(killed)]).out == str(killed)
+    (folder / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="has a model, but no checkpoints; choose another"):
+        read_config(["--out", str(folder)])
 
 
 @pytest.mark.parametrize("text", [
@@ -837,6 +907,59 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
     assert "has done its 20 steps; more --steps or --minutes go on" in said
     scores, = [entry for entry in log_of(out) if "geneval" in entry]
     assert scores["num_prompts"] == 1 and "GenEval" in said
+
+
+def test_what_a_run_is_made_of_is_what_was_asked_for(tmp_path, monkeypatch):
+    """--shift reaches the loss, the log and the sampler; --init the weights. Held-out scenes are
+    what is validated, and a precision of "auto" is settled before it is stored."""
+    given = {}
+
+    def fit(model, loss, batches, config, run):
+        given.update(model=model, loss=loss, config=config, run=run)
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "conclude", lambda *rest: None)
+    train.main([*SMALL, "--depth", "4", "--init", str(SHIPPED), "--timestep-shift", "3",
+                "--steps", "1", "--precision", "auto", "--out", str(tmp_path / "run")])
+    run, loss = given["run"], given["loss"].keywords
+    assert loss["timestep_shift"] == run.metadata["sampling"]["timestep_shift"] == 3
+    uniform = torch.tensor([0.2, 0.5, 0.7])
+    t = torch.sigmoid(torch.special.ndtri(uniform))                    # Eq. 19
+    expected = 3 * t / (1 + 2 * t)                                     # Eq. 23
+    torch.testing.assert_close(run.times(SimpleNamespace(uniform=uniform)), expected)
+    assert loss["density"] == density("lognorm(0, 1)")
+
+    from checkpoints import load_components
+    shipped = load_components(SHIPPED, ("mmdit",)).mmdit.state_dict()
+    for model in (given["model"], run.average):
+        for name, value in model.named_parameters():
+            assert torch.equal(value, shipped[name])
+    parts = run.report.keywords
+    assert parts["pipeline"].mmdit is run.average
+    unseen = parts["unseen"].folder
+    scored = Scenes(64, seed=1_000_003)
+    assert [unseen.captions(i) for i in range(64)] == [scored.captions(i) for i in range(64)]
+    assert given["config"].precision in ("bf16", "fp32")
+    with pytest.raises(ValueError, match="draws the scenes that score"):
+        TrainConfig(seed=1_000_003)
+
+
+@pytest.mark.parametrize("words, least, most", [
+    (["--minutes", "8"], 120, 120), (["--steps", "5"], math.inf, math.inf)])
+def test_encoding_takes_a_quarter_of_the_minutes(words, least, most, tmp_path, monkeypatch):
+    def encoded(config, world, count, until):
+        assert least <= until - train.STARTED <= most
+        raise Killed
+
+    monkeypatch.setattr(train, "encoded", encoded)
+    with pytest.raises(Killed):
+        train.main([*SMALL, *words, "--out", str(tmp_path / "run")])
+
+
+def test_automatic_restarts_need_a_folder_to_go_on_with(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="give --out as well"):
+        train.main([*SMALL])
 
 
 def test_a_run_that_goes_on_no_longer_needs_the_file_of_init(tmp_path):
