@@ -35,7 +35,8 @@ from vae import normalize, sample_code
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # No other decoder sees a foreign file.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**30                                        # of a picture
-MEND = "delete it and run the same command again"        # what helps against a damaged file
+# What helps against a damaged file of an encoded folder.
+MEND = "delete it, if it is there, and encode again: by encode.py, or by train.py for its own cache"
 warnings.filterwarnings("ignore", module=r"PIL\.")       # of large pictures and odd EXIF blocks
 
 # ---- One picture ---------------------------------------------------------------------------------

@@ -235,8 +235,8 @@ def geneval_rows(pipeline, options):
 
 
 def sources(pipeline, options):
-    """(unseen pictures, their captions, PictureMeasures of them, pictures of the training): scenes,
-    or those of --data."""
+    """(unseen pictures, their captions, PictureMeasures of them, pictures of the training). These
+    are scenes. With --data all are pictures from there, whether the model has seen them or not."""
     folder = pipeline.parts.file.parent
     tower = options.tower or folder
     training = Scenes(512)
@@ -266,8 +266,9 @@ def sources(pipeline, options):
 def measure_model(pipeline, options, record, pictures, captions, measure):
     """Losses, and the measures of all settings. Returns the pictures of the first settings."""
     record["losses"] = losses_by_level(pipeline, pictures, captions)
+    kind = "pictures of --data" if options.data else "unseen pictures"
     for name, value in record["losses"].items():
-        note(record, f"{name} loss of {len(pictures)} unseen pictures: {np.round(value, 4)}")
+        note(record, f"{name} loss of {len(pictures)} {kind}: {np.round(value, 4)}")
     first = []
     for drawn, row in measure_grid(pipeline, captions, measure, options.seed, options.grid()):
         first = first or drawn

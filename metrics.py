@@ -99,9 +99,14 @@ def load_image_tower(place=SHIPPED):
     file. Sizes are those of the tensors."""
     file = Path(place) / "clip_image.safetensors"
     if not file.is_file():
-        file = find_model_file(place, hub=False)
+        file = Path(place)
+        if not file.is_dir() or (file / "model.safetensors").is_file():
+            file = find_model_file(place, hub=False)
+    entries = {}
+    if file.is_file():
+        entries, _ = open_weights(file)
     chosen = {}
-    for key, entry in open_weights(file)[0].items():
+    for key, entry in entries.items():
         if key.startswith("clip_l_image."):
             chosen[key.removeprefix("clip_l_image.")] = entry
         elif key.startswith(("vision_model.", "visual_projection.")):

@@ -55,7 +55,7 @@ def add_options(parser, kind):
     for item in fields(kind):
         settings = {"type": item.type}
         if item.type is bool:
-            settings = {"type": json.loads, "nargs": "?", "const": True}
+            settings = {"type": true_or_false, "nargs": "?", "const": True}
         elif item.type is str:
             settings = {"type": os.path.expanduser}
         elif item.type not in KINDS:                   # tuple[int, ...] or tuple[str, ...]
@@ -67,6 +67,13 @@ def add_options(parser, kind):
         choices = item.metadata["rule"][2] or None
         parser.add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, help=help,
                             choices=choices, **settings)
+
+
+def true_or_false(text):
+    """The bool that a text on the command line stands for."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} must be true or false")
+    return text.lower() == "true"
 
 
 def given_options(options, kind):

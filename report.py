@@ -47,9 +47,10 @@ def svg_curve(title, points):
             f'<polyline points="{places}" fill="none" stroke="black"/></svg>\n')
 
 
-def html_curves(losses, log):
-    """The loss by t, and the curves of a run. log: its entries, each with a step."""
-    page = svg_curve("Loss of unseen pictures by t", list(zip(np.linspace(0, 1, 8), losses)))
+def html_curves(measured, losses, log):
+    """The loss of `measured` pictures by t, and the curves of a run. log: its entries, each with a
+    step."""
+    page = svg_curve(f"Loss of {measured} by t", list(zip(np.linspace(0, 1, 8), losses)))
     for name in ("loss", "validation"):
         points = []
         for entry in log:
@@ -103,14 +104,20 @@ def write_report(file, record, log, pictures, prompts, measure, training):
 
     record: the numbers of evaluate.py. log: entries of a run's log.jsonl, or none. pictures: drawn
     from prompts, which begin those of `measure`, a PictureMeasures. training: a set of pictures.
+    With --data, nobody knows whether its pictures were seen in training: they are called by it.
     """
+    measured = "unseen pictures"
+    known = "training pictures"
+    if record["data"]:
+        measured = "pictures of --data"
+        known = measured
     title = html.escape(record["checkpoint"])
     printed = html.escape("\n".join(record["printed"]))
     page = (f'<!DOCTYPE html><meta charset="utf-8"><title>{title}</title>'
             f'<body style="font: 15px sans-serif; margin: 2em"><h1>{title}</h1><p>{NOTES}</p>'
             f'<pre style="overflow: auto">{printed}</pre>\n')
-    page += html_curves(record["losses"]["validation_by_t"], log)
+    page += html_curves(measured, record["losses"]["validation_by_t"], log)
     page += html_pictures(pictures, prompts, measure)
     nearest, texts = nearest_pictures(pictures[:8], measure, training)
-    page += html_grid("Nearest training pictures, with cosines of their features", nearest, texts)
+    page += html_grid(f"Nearest {known}, with cosines of their features", nearest, texts)
     write_atomically(file, partial(Path.write_text, data=page, encoding="utf-8"))

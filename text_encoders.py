@@ -71,7 +71,9 @@ class TextEncoders(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.tokenizers = tokenizers
         self.config = config
-        self.excess = []                              # tokens too many of each text so far, or 0
+        self.texts = 0                                # texts so far
+        self.cut = 0                                  # those of them that were too long
+        self.longest_cut = 0                          # tokens that the longest of them lost
 
     @torch.no_grad()
     def forward(self, prompts, without=()):
@@ -100,8 +102,7 @@ class TextEncoders(nn.Module):
         return combine(clip_l, clip_g, t5, pooled_l, pooled_g)
 
     def tokenize(self, prompts, without=()):
-        """prompts -> {"clip_l": ids (B, clip_length), ..., "t5": ids (B, t5_length)}. What is too
-        long is cut."""
+        """prompts -> {"clip_l": ids (B, clip_length), ..., "t5": ids (B, t5_length)}, cut to it."""
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the text {prompts[:60]!r}; give a list of texts")
         "".join(prompts).encode()                         # ValueError for what is not UTF-8
@@ -113,15 +114,16 @@ class TextEncoders(nn.Module):
             length = self.config.t5_length if name == "t5" else self.config.clip_length
             ids[name], needed = self.tokenizers[name](prompts, length)    # (B, length), (B,)
             excess = excess.maximum(needed - length)
-        self.excess += excess.tolist()
+        self.texts += len(prompts)
+        self.cut += excess.count_nonzero().item()
+        self.longest_cut = max(self.longest_cut, 0, *excess.tolist())
         return ids
 
     def note_cut(self):
         """Say how many of all texts so far an encoder has cut, if any, and by how much."""
-        excess = torch.tensor(self.excess)
-        if excess.sum() > 0:
-            print(f"note: {excess.count_nonzero()} of {len(excess)} texts are cut, the longest by "
-                  f"{excess.max()} tokens", file=sys.stderr)
+        if self.cut:
+            print(f"note: {self.cut} of {self.texts} texts are cut, the longest by "
+                  f"{self.longest_cut} tokens", file=sys.stderr)
 
 
 def attend(q, k, v, **options):
@@ -200,7 +202,6 @@ class CLIPTextEncoder(nn.Module):
             self.projection = nn.Linear(D, config.projection_dim, bias=False)
 
     def forward(self, ids):
-        """ids (B, L) int64 -> (penultimate, pooled, last), as the class says."""
         B, L = ids.shape
         x = self.token_embedding(ids) + self.position_embedding.weight[:L]     # (B, L, D)
         for layer in self.layers:
@@ -301,7 +302,6 @@ class T5Encoder(nn.Module):
         self.final_norm = RMSNorm(config.hidden_size)
 
     def forward(self, ids):
-        """ids (B, L) int64 -> (B, L, D)."""
         position = torch.arange(ids.shape[1], device=ids.device)
         distance = position[None, :] - position[:, None]              # (L, L) key - query
         bucket = relative_position_bucket(distance, self.config.num_buckets)

@@ -901,7 +901,7 @@ def test_a_damaged_shard_is_an_error_that_names_it_and_the_mend(mixed, damage):
         file.unlink()
     folder = EncodedFolder(mixed)
     assert folder.captions(0) == ("short 0.0", "full 0.0")            # of the shard before
-    words = r"shard-00001.safetensors is damaged .*delete it and run the same command again"
+    words = r"shard-00001.safetensors is damaged .*delete it, .* encode again: by encode.py, or by t"
     with pytest.raises(ValueError, match=words) as error:
         folder.captions(10)
     assert "\n" not in str(error.value)
@@ -937,7 +937,8 @@ def test_a_damaged_index_is_named(mixed, change, words):
 
 
 def test_a_folder_without_index_says_how_to_go_on(tmp_path):
-    with pytest.raises(ValueError, match="is missing or damaged .*run the same command again"):
+    """encode.py was killed. Of `train.py --data FOLDER`, the same command would not help."""
+    with pytest.raises(ValueError, match="is missing or damaged .*encode again: by encode.py, or"):
         EncodedFolder(tmp_path)
 
 

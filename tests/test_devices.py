@@ -68,6 +68,10 @@ def test_auto_shards_models_of_more_than_a_billion_parameters(parameters, parall
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("init_process_group", "init_device_mesh"):
         monkeypatch.setattr(devices.dist, name, lambda *_, **__: None)
+    with pytest.raises(ValueError, match="start with torchrun"):       # not by another launcher
+        devices.World("cpu", parameters=parameters)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert devices.World("cpu", parameters=parameters).parallel == parallel
 
 

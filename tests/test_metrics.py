@@ -124,6 +124,11 @@ def test_a_model_without_an_image_tower_is_one_sentence(tmp_path):
     save_file({"visual_projection.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds no image tower for clip_l"):
         load_image_tower(tmp_path)
+    (tmp_path / "checkpoints").mkdir()                       # where sd3.5_medium.safetensors lies
+    (tmp_path / "diffusers" / "transformer").mkdir(parents=True)
+    for name in ("checkpoints", "diffusers"):
+        with pytest.raises(ValueError, match=f"{name} holds no image tower .* with --tower"):
+            load_image_tower(tmp_path / name)
 
 
 # ---- CLIP score, Frechet and kernel distance -----------------------------------------------------

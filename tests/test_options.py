@@ -44,6 +44,14 @@ def test_options_come_from_the_fields_and_only_what_is_given_is_there(monkeypatc
         "data": "/home/me/pics"}
     assert parse("--timestep-shift 2 --compile") == {"timestep_shift": 2.0, "compile": True}
     assert parse("--compile false") == {"compile": False}
+    assert parse("--compile True") == {"compile": True} != parse("--compile False")
+
+
+def test_a_switch_that_is_neither_true_nor_false_is_told_what_it_may_be(capsys):
+    for wrong in ("yes", "1", "tru"):
+        with pytest.raises(SystemExit):
+            parse(f"--compile {wrong}")
+        assert f"argument --compile: '{wrong}' must be true or false" in capsys.readouterr().err
 
 
 def test_a_preset_is_chosen_by_its_name_and_gives_way_to_what_is_said():

@@ -5,6 +5,7 @@ import html.parser
 import io
 from types import SimpleNamespace
 
+import pytest
 import torch
 from PIL import Image
 
@@ -47,18 +48,23 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_the_report_of_a_run_has_the_curves_of_its_log(tmp_path):
+@pytest.mark.parametrize("data, measured, known", [
+    ("", "unseen pictures", "training pictures"),
+    ("photos", "pictures of --data", "pictures of --data")])
+def test_the_report_of_a_run_has_the_curves_of_its_log(tmp_path, data, measured, known):
     """By hand: steps to 4 over 600 px, losses to 2 over 200 px; entries without a loss are left."""
     log = [{"step": 1, "loss": 2.0}, {"step": 4, "loss": 1.0, "validation": None},
            {"step": 4, "validation": 0.5}]
     training = Scenes(4, seed=9)
     pictures = [training.image(i, 64, 64) for i in range(4)]
     measure = SimpleNamespace(text_features=torch.eye(4), features=lambda x: torch.eye(4)[: len(x)])
-    record = {"checkpoint": "a <b>", "printed": ["1 < 2"], "losses": {"validation_by_t": [1] * 8}}
+    record = {"checkpoint": "a <b>", "data": data, "printed": ["1 < 2"],
+              "losses": {"validation_by_t": [1] * 8}}
     write_report(tmp_path / "report.html", record, log, pictures, list("abcd"), measure, training)
     page = Page(tmp_path / "report.html")
     assert page.curves[1:] == [" 150.0,0.0 600.0,100.0", " 600.0,0.0"]
     assert "1 < 2" in page.text and "a <b>" in page.text and len(page.sources) == 4
+    assert f"Loss of {measured} by t" in page.text and f"Nearest {known}, with" in page.text
     for source in page.sources:
         kind, code = source.split(",")
         assert kind == "data:image/png;base64"

@@ -553,6 +553,16 @@ def test_the_note_about_cut_captions_counts_all_of_them_and_is_one_line(vocabula
         "note: 3 of 6 texts are cut, the longest by 15 tokens\n")                # 92 of 77
 
 
+def test_counting_cut_captions_takes_no_memory(vocabularies):
+    """A set can have 10^8 of them."""
+    text = encoders(vocabularies, ("clip_l",))
+    before = len(pickle.dumps(vars(text)))
+    for _ in range(20):
+        text.tokenize(["red " * 80] * 50)
+    assert text.tokenize([])["clip_l"].shape == (0, 77)                       # no text, no error
+    assert len(pickle.dumps(vars(text))) < before + 20
+
+
 def test_the_demonstration_shows_tokens_and_the_papers_shapes(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["text_encoders.py", "a red circle"])
     module.main()

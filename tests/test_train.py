@@ -458,11 +458,13 @@ def test_defaults_are_what_the_help_says_and_the_limits_themselves_are_allowed()
     lowest = {"depth": 1, "batch_size": 1, "encoder_dropout": 0.0, "full_captions": 0.0,
               "lr": 1e-12, "timestep_shift": 0.01, "steps": 0, "every": 0, "warmup_steps": 0}
     highest = {"depth": 128, "encoder_dropout": 1.0, "full_captions": 1.0, "lr": 1.0,
-               "timestep_shift": 100.0, "cooldown": 1.0, "ema": 0.999999}
+               "timestep_shift": 100.0, "cooldown": 1.0, "ema": 0.999999, "seed": 2**31,
+               "steps": 10**9, "every": 10**9, "warmup_steps": 10**9, "batch_size": 10**6}
     for allowed in (lowest, highest):
         assert allowed.items() <= dataclasses.asdict(TrainConfig(**allowed)).items()
     for name, value in (("depth", 129), ("encoder_dropout", 1.01), ("full_captions", 1.01),
-                        ("timestep_shift", 101), ("lr", 1.01), ("batch_size", 0)):
+                        ("timestep_shift", 101), ("lr", 1.01), ("batch_size", 0),
+                        ("seed", 2**31 + 1), ("steps", 10**9 + 1), ("warmup_steps", 10**9 + 1)):
         with pytest.raises(ValueError, match=name.replace("_", "-")):
             TrainConfig(**{name: value})
 
