@@ -901,7 +901,7 @@ def test_a_damaged_shard_is_an_error_that_names_it_and_the_mend(mixed, damage):
         file.unlink()
     folder = EncodedFolder(mixed)
     assert folder.captions(0) == ("short 0.0", "full 0.0")            # of the shard before
-    words = r"shard-00001.safetensors is damaged .*delete it, .* encode again: by encode.py, or by t"
+    words = r"shard-00001.safetensors is damaged .*delete it, .* encode again: by encode.py, or"
     with pytest.raises(ValueError, match=words) as error:
         folder.captions(10)
     assert "\n" not in str(error.value)

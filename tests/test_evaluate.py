@@ -158,6 +158,20 @@ def test_a_model_gets_numbers_and_a_report_that_needs_no_other_file(tmp_path, mo
     assert "CLIP score 0.00 % lower than with the most steps" in record["printed"][-1]
 
 
+@pytest.mark.parametrize("data, named", [("", "4 unseen pictures"),
+                                         ("photos", "4 pictures of --data")])
+def test_only_scenes_are_called_unseen(data, named, tmp_path, monkeypatch, capsys):
+    """--data may name what the model was trained on."""
+    row = {"settings": {"num_steps": 1}, "clip_score": 1, "clip_error": 0, "fid": 0, "kid": 0,
+           "path_length": 1}
+    monkeypatch.setattr(evaluate, "losses_by_level", lambda *given: {"validation": 1.0})
+    monkeypatch.setattr(evaluate, "measure_grid", lambda *given: [(["drawn"], row)])
+    record = {"measures": [], "printed": [], "out": str(tmp_path / "x.json")}
+    options = evaluate.Options(data=data)
+    evaluate.measure_model(None, options, record, ["picture"] * 4, ["caption"] * 4, None)
+    assert f"validation loss of {named}: 1.0" in capsys.readouterr().out
+
+
 def test_a_run_is_compared_with_the_scenes_of_its_own_training(tmp_path, capsys):
     file = SHIPPED / "model.safetensors"
     encoders = {"path": str(file), "fingerprint": fingerprint(file, FROZEN)}
