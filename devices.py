@@ -78,7 +78,7 @@ class World:
         if self.parallel == "ddp":
             return
         for module in (*model.joint_blocks, model):
-            dtype = torch.float32 if module is model else precision     # Time needs fp32.
+            dtype = torch.float32 if module is model else precision     # embeds t: fp32
             policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
 
@@ -128,7 +128,7 @@ def save_state(state, folder):
 
 
 def load_state(state, folder):
-    """Reads it in place. OSError if it is damaged. It unpickles metadata: read only your own."""
+    """Reads `state` in place. OSError for a damaged one. It unpickles metadata: read your own."""
     try:
         dcp.load(state, checkpoint_id=folder)
     except (Exception, dcp.CheckpointException) as problem:
@@ -136,13 +136,15 @@ def load_state(state, folder):
 
 
 def command(main):
-    """Runs a verb. What a user can get wrong ends in one sentence and exit code 1; Ctrl-C, 130."""
+    """Runs main. What a user can get wrong ends in one sentence and exit code 1; Ctrl-C, 130."""
     name = os.path.basename(sys.argv[0])
     try:
         main()
-        if "RANK" in os.environ:                             # Python's own way out ends threads of
-            sys.stdout.flush()                               # gloo that still hold a tensor. That
-            sys.stderr.flush()                               # can abort a process after good work.
+        # Python's own way out ends threads of gloo that still hold a tensor. That can abort a
+        # process after good work.
+        if "RANK" in os.environ:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(0)
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:
         sys.exit(f"{name}: {' '.join(str(problem).split()) or type(problem).__name__}")

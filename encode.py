@@ -66,7 +66,7 @@ def encode_texts(captions, text, device, precision):
 
 @torch.no_grad()
 def encode_shard(samples, height, width, vae, text, device, precision):
-    """(tensors, what to say about them) from what `readable` yields of one size. Equal captions are
+    """(tensors, about) of the samples of one size that `readable` yields. Equal captions are
     stored once. Picture i has the captions caption_row[caption_start[i] : caption_start[i + 1]]."""
     together = max(1, min(64, 64 * 256**2 // (height * width)))       # pictures at a time
     moments, caption_row, caption_start = [], [], [0]
@@ -96,7 +96,7 @@ def hash_of(value):
 
 
 def identify(source):
-    """(origin, keys): texts that change with a source as a whole, and with each of its samples."""
+    """(origin, keys): what changes with the whole source, and a text that does with each sample."""
     if isinstance(source, Scenes):
         code = Path(scenes.__file__).read_text()
         return [source.seed, code], [str(index) for index in range(len(source))]
@@ -125,8 +125,8 @@ def sort_by_size(source, keys, folder, buckets):
 
 
 def plan_shards(groups, keys, shard_size, recipe):
-    """[({file, height, width}, what `readable` wants)]. The name of a shard follows from all that
-    is in it. So it never changes, and a training goes on with it when its pictures have changed."""
+    """[({file, height, width}, what `readable` wants)]. A shard is named by a hash of its contents.
+    So no file is overwritten, and a run goes on with its shards when pictures have changed."""
     lines = []
     for (height, width), indices in groups.items():
         for start in range(0, len(indices), shard_size):
@@ -145,7 +145,7 @@ def read_header(file):
 
 
 def make_shards(lines, folder, source, file, world, precision, until):
-    """Encode and write these shards, each whole before it has its name."""
+    """Encode and write these shards. A shard gets its name only once it is whole."""
     parts = load_components(file, ("vae", "text"))
     vae, text = parts.vae.to(world.device), parts.text.to(world.device)
     wanted = []
@@ -163,7 +163,7 @@ def make_shards(lines, folder, source, file, world, precision, until):
         about["hash"] = shard_hash(tensors, about["captions"])
         save = partial(save_file, tensors, metadata={"shard": json.dumps(about)})
         write_atomically(folder / line["file"], save)
-    next(bar, None)                                     # The bar ends.
+    next(bar, None)                                     # The bar sees its end.
     text.note_cut()
 
 
@@ -195,8 +195,8 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
     precision = pick_precision(precision, world.device)
     origin, keys = identify(source)
     beside = file if file.is_dir() else file.parent     # Other tokens make another encoding.
-    tokenizers = filter(Path.is_file, sorted(beside.glob("tokenizer*/**/*")))
-    tokenizers = [part.read_bytes().hex() for part in tokenizers]
+    files = filter(Path.is_file, sorted(beside.glob("tokenizer*/**/*")))
+    tokenizers = [part.read_bytes().hex() for part in files]
     recipe = hash_of([origin, frozen, tokenizers, resolution, buckets, shard_size, str(precision)])
     folder = Path(folder).expanduser() / (recipe if cached else "")
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
         share = world.same(missing)[world.rank :: world.size]
         if share:
             make_shards(share, folder, source, file, world, precision, until)
-        world.gather(None)                              # All shards are there.
+        world.gather(None)                              # Every process has written its shards.
         if world.rank == 0:
             index = {"encoders": {"path": portable(file), "fingerprint": frozen}, "recipe": recipe,
                      "resolution": resolution, "shards": []}

@@ -49,7 +49,7 @@ def rectified_flow_loss(model, latent, context, pooled, t, noise):
 
 @torch.no_grad()
 def validate(model, samples, precision, loss=rectified_flow_loss, levels=8):
-    """Losses at equally spaced t in [0, 1] (App. B.3): (levels,). Their mean leaves out t = 1.
+    """Losses at equally spaced t in [0, 1] (App. B.3): (levels,). Sec. 5.3.3's mean omits t = 1.
 
     samples: (latent, context, pooled, noise) for each picture size, the same every time.
     """
@@ -215,7 +215,7 @@ def released_schedule(num_steps, timestep_shift):
 
 
 def sgm_uniform_schedule(num_steps, timestep_shift):
-    """What ComfyUI calls "sgm_uniform": as `released`, of N + 1 times whose last becomes 0."""
+    """ComfyUI's "sgm_uniform": `released` with N + 1 even times, the last of which becomes 0."""
     times = released_schedule(num_steps + 1, timestep_shift)
     return torch.cat([times[:-2], times[-1:]])
 
@@ -244,7 +244,7 @@ def velocity_at(velocity, z, t):
 def euler_step(velocity, z, t, t_next, before=None):
     """A step of Euler's method for Eq. 1, dz = v dt: the paper's solver (App. B.3).
     z (B, C, H, W) at time t, and t_next < t. Returns z at t_next, and the velocity at t. `before`
-    is (z, t, velocity) of the last step, for solvers that look back."""
+    is (z, t, velocity) of the previous step, for solvers that look back."""
     v = velocity_at(velocity, z, t)
     return z + (t_next - t) * v, v
 
@@ -280,7 +280,7 @@ def path_length(velocities, times):
     return length
 
 
-# --- Not in the paper: solvers for few steps, and skip-layer guidance (SD3.5-medium's model card) -
+# --- Not in the paper: solvers for few steps, and skip-layer guidance (Stability's sd3_infer.py) --
 
 def heun_step(velocity, z, t, t_next, before=None):
     """Heun's method, second order: the mean of the velocities at both ends of the step.
@@ -296,8 +296,8 @@ def dpm_solver_step(velocity, z, t, t_next, before=None):
     """DPM-Solver++(2M) (Lu et al., 2022), second order with one evaluation of the network a step.
 
     z_next = t_next / t z + (1 - t_next / t) D is exact for a constant D, the predicted latent. D is
-    extrapolated by half a step, except in the first step and in the step to 0. Differs from Lu et
-    al., who extrapolate in the log-SNR, which is infinite at t = 1. Public SD3 code uses log t too.
+    extrapolated by half a step of log t, but not in the first step or the step to 0. Differs from
+    Lu et al.: their log-SNR is infinite at t = 1. Public SD3 code uses log t, too.
     """
     v = velocity_at(velocity, z, t)
     latent = z - t * v

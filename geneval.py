@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import sample
-from data import from_tensor, read_lines, to_tensor
+from data import from_tensor, to_tensor
 from devices import autocast
 from metrics import wilson
-from options import write_atomically
+from options import read_lines, write_atomically
 from scenes import (
     HELD_OUT_SEED, PLAIN, REWORDED, RGB, SHAPES, SIZES, WORDS, Scene, Thing, caption, draw_scene,
     is_held_out, make_scene, shape_mask, word_mask)
@@ -70,6 +70,7 @@ def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split
         different = len(set(shapes)) == len(set(colors)) == 2
         if scene.kind == "pair" and not different:
             continue
+        # The task with the fewest cases comes first.
         for task in sorted(TASKS, key=lambda name: len(cases[name])):
             kind, said = TASKS[task]
             if held_out:
@@ -115,15 +116,15 @@ class View:
                 self.things.append(thing)
 
     def ink(self, mask):
-        """(coverage (H, W) by the colour that a mask shows most clearly, that colour)"""
+        """(coverage (H, W), colour) of the ink that a mask shows most clearly."""
         clearest = mask & (self.difference >= np.median(self.difference[mask]))
-        color = np.median(self.offset[clearest], axis=0)
-        along = self.offset @ color / (color @ color)                                  # (H, W)
+        offset = np.median(self.offset[clearest], axis=0)                              # (3,)
+        along = self.offset @ offset / (offset @ offset)                               # (H, W)
         near = local_max(mask, self.radius)
-        return near * along.clip(0, 1), self.color + color
+        return near * along.clip(0, 1), self.color + offset
 
     def recognise(self, mask):
-        """The thing whose middle is this mask, or None where that is a speck or looks like none."""
+        """The thing around this mask, or None if that is a speck or has no known shape."""
         if mask.sum() < MIN_AREA * self.side**2:
             return None
         soft, color = self.ink(mask)
@@ -185,7 +186,8 @@ def components(mask) -> list[np.ndarray]:
 
 def normal_form(soft, grid=24):
     """(form, center_x, center_y) of a soft mask (H, W). The product of two forms (grid * grid,) is
-    a correlation that does not depend on place and size: each is centred and scaled by its mass."""
+    a correlation that does not depend on place and size: each is centred on its mass and scaled by
+    its spread."""
     H, W = soft.shape
     y, x = np.mgrid[:H, :W] + 0.5
     weights = soft / soft.sum()
@@ -193,7 +195,7 @@ def normal_form(soft, grid=24):
     center_y = (weights * y).sum()
     squares = (x - center_x) ** 2 + (y - center_y) ** 2
     spread = np.sqrt((weights * squares).sum())
-    reach = np.linspace(-2.2, 2.2, grid) * spread                            # A triangle reaches 2.
+    reach = np.linspace(-2.2, 2.2, grid) * spread                            # A triangle: 2
     points = np.empty((1, grid, grid, 2), dtype=np.float32)
     points[..., 0] = (center_x + reach) / W * 2 - 1                          # -1 is the left edge
     points[..., 1] = (center_y + reach[:, None]) / H * 2 - 1
@@ -220,7 +222,7 @@ def shape_forms() -> np.ndarray:
 # ---- Is that what was asked? ---------------------------------------------------------------------
 def fits(case, things) -> bool:
     """Are the things that were found, in this order, those of the case in all that it says?
-    Differs from GenEval: what is "left of" may be even farther below, as it may in the scenes."""
+    Differs from GenEval: "left of" holds at any angle, even far below, as it does in the scenes."""
     for thing, wanted in zip(things, case.scene.things):
         for part in ("shape", "color", "size"):
             said = part == "shape" or part in case.said
@@ -255,7 +257,8 @@ def score(case, image) -> tuple[bool, bool]:
             if place is None:
                 continue
             rest &= ~place
-        lax = lax or case.task != "counting" or len(named) == len(things)
+        if case.task != "counting" or len(named) == len(things):
+            lax = True
         if rest.mean() <= MAX_REST:
             return True, lax
     return False, lax
@@ -264,7 +267,7 @@ def score(case, image) -> tuple[bool, bool]:
 @lru_cache(maxsize=16)
 def spellings(word, height, width):
     """Masks (n, height * width), of mean 0 and norm 1: the word, the other words of this world, and
-    all misspellings with one letter replaced, left out, or behind the next."""
+    all misspellings: one letter replaced, left out, or exchanged with the next."""
     others = set(WORDS)
     for i in range(len(word)):
         before, letter, after = word[:i], word[i], word[i + 1 :]
@@ -412,7 +415,7 @@ def read_prompts(file):
 def draw_prompts(pipeline, prompts, folder, count, seed, **settings):
     """Draw `count` pictures of each prompt. GenEval's scorer reads folder/00000/metadata.jsonl and
     folder/00000/samples/0000.png; T2I-CompBench's reads folder/samples/PROMPT_000000.png, which is
-    written for prompts of which the file says no more than their words."""
+    written for prompts that come with nothing but their words."""
     for number, about in enumerate(tqdm(prompts, "prompts")):
         first = number * count
         words = about["prompt"].replace("/", " ").encode()[:200]         # A name has 255 bytes.

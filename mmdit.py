@@ -119,9 +119,10 @@ class Modulation(NamedTuple):
 
 
 def modulate(x, shift, scale):
-    """"Layernorm" and "Mod": alpha * norm(x) + beta, alpha = 1 + scale. x (B, n, D), (B, 1, D)."""
-    with torch.autocast(x.device.type, enabled=False):                 # It would copy x to fp32,
-        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)               # where the norm sums anyway.
+    """"Layernorm" and "Mod": alpha * norm(x) + beta with alpha = 1 + scale. x (B, n, D), the others
+    (B, 1, D). Autocast would copy x to fp32; the norm sums in fp32 anyway."""
+    with torch.autocast(x.device.type, enabled=False):
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale)
 
 
@@ -144,7 +145,7 @@ def joint_attention(context_qkv, x_qkv):
 
 
 def merge_heads(x):
-    """(B, heads, n, 64) -> (B, n, D), contiguous, or F.linear copies its weight per sample."""
+    """(B, heads, n, 64) -> (B, n, D). Not contiguous, F.linear would copy its weight per sample."""
     return x.transpose(1, 2).contiguous().flatten(2)
 
 
@@ -195,7 +196,9 @@ class StreamBlock(nn.Module):
     def __init__(self, config, last=False, dual=False):
         super().__init__()
         D = config.hidden_size
-        self.num_modulations = 2 if last else 9 if dual else 6
+        self.num_modulations = 9 if dual else 6
+        if last:
+            self.num_modulations = 2
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, self.num_modulations * D))
         self.attn = Attention(config, with_output=not last)
         self.attn2 = Attention(config) if dual else None
@@ -284,7 +287,8 @@ class MMDiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, rng=None, assign=torch.Tensor.copy_):
-        """Xavier weights and zero biases. adaLN and the output start at 0: a block is the identity.
+        """Xavier weights (N(0, .02^2) in the embedders) and zero biases. adaLN and the output start
+        at 0: a block is the identity.
 
         Each weight is drawn whole, on the CPU, and given to assign(parameter, value): the numbers
         are the same on any device and for shards, and only one whole weight exists at a time."""
@@ -332,7 +336,7 @@ class MMDiT(nn.Module):
         cond = self.embed_cond(t, pooled)                              # (B, D)
         context = self.context_embedder(context)                       # (B, L, D), no positions
         x = self.embed_image(latent)                                   # (B, N, D)
-        if x.dtype == torch.float16:                                   # Streams leave its range.
+        if x.dtype == torch.float16:                                   # They overflow fp16.
             context, x = context.float(), x.float()
         for i, block in enumerate(self.joint_blocks):
             if i not in skip_layers:
@@ -362,8 +366,8 @@ def model_sizes(config, vae, text, longest_side, start=None):
     """Sizes of a model that will be trained, with the paper's positions.
 
     config: resolution in px, depth, qk_norm. longest_side: of all pictures, in px. start: the model
-    that gives the first weights. A released one, whose positions begin at 0, gives them too."""
-    longest = max(2 * config.resolution, longest_side) // 16           # tokens
+    of --init. If its positions begin at 0, as in released models, the new model has the same."""
+    longest = max(2 * config.resolution, longest_side) // 16           # tokens; 2 S: a 4:1 bucket
     first, second, *_ = paper_positions(config.resolution, longest).tolist()
     grid = MMDiTConfig(
         pos_embed_max_size=longest, position_start=first, position_step=second - first)
@@ -376,12 +380,12 @@ def model_sizes(config, vae, text, longest_side, start=None):
 
 @torch.no_grad()
 def load_weights(model, weights, assign=torch.Tensor.copy_):
-    """Copies another model's weights. A new QK-norm keeps its 1. ValueError: other sizes."""
+    """Copies another model's weights. A QK-norm it lacks stays 1. ValueError if sizes differ."""
     theirs = dict(weights.named_parameters())
     for name, parameter in model.named_parameters():
         if name in theirs or ".ln_" not in name:
-            value = theirs.pop(name, torch.empty(0))
-            if value.shape != parameter.shape:
+            value = theirs.pop(name, None)
+            if value is None or value.shape != parameter.shape:
                 raise ValueError(f"--init has another {name}; give its --depth and --encoders")
             assign(parameter, value)
     if theirs:
@@ -392,8 +396,8 @@ def load_weights(model, weights, assign=torch.Tensor.copy_):
 
 # ---- Faster in bf16 on a CPU ---------------------------------------------------------------------
 def attend(q, k, v):
-    """softmax(q k^T / 8) v for each head, (B, heads, n, 64) each. Torch's backward pass is slow in
-    bf16 on a CPU: written out, training is 1.3 (1,180 tokens) to 3 times (70 tokens) as fast."""
+    """softmax(q k^T / 8) v for each head, (B, heads, n, 64) each. Torch's own backward pass is slow
+    in bf16 on a CPU. With this one training is 3 times (70 tokens) to 1.3 (1,180) as fast."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v)
     at_once = max(1, 2**21 // (q.shape[2] * k.shape[2]))               # scores that fit the cache

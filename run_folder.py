@@ -3,7 +3,7 @@
 Read with   App. B.3: the average of the weights is what is validated, sampled and kept
 Not here    the loop (train.py), networks as files (checkpoints.py), shards (devices.py)
 Files       config.json, log.jsonl, loss.png, samples-STEP.png, model.safetensors, and in
-            checkpoints/STEP/ all that a run goes on from. One may be killed at any instant.
+            checkpoints/STEP/ all that a run goes on from. A run may be killed at any instant.
 """
 
 import fcntl
@@ -92,7 +92,7 @@ class Run:
             half.unlink()
 
     def resume(self, model, average, optimizers):
-        """Loads the newest checkpoint that is whole. OSError if there are some, and none is."""
+        """Loads the newest whole checkpoint. OSError if all that exist are damaged."""
         found = self.world.same(checkpoints_of(self.folder))
         for folder in reversed(found):
             state = self.state(model, average, optimizers)
@@ -149,7 +149,7 @@ class Run:
         """--steps, or as many as fit into nine tenths of --minutes; the rest is for the score."""
         if self.config.steps:
             return self.config.steps
-        left = max(0, 54 * self.config.minutes - (time.time() - self.began))
+        left = max(0, 0.9 * 60 * self.config.minutes - (time.time() - self.began))
         taken = self.done - self.first - 2                       # The first two are slow.
         if taken >= 1:
             steps = self.done + int(left * taken / (time.time() - self.paced))
@@ -194,14 +194,15 @@ class Run:
                 file.write(json.dumps(self.entries[-1]) + "\n")
 
     def log_step(self, batch, losses, grad_norm):
-        """Collects a step. The first 20 and then every 20th are followed by a line in the log."""
+        """Collects a step. The first 20, every 20th and the last one write a line of the log."""
         t = self.times(batch) if self.times else losses * math.nan
         rows = torch.stack([losses.float().cpu(), t.float().cpu()])                    # (2, B)
         self.recent.append((rows, grad_norm))
         if self.done > 20 and self.done % 20 and self.done != self.steps:
             return
         rows, norms = zip(*self.recent, strict=True)
-        losses, t = torch.cat(self.world.gather(torch.cat(rows, dim=1)), dim=1)        # (n,) each
+        ranks = self.world.gather(torch.cat(rows, dim=1))              # (2, n / ranks) each
+        losses, t = torch.cat(ranks, dim=1)                            # (n,) each
         norms = torch.tensor(norms)
         tenths = (10 * t).floor()
         self.log(
@@ -233,7 +234,7 @@ class Run:
 
 
 def checkpoints_of(folder):
-    """The checkpoints of a run, oldest first. Anything without an eight-digit name is none."""
+    """The checkpoints of a run, oldest first: the entries with eight-digit names."""
     return sorted((folder / "checkpoints").glob("[0-9]" * 8))
 
 

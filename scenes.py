@@ -80,7 +80,7 @@ class Scene:
 
 
 def is_held_out(shapes, colors, relation="") -> bool:
-    """Is this combination never drawn for training? A colour or relation "" is left open.
+    """Is this combination never drawn for training? A colour or relation "" is not checked.
     There is no green circle, for example, no circle left of a diamond or above a cross."""
     names = list(COLORS)
     for shape, color in zip(shapes, colors):
@@ -94,7 +94,7 @@ def is_held_out(shapes, colors, relation="") -> bool:
 
 
 def make_scene(seed: int, index: int, height=64, width=64, held_out=False) -> Scene:
-    """Scene `index` of the endless set `seed`. At another size, only the places differ.
+    """Scene `index` of the endless set `seed`. Another size changes only places and diameters.
     held_out: whether it has a combination that training never sees."""
     rng = np.random.default_rng((seed, index))
     while True:
@@ -237,7 +237,7 @@ def plural(shape: str) -> str:
 
 
 def caption(scene: Scene, said, forms, rng) -> str:
-    """One sentence about a scene, in a way of `forms`. All its things and words are named.
+    """One sentence about a scene, with the choices in `forms`. It names all things and the word.
     said: what else is said of them, some of "color", "size", "relation" and "background"."""
     def choose(row):
         return pick(rng, forms[row].split("|"))
@@ -307,7 +307,7 @@ def vocabulary() -> set[str]:
 
 
 class Scenes:
-    """An endless source of drawn scenes, cut to `size`. It has the methods of data.ImageFiles."""
+    """A source of `size` drawn scenes. It has the methods of data.ImageFiles."""
     def __init__(self, size: int, seed: int = 0):
         self.size = self.found = size
         self.seed = seed

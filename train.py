@@ -47,7 +47,7 @@ SAMPLING = {"num_steps": 28, "guidance_scale": 4.0, "schedule": "shifted", "unco
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a run. The command line is made from it."""
-    out: str = option("", "run folder, beside it cache/; going on unpickles, so give only your own")
+    out: str = option("", "run folder, beside cache/; give only your own: resuming unpickles")
     init: str = option("", "a model whose MM-DiT a new run starts from (fine-tuning)")
     data: str = option("", "captioned pictures, or the --out of encode.py; empty: drawn scenes")
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
@@ -60,7 +60,7 @@ class TrainConfig:
     every: int = option(0, "steps between checkpoints; 0: a tenth of the run", 0, 10**9)
     batch_size: int = option(64, "samples per step, over all processes", 1, 10**6)
     accumulate: int = option(1, "parts of a batch that come one after the other", 1, 10**4)
-    optimizer: str = option("muon", "muon is for the blocks' matrices", choices=("adamw", "muon"))
+    optimizer: str = option("muon", "muon: the matrices of blocks", choices=("adamw", "muon"))
     lr: float = option(6e-4, "AdamW's peak rate; Muon's is 16 times that", 1e-12, 1.0)
     warmup_steps: int = option(0, "steps with rising rate; 0: 3 % of the run", 0, 10**9)
     cooldown: float = option(0.8, "share of the run, at its end, with falling rate", 0.0, 1.0)
@@ -113,7 +113,7 @@ def train_step(model, optimizers, loss, batch, config):
 
 
 def make_optimizers(model, config):
-    """AdamW (App. B.3), with the epsilon of Sec. 5.3.2; or Muon for the blocks' matrices."""
+    """AdamW (App. B.3), epsilon as in Sec. 5.3.2; or Muon for the attention and MLP matrices."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "joint_blocks." in name and "adaLN" not in name
@@ -140,8 +140,8 @@ def update_average(average, model, done, steps, config):
     """The fp32 average of the weights; with the paper's preset, decay .99 every 100 steps."""
     decay = config.ema or 1 - 1 / max(2, 0.03 * steps)
     if done % config.ema_every == 0:
-        for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - decay)
+        for ours, parameter in zip(average.parameters(), model.parameters(), strict=True):
+            ours.lerp_(parameter, 1 - decay)
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -170,16 +170,16 @@ def fit(model, loss, batches, config, run):
 
 
 # --- A run of MM-DiT ------------------------------------------------------------------------------
-# What it is trained on: batches(step), the Batches `unseen` to validate on, the EncodedFolders of
-# both, the frozen networks that encoded them, and the MMDiTConfig that fits all that.
+# batches(step); the Batches `unseen` to validate on; the EncodedFolders of both; the frozen
+# networks that made them; the MMDiTConfig that fits all that; the type of matrix products.
 Inputs = namedtuple("Inputs", "batches unseen training held_out vae text sizes precision")
 
 
 def read_inputs(config, world, start=None) -> Inputs:
     """Encodes what no earlier run has encoded, and opens it. start: the model of --init."""
-    count = config.steps * config.batch_size or int(2000 * config.minutes)
+    count = (config.steps * config.batch_size) or int(2000 * config.minutes)
     count = min(config.num_scenes, max(64, count))               # No more than the run needs.
-    until = math.inf if config.steps else STARTED + 15 * config.minutes          # a quarter of them
+    until = math.inf if config.steps else STARTED + 15 * config.minutes     # a quarter of all
     training, held_out = encoded(config, world, count, until)
     config = replace(config, resolution=training.resolution)
     precision = pick_precision(config.precision, world.device)
@@ -196,11 +196,12 @@ def make_model(sizes, config, world, trained):
     checkpoint = torch.utils.checkpoint.checkpoint
     with torch.device("meta"):
         model = MMDiT(sizes)
-    for block in model.joint_blocks if trained else ():
+    blocks = model.joint_blocks if trained else ()
+    for block in blocks:
         if config.compile:
             torch._dynamo.config.optimize_ddp = False            # DDP would cut blocks into pieces.
             block.forward = torch.compile(block.forward)
-        if config.recompute:                                     # Nothing inside it is compiled.
+        if config.recompute:                                     # around what is compiled
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     world.shard(model, pick_precision(config.precision, world.device))
     return model.to_empty(device=world.device)
@@ -354,7 +355,7 @@ def conclude(run, pipeline, prompt):
         scores = geneval(pipeline, count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)
         run.say(f"{format_scores(scores)}, {count} prompts for each task")
-    ended = "has done its {} steps; more --steps or --minutes go on"
+    ended = "has done its {} steps; to go on, give more --steps or --minutes"
     if run.stopping:
         ended = "was stopped after {} steps; the same command goes on"
     run.say(f"{run.folder} {ended.format(run.done)}. Next:\n"
