@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mmdit import MMDiT, MMDiTConfig
-from options import check_value, read_json, write_atomically
+from options import check_value, note_once, read_json, write_atomically
 from text_encoders import (
     ENCODERS, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, TextConfig, TextEncoders,
     read_tokenizer)
@@ -85,7 +85,6 @@ def rename(name, table):
 
 
 # ---- One network out of a file -------------------------------------------------------------------
-
 def open_weights(file):
     """({key: tensor}, config) of a safetensors file. The tensors are mapped: read when used."""
     try:
@@ -97,6 +96,8 @@ def open_weights(file):
         config = json.loads((opened.metadata() or {}).get("config", "{}"))
         check_value("its sampling", config.get("sampling", {}), dict)
         check_value("its words", config.get("words", []), list)
+        for word in config.get("words", []):
+            check_value("its words", word, str)
         for part, rules in STORED.items():
             for name, value in config.get(part, {}).items():
                 check_value(f"its {name}", value, *rules[name], 1e6)
@@ -121,14 +122,11 @@ def networks_in(file, tensors):
             if key.startswith(prefix):
                 name = rename(key.removeprefix(prefix), NAMES[network])
                 first = found.setdefault(network, {}).setdefault(name, tensor)
-        if first is not tensor and not torch.equal(stored_bytes(first), stored_bytes(tensor)):
-            raise ValueError(f"{file}: {key} and its second copy differ; fetch the file anew")
+        if first is not tensor:                        # T5's table has two names.
+            first = first.reshape(-1).view(torch.uint8)                # (N,) bytes in the file
+            if not torch.equal(first, tensor.reshape(-1).view(torch.uint8)):
+                raise ValueError(f"{file}: {key} and its second copy differ; fetch the file anew")
     return found
-
-
-def stored_bytes(tensor):
-    """A mapped tensor as the bytes in its file. (N,) uint8"""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def read_network(name, model, dtype=torch.float32):
@@ -213,7 +211,6 @@ def infer_config(name, tensors, stored):
 
 
 # ---- A whole model -------------------------------------------------------------------------------
-
 def portable(file):
     """A path for a record: relative where it is inside this project, absolute elsewhere."""
     file = Path(file).resolve()
@@ -248,16 +245,16 @@ def open_model(path, text_encoders=(), vae=None):
     return importlib.import_module("convert").open_foreign(file, text_encoders, vae)
 
 
-def fingerprint(path, components=tuple(PREFIXES)):
-    """A hash over every byte of these networks, in all the files that `open_model` found, and over
-    what the metadata says of VAE and text encoders. Each CPU core reads about 1.5 GB a second."""
-    model = open_model(path)
+def fingerprint(path, components=tuple(PREFIXES), **files):
+    """A hash over every byte of these networks, in all that `open_model` finds with these `files`,
+    and over what the metadata says of VAE and text encoders. A CPU core reads about 1.5 GB/s."""
+    model = open_model(path, **files)
     content = {}
     for name in set(components) & model.networks.keys():
         for key, tensor in model.networks[name].items():
             kind = str(tensor.dtype).removeprefix("torch.").replace("loat", "").upper()   # "BF16"
             label = f"{name}.{key} {kind} {tuple(tensor.shape)}"
-            content[label] = stored_bytes(tensor).numpy()
+            content[label] = tensor.reshape(-1).view(torch.uint8).numpy()
     with ThreadPoolExecutor() as threads:
         sums = dict(zip(content, threads.map(zlib.crc32, content.values())))
     about = [model.config.get("vae"), model.config.get("text"), sums]
@@ -356,11 +353,14 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     if "text" in wanted:
         parts.text, parts.tokenizers = load_text(model, dtype, tokenizers)
         parts.missing = tuple(sorted(set(ENCODERS) - parts.tokenizers.keys()))
+        if parts.missing:
+            note_once(f"{model.path} has no {', '.join(parts.missing)}: zeros take the place, and "
+                      f"pictures follow texts less well (Sec. 5.3.3). Put the missing files beside "
+                      f"it, or name them with --text-encoders")
     return parts
 
 
 # ---- Writing -------------------------------------------------------------------------------------
-
 def make_metadata(networks, text=None, sampling=None, words=()):
     """What tensors cannot tell, for the header of a file."""
     config = {"sampling": sampling or {}, "words": sorted(words)}

@@ -18,12 +18,11 @@ from checkpoints import (
     ENCODERS, HOMES, PREFIXES, Model, count_layers, load_components, make_metadata, networks_in,
     open_weights, released_tensors, rename, save_networks, save_tensors)
 from devices import PRECISIONS, command
-from options import check_value, read_json, write_json
+from options import check_value, note_once, read_json, write_json
 
 FOLDERS = {"mmdit": "transformer", "vae": "vae", "clip_l": "text_encoder",
            "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
-BESIDE = {"clip_l": "clip_l*.safetensors", "clip_g": "clip_g*.safetensors",
-          "t5": "t5xxl*.safetensors", "vae": "vae/*.safetensors"}
+BESIDE = {"clip_l": "clip_l*", "clip_g": "clip_g*", "t5": "t5xxl*", "vae": "vae/*"}
 
 # The names of diffusers -> those of the single file, where q, k and v are one: `from_diffusers`.
 MMDIT_NAMES = {
@@ -32,9 +31,8 @@ MMDIT_NAMES = {
     "time_text_embed.text_embedder.": "y_embedder.", ".linear_2.": ".mlp.2.",
     "norm_out.linear.": "final_layer.adaLN_modulation.1.", "proj_out.": "final_layer.linear.",
     "transformer_blocks.": "joint_blocks.", ".norm1.linear.": ".x_block.adaLN_modulation.1.",
-    ".norm1_context.linear.": ".context_block.adaLN_modulation.1.",
-    ".ff.": ".x_block.mlp.", ".ff_context.": ".context_block.mlp.",
-    ".net.0.proj.": ".fc1.", ".net.2.": ".fc2.",
+    ".norm1_context.linear.": ".context_block.adaLN_modulation.1.", ".ff.": ".x_block.mlp.",
+    ".ff_context.": ".context_block.mlp.", ".net.0.proj.": ".fc1.", ".net.2.": ".fc2.",
     ".attn.to_out.0.": ".x_block.attn.proj.", ".attn2.to_out.0.": ".x_block.attn2.proj.",
     ".attn.to_add_out.": ".context_block.attn.proj.",
     ".attn.norm_added_": ".context_block.attn.ln_", ".attn.norm_": ".x_block.attn.ln_",
@@ -170,9 +168,13 @@ def open_foreign(path, text_encoders=(), vae=None):
     here = path if path.is_dir() else path.parent
     for folder in (".", "..", "text_encoders", "../text_encoders", "../clip"):
         for name, pattern in BESIDE.items():
-            for file in sorted((here / folder).glob(pattern)):         # fp16 comes before fp8.
-                if name not in model.networks:
-                    take(model, file, [name])
+            files = sorted((here / folder).glob(f"{pattern}.safetensors"))
+            if files and name not in model.networks:
+                if name == "vae" and len(files) > 1:   # Flux's ae.safetensors would fit, but badly.
+                    raise ValueError(f"{', '.join(map(str, files))}: name the VAE of {path} with "
+                                     f"--vae, or leave only that one there")
+                take(model, files[0], [name])          # fp16 comes before fp8.
+                note_once(f"the {name} of {path} is {files[0]}")
     fit_widths(model)
     return model
 
@@ -293,8 +295,7 @@ def swap_shift_scale(tensors):
 
 
 def from_diffusers(tensors):
-    """Renamed tensors of a diffusers folder in the form of the single file: the VAE's attention
-    becomes 1x1 kernels, the MM-DiT's q, k and v become one matrix."""
+    """Renamed tensors of a diffusers folder as in the single file: q, k, v joined, 1x1 kernels."""
     for key in list(tensors):
         if ".mid.attn_1." in key and tensors[key].dim() == 2:
             tensors[key] = tensors[key][:, :, None, None]
@@ -382,8 +383,7 @@ def save_diffusers(out, parts, networks, dtype):
 
 
 def export(path, out, layout, dtype=torch.float32):
-    """Write the folder `out`, by one rename. layout: "diffusers", or "single-file" for a
-    model.safetensors with tokenizers/ beside it."""
+    """Write the folder `out`, by one rename. layout: "diffusers" or "single-file"."""
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another name")

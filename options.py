@@ -8,8 +8,10 @@ Files       Text and JSON are checked as they are read. A file is written whole 
 import argparse
 import json
 import os
+import sys
 from contextlib import suppress
 from dataclasses import field, fields
+from functools import cache
 from pathlib import Path
 
 MAX_TEXT = 2**20                       # characters of a line, bytes of a caption file
@@ -93,6 +95,12 @@ def read_options(kind, description, arguments=None, **presets):
                             help=str(preset).replace("%", "%%"))
     options = parser.parse_args(arguments)
     return kind(**options.preset | given_options(options, kind))
+
+
+@cache
+def note_once(text):
+    """Tell the user something about a file, once however often the file is opened."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Recipe(Settings):
     t5_length: int = option(0, "tokens of T5; 0: the model's own", 0, 2048)
     grid: bool = option(False, "one more PNG with all pictures and their prompts, enlarged")
     enlarge: int = option(1, "px that each px of a picture becomes", 1, 32)
-    made_from: str = option("", "hash of model, --image and --mask; others are refused")
+    made_from: str = option("", "hash of the files it was drawn from; others are refused")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Options(Recipe):
     image: str = option("", "a picture to begin from")
     mask: str = option("", "a picture, white where --image is painted anew")
     prompts_file: str = option("", "a text file with one prompt a line")
-    from_png: str = option("", "a PNG made here: draw it again (give its --image and --mask)")
+    from_png: str = option("", "a PNG made here: draw it again (with its --image, --vae, ...)")
     checkpoint: str = option(str(SHIPPED), "run or model folder, .safetensors file, or hub name")
     tokenizers: str = option("", "folder with clip/ and t5/, if not beside the checkpoint")
     text_encoders: tuple[str, ...] = option((), "files of text encoders, if not in the checkpoint")

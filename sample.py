@@ -223,6 +223,20 @@ def output_files(options):
     return files
 
 
+def hash_sources(parts, options):
+    """A hash of the files that a picture is drawn from. The picture's record names none of them."""
+    networks = fingerprint(parts.file, text_encoders=options.text_encoders, vae=options.vae)
+    sources = hashlib.sha256(networks.encode())
+    for file in filter(None, (options.image, options.mask)):
+        sources.update(read_image(file).tobytes())
+    if options.tokenizers:
+        for file in parts.tokenizers.values():
+            for part in (file, file.with_name("vocab.json")):
+                if part.is_file():
+                    sources.update(part.read_bytes())
+    return sources.hexdigest()
+
+
 def main():
     """From a prompt to a picture. The checkpoint's own defaults go before those below."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
@@ -244,16 +258,14 @@ def main():
                    vae=options.vae)
     pipeline = read(networks=("text",))
     options = Options(**pipeline.defaults | given)
-    sources = hashlib.sha256(fingerprint(pipeline.parts.file).encode())
-    for file in filter(None, (options.image, options.mask)):
-        sources.update(read_image(file).tobytes())
     record = {}
     for item in fields(Recipe):
         record[item.name] = getattr(options, item.name)
-    record["made_from"] = sources.hexdigest()
+    record["made_from"] = hash_sources(pipeline.parts, options)
     if options.made_from not in ("", record["made_from"]):
-        raise ValueError(f"{options.from_png} was made with another model, --image or --mask; "
-                         f'give its own, or --made-from ""')
+        raise ValueError(f"{options.from_png} was made with another model, --image or --mask, or "
+                         f"with another --vae, --text-encoders or --tokenizers; give its own, or "
+                         f'--made-from ""')
     known = pipeline.parts.words                                      # () of a released model
     words = set(re.findall(r"\w+", " ".join(options.prompt).lower())).difference(known)
     seen = f"{pipeline.defaults['height']}x{pipeline.defaults['width']}"
@@ -262,8 +274,8 @@ def main():
              f"{', '.join(known)}")
     if known and seen != f"{options.height}x{options.width}":
         note(f"the model has only seen pictures of {seen} px")
-    if "t5" in pipeline.parts.missing:
-        note("the model's T5 is missing; it draws without (Sec. 5.3.3)")
+    if options.negative_prompt and options.guidance_scale == 1:
+        note("--negative-prompt does nothing at --guidance-scale 1, which is no guidance")
     texts = []
     for prompt in options.prompt:
         texts.append(encode(pipeline, [prompt], options))

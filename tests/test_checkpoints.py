@@ -256,7 +256,8 @@ def test_two_tables_of_t5_that_differ_are_refused(saved, tmp_path):
     ({"vae": {"vae_shift": float("nan")}}, "vae_shift nan"), ({"text": {"t5_length": 2.5}}, "2.5"),
     ({"text": {"clip_length": 10**9}}, "clip_length 1000000000"), ({"vae": 5}, "attribute"),
     ({"mmdit": {"position_step": -1}}, "position_step -1"), ({"vae": {"colour": 1}}, "colour"),
-    ({"words": 5}, "words 5"), ({"sampling": 3}, "sampling 3"),
+    ({"words": 5}, "words 5"), ({"words": ["red", 2]}, "words 2 must be a text"),
+    ({"words": "red"}, "words 'red' must be a list"), ({"sampling": 3}, "sampling 3"),
     ("[1]", "attribute"), ("{", "whole safetensors file"),
     ("[" * 100_000 + "]" * 100_000, "recursion")])
 def test_metadata_of_a_wrong_type_or_range_is_refused(config, named, saved, tmp_path):

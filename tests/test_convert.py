@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -211,7 +212,7 @@ def place_comfyui(root, networks):
     return root / "checkpoints" / "sd3.safetensors"
 
 
-def test_comfyuis_tree_is_found_with_fp16_before_float8(networks, tmp_path):
+def test_comfyuis_tree_is_found_with_fp16_before_float8(networks, tmp_path, capsys):
     file = place_comfyui(tmp_path, networks)
     t5 = released_tensors("t5", networks["t5"])
     save_file(t5, tmp_path / "clip" / "t5xxl_fp16.safetensors")
@@ -223,18 +224,36 @@ def test_comfyuis_tree_is_found_with_fp16_before_float8(networks, tmp_path):
     for name, encoder in parts.text.encoders.items():
         assert equal(encoder, networks[name])
     assert parts.missing == ()
+    open_model(file)                                         # Each file is named once.
+    noted = capsys.readouterr().err
+    assert noted.count("note: ") == 4 and "note: the t5 of" in noted and "t5xxl_fp16" in noted
+    assert re.search(f"note: the vae of {file} is .*vae/ours.safetensors", noted)
+
+
+def test_of_several_vaes_beside_a_model_none_is_guessed(networks, tmp_path):
+    """ComfyUI's ae.safetensors is that of Flux. Its shapes are the same, its scale is another."""
+    file = place_comfyui(tmp_path, networks)
+    shutil.copy(tmp_path / "vae" / "ours.safetensors", tmp_path / "vae" / "ae.safetensors")
+    with pytest.raises(ValueError, match=r"vae/ae.safe.*, .*vae/ours.safe.*: .*sd3.*with --vae"):
+        open_model(file)
+    parts = load_components(file, ("vae",), vae=tmp_path / "vae" / "ours.safetensors")
+    assert equal(parts.vae, networks["vae"])
 
 
 @pytest.mark.parametrize("left_out, columns", [("clip_l", slice(0, 64)),
                                                ("clip_g", slice(64, 128))])
 def test_missing_encoders_of_a_small_model_take_their_widths_from_the_mmdit(
-        left_out, columns, networks, tmp_path):
+        left_out, columns, networks, tmp_path, capsys):
     file = place_comfyui(tmp_path, networks)                 # It has no T5.
     for found in tmp_path.glob(f"*/{left_out}.safetensors"):
         found.unlink()
     save_file(load_file(file), file)                         # without the metadata
     parts = load_components(file)
     assert parts.missing == (left_out, "t5")
+    load_components(file, ("text",))
+    noted = capsys.readouterr().err
+    assert noted.count(f"has no {left_out}, t5: zeros take the place") == 1
+    assert noted.count("name them with --text-encoders") == 1
     context, pooled = parts.text(["a cat"])
     assert context.shape[2] == 192 and pooled.shape == (1, 128)
     assert not pooled[:, columns].any() and pooled.any()

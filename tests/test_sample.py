@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -408,6 +409,46 @@ def test_from_png_without_the_picture_it_began_from_is_refused(given, tmp_path, 
     assert not (tmp_path / "again.png").exists()
 
 
+def place_another(option, name, folder):
+    """A file of the shipped model with other content, or a folder, to give with an option."""
+    if option == "--tokenizers":
+        shutil.copytree(SHIPPED / "tokenizers", folder / "tokenizers")
+        file = folder / "tokenizers" / "clip" / name
+        text = file.read_text()
+        if name == "merges.txt":
+            file.write_text(text.rstrip().rsplit("\n", 1)[0] + "\n")  # without the last one
+        else:
+            vocabulary = json.loads(text)
+            vocabulary["red</w>"], vocabulary["blue</w>"] = (
+                vocabulary["blue</w>"], vocabulary["red</w>"])
+            file.write_text(json.dumps(vocabulary))
+        return folder / "tokenizers"
+    network = checkpoints.read_network(name, checkpoints.open_model(SHIPPED))
+    list(network.parameters())[-1].add_(0.1)
+    checkpoints.save_networks(folder / "other.safetensors", {name: network})
+    return folder / "other.safetensors"
+
+
+@pytest.mark.parametrize("option, name", [
+    ("--vae", "vae"), ("--text-encoders", "clip_l"), ("--text-encoders", "t5"),
+    ("--tokenizers", "vocab.json"), ("--tokenizers", "merges.txt")])
+def test_from_png_refuses_other_files_than_those_it_was_drawn_with(
+        option, name, tmp_path, monkeypatch):
+    """Each option takes the place of a part of the model. The picture would be another one."""
+    other = place_another(option, name, tmp_path)
+    drawing = ("--prompt", PROMPT, "--num-steps", 1, "--out")
+    plain, = run_main(monkeypatch, *drawing, tmp_path / "plain.png")
+    drawn, = run_main(monkeypatch, *drawing, tmp_path / "drawn.png", option, other)
+    again = ("--out", tmp_path / "again.png", "--from-png")
+    for wrong in ((plain, option, other), (drawn,)):
+        with pytest.raises(ValueError, match="another --vae, --text-encoders or --tokenizers"):
+            run_main(monkeypatch, *again, *wrong)
+    assert not (tmp_path / "again.png").exists()
+    for right, files in ((plain, ()), (drawn, (option, other))):
+        repeated, = run_main(monkeypatch, *again, right, *files)
+        assert repeated.read_bytes() == right.read_bytes()
+
+
 def test_the_png_says_how_it_was_made_and_names_no_file(tmp_path, photo, monkeypatch):
     file, = run_main(monkeypatch, "--prompt", PROMPT, "--image", photo, "--mask", photo,
                      "--num-steps", 2, "--checkpoint", SHIPPED, "--out", tmp_path / "x.PNG")
@@ -559,9 +600,9 @@ def test_a_picture_is_enlarged_by_a_whole_factor(tmp_path, monkeypatch):
 
 
 def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monkeypatch, capsys):
-    """Unknown words, sizes never seen, a missing T5."""
+    """Unknown words, sizes never seen, a text that nothing leads away from."""
     load_it = sample.load
-    known = {"words": ("a", "red", "circle"), "missing": ("t5",)}
+    known = {"words": ("a", "red", "circle")}
 
     def load_with_words(*options, **files):
         pipeline = load_it(*options, **files)
@@ -574,13 +615,16 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
         return len(files), [line for line in lines if line.startswith("note:")]
     monkeypatch.setattr(sample, "load", load_with_words)
     drawn, lines = said("--prompt", "A red cat!", "a cat")
-    assert drawn == 2 and len(lines) == 2
+    assert drawn == 2 and len(lines) == 1
     assert "does not know: cat. It knows: a, red, circle" in lines[0]
-    assert "T5 is missing" in lines[1]
-    assert len(said("--prompt", "A red circle!")[1]) == 1             # T5 alone
+    assert said("--prompt", "A red circle!") == (1, [])
     _, lines = said("--prompt", "a red circle", "--width", 96)
     assert "only seen pictures of 64x64 px" in lines[0]
-    known.update(words=(), missing=())                                # as the released files
+    negative = ("--prompt", "a red circle", "--negative-prompt", "a star", "--guidance-scale")
+    _, lines = said(*negative, 1)
+    assert len(lines) == 1 and "--negative-prompt does nothing at --guidance-scale 1" in lines[0]
+    assert said(*negative, 2) == (1, [])
+    known.update(words=())                                            # as the released files
     assert said("--prompt", "a photo of a cat") == (1, [])
 
 
