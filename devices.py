@@ -147,7 +147,8 @@ def command(main):
             sys.stderr.flush()
             os._exit(0)
     except (ValueError, RuntimeError, OSError, MemoryError) as problem:
-        sys.exit(f"{name}: {' '.join(str(problem).split()) or type(problem).__name__}")
+        lines = [" ".join(line.split()) for line in str(problem).split("\n  ")]
+        sys.exit(f"{name}: " + ("\n  ".join(lines) or type(problem).__name__))
     except ImportError as problem:                           # matplotlib, for example
         sys.exit(f"{name}: {problem}; run pip install -r requirements-dev.txt")
     except KeyboardInterrupt as stop:                        # Its text may say how to go on.

@@ -63,7 +63,9 @@ class Run:
         self.resume(model, average, optimizers)
         self.first = self.done
         self.last_due = self.done
-        self.handler = signal.signal(signal.SIGTERM, lambda *stop: self.signals.append(stop))
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.note_signal)
         self.entries = read_log(self.folder / "log.jsonl", self.done)
         if self.world.rank == 0:
             write_json(self.folder / "config.json", {"train": asdict(self.config), **self.about})
@@ -75,9 +77,15 @@ class Run:
         self.bar = tqdm(initial=self.done, disable=self.world.rank > 0, unit="step")
         self.last_line = time.time()
 
+    def note_signal(self, number, frame):
+        """Ctrl-C or SIGTERM: the run saves and ends after this step. A second one kills it."""
+        self.signals.append(number)
+        signal.signal(number, self.handlers[number])
+
     def finish(self):
-        """After the last step: SIGTERM ends the program again, as it did before."""
-        signal.signal(signal.SIGTERM, self.handler)
+        """After the last step: signals do again what they did before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     # --- Checkpoints ------------------------------------------------------------------------------
     def take_over(self):
@@ -214,6 +222,7 @@ class Run:
             images_seen=self.done * self.config.batch_size,
             images_per_second=len(losses) / (time.time() - self.last_line),
         )
+        self.bar.set_postfix(loss=self.entries[-1]["loss"], refresh=False)
         self.last_line = time.time()
         self.recent = []
 

@@ -12,7 +12,9 @@ import argparse
 import copy
 import math
 import os
+import sys
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -226,7 +228,7 @@ def departures(config):
     for name in paper:
         if ours[name] != paper[name]:
             found.append(f"{name} {ours[name]} ({paper[name]})")
-    return f"not as in the paper (App. B.3): {', '.join(found) or 'nothing'}"
+    return f"settings that are not the paper's (App. B.3): {', '.join(found) or 'none'}"
 
 
 def read_config(arguments=None):
@@ -255,7 +257,7 @@ def resumed_config(folder, given):
     """The TrainConfig of a run that goes on, changed where that does not make it another run."""
     stored = read_json(folder / "config.json", {"train": dict, "encoders": dict})
     try:
-        for name in ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size"):
+        for name in ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size", "init"):
             if given.get(name, stored["train"][name]) != stored["train"][name]:
                 raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
         proof = stored["encoders"]["fingerprint"]
@@ -263,6 +265,10 @@ def resumed_config(folder, given):
             raise ValueError("--encoders cannot change within a run; change --out")
         given["encoders"] = str(run_encoders(folder))
         given["num_scenes"] = stored["train"]["num_scenes"]      # The same pictures come again.
+        for name in ("data", "lr", "density", "timestep_shift"):
+            before = stored["train"][name]
+            if given.get(name, before) != before:
+                print(f"note: {name} was {before}, now it is {given[name]}", file=sys.stderr)
         return TrainConfig(**stored["train"] | given)
     except (TypeError, KeyError) as problem:
         raise ValueError(f"{folder}/config.json is of another version: {problem}") from None
@@ -307,10 +313,15 @@ def main(arguments=None):
     folder = world.same(pick_folder(config))
     folder.mkdir(parents=True, exist_ok=True)                    # It is tried before the work.
     goes_on = bool(checkpoints_of(folder))
-    start = None
-    if config.init and not goes_on:
-        start = load_components(config.init, ("mmdit",)).mmdit
-    inputs = read_inputs(config, world, start)
+    try:
+        start = None
+        if config.init and not goes_on:
+            start = load_components(config.init, ("mmdit",)).mmdit
+        inputs = read_inputs(config, world, start)
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()                                       # If it is empty, it goes.
+        raise
     size = inputs.training.resolution
     if goes_on and size != config.resolution:
         raise ValueError(f"--data has {size} px, but the run {config.resolution}; change --out")
@@ -338,8 +349,9 @@ def main(arguments=None):
         about={"model": asdict(sizes), "encoders": encoders},
         began=STARTED,
     )
-    run.say(f"{count_parameters(sizes):,} parameters, {len(inputs.training)} pictures, "
+    run.say(f"{count_parameters(sizes):,} parameters, "
             f"{world.size} {world.device} {inputs.precision} {world.parallel}")
+    run.say(f"{len(inputs.training)} pictures of {size} px, and {len(inputs.held_out)} held out")
     run.say(departures(config))
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
     fit(model, loss, inputs.batches, config, run)

@@ -107,8 +107,8 @@ def make_middle(channels, groups):
 
 
 class Encoder(nn.Module):
-    """image (B, 3, 8H, 8W) -> moments (B, 2C, H, W). A level has two residual blocks. Then half the
-    resolution: one column of zeros to the right, one row below, and a convolution of stride 2."""
+    """image (B, 3, 8H, 8W) -> moments (B, 2C, H, W). A level has two residual blocks. All but
+    the last then halve the size: zeros to the right and below, then a convolution of stride 2."""
     def __init__(self, config):
         super().__init__()
         groups = config.norm_groups
@@ -216,7 +216,7 @@ def perceptual_loss(image, reconstruction, features):
 def vae_loss(vae, image, noise, kl_weight=2e-4):
     """The objective on one batch. image (B, 3, 8H, 8W); noise (B, C, H, W), standard normal.
     Returns (loss, terms, reconstruction). terms has a scalar for each name. An adversary can be
-    added to them: experiments/table3_fig10_autoencoders.py."""
+    added to the terms: experiments/table3_fig10_autoencoders.py."""
     mean, logvar = vae.encode_moments(image)
     reconstruction = vae.decoder(sample_code(mean, logvar, noise))
     terms = {"reconstruction": reconstruction_loss(image, reconstruction),
@@ -225,7 +225,7 @@ def vae_loss(vae, image, noise, kl_weight=2e-4):
 
 
 def main():
-    """Print the latents of Table 3's three sizes, what they become again, and the losses."""
+    """Print the latents of Table 3's three sizes, their reconstructions, and the losses."""
     image = torch.rand(1, 3, 256, 256) * 2 - 1
     for latent_channels in (4, 8, 16):
         vae = VAE(VAEConfig(latent_channels, channels=(32, 32, 32, 32)))      # random weights

@@ -83,6 +83,8 @@ def test_one_process_cannot_hold_shards():
 
 @pytest.mark.parametrize("problem, sentence", [
     (ValueError("--depth 0 must\n be 1"), "verb.py: --depth 0 must be 1"),
+    (ValueError("two files:\n  a.png: no\n  b.png: no"),
+     "verb.py: two files:\n  a.png: no\n  b.png: no"),
     (OSError(28, "No space left on device"), "verb.py: [Errno 28] No space left on device"),
     (RuntimeError("CUDA out of memory"), "verb.py: CUDA out of memory"),
     (MemoryError(), "verb.py: MemoryError"),

@@ -213,6 +213,27 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(tmp_path):
     assert same_model(experiment(tmp_path / "run")[0], whole)
 
 
+def test_ctrl_c_saves_and_a_second_one_kills(tmp_path):
+    def batches(step):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return line_batches(step)
+
+    before = signal.getsignal(signal.SIGINT)
+    _, _, run = experiment(tmp_path / "run", batches=batches, every=100)
+    assert run.stopping and run.done == 5 and steps_of(tmp_path / "run") == [5]
+    assert signal.getsignal(signal.SIGINT) == before
+
+    def twice(step):
+        if step == 7:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return line_batches(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment(tmp_path / "run", batches=twice, every=100)
+
+
 def test_a_step_is_saved_before_anything_is_done_with_it(tmp_path):
     """Validation may run out of memory. Then a restart would never get past it."""
     def report(average, step):
@@ -264,7 +285,7 @@ def test_a_finished_run_gets_its_score_once(monkeypatch, capsys):
     for _ in range(2):
         train.conclude(run, None, "a heart")
     assert counts == [20]                              # a prompt of each task for 20 steps
-    said = "runs/mine has done its 400 steps; more --steps or --minutes go on"
+    said = "runs/mine has done its 400 steps; to go on, give more --steps or --minutes"
     assert capsys.readouterr().out.count(said) == 2
 
 
@@ -438,7 +459,7 @@ def test_the_papers_preset_is_appendix_b3_and_the_default_of_large_models():
     for arguments in (["--depth", "38"], ["--depth", "15"], ["--preset", "paper"]):
         config = read_config(arguments)
         assert PAPER.items() <= dataclasses.asdict(config).items()
-        assert train.departures(config).endswith("nothing")
+        assert train.departures(config).endswith("none")
     assert read_config(["--depth", "14"]).optimizer == "muon"
     assert read_config(["--depth", "38", "--lr", "3e-4"]).lr == 3e-4
     assert "lr 0.0003 (0.0001)" in train.departures(TrainConfig(lr=3e-4))
@@ -713,7 +734,7 @@ def test_help_says_what_going_on_with_a_run_does(capsys):
     with pytest.raises(SystemExit):
         read_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "unpickles, so give only your own" in text and "--timestep-shift" in text
+    assert "give only your own: resuming unpickles" in text and "--timestep-shift" in text
 
 
 def finished_run(folder, **train_values):
@@ -737,15 +758,17 @@ def test_a_run_keeps_its_encoders(tmp_path, monkeypatch):
         read_config(["--out", str(folder), "--encoders", str(SHIPPED)])
 
 
-def test_a_run_goes_on_with_its_own_settings(tmp_path):
+def test_a_run_goes_on_with_its_own_settings(tmp_path, capsys):
     folder = finished_run(tmp_path / "run", lr=2e-4, num_scenes=100)
     config = read_config(["--out", str(folder), "--steps", "9", "--num-scenes", "999"])
     assert (config.depth, config.lr, config.steps, config.num_scenes) == (3, 2e-4, 9, 100)
     assert config.out == str(folder) and config.encoders == str(SHIPPED / "model.safetensors")
     for words in ("--depth 4", "--seed 1", "--batch-size 2", "--optimizer adamw",
-                  "--qk-norm false", "--resolution 128", "--preset paper"):
+                  "--qk-norm false", "--resolution 128", "--preset paper", "--init someone/model"):
         with pytest.raises(ValueError, match="cannot change within a run"):
             read_config(["--out", str(folder), *words.split()])
+    assert read_config(["--out", str(folder), "--lr", "1e-4"]).lr == 1e-4
+    assert capsys.readouterr().err == "note: lr was 0.0002, now it is 0.0001\n"
 
 
 def test_data_of_another_size_does_not_go_into_a_run(tmp_path, monkeypatch):
@@ -906,7 +929,7 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
 
     train.main(["--out", str(out), "--steps", "20"])       # One prompt a task for every 20 steps.
     said = capsys.readouterr().out
-    assert "has done its 20 steps; more --steps or --minutes go on" in said
+    assert "has done its 20 steps; to go on, give more --steps or --minutes" in said
     scores, = [entry for entry in log_of(out) if "geneval" in entry]
     assert scores["num_prompts"] == 1 and "GenEval" in said
 
@@ -956,6 +979,13 @@ def test_encoding_takes_a_quarter_of_the_minutes(words, least, most, tmp_path, m
     monkeypatch.setattr(train, "encoded", encoded)
     with pytest.raises(Killed):
         train.main([*SMALL, *words, "--out", str(tmp_path / "run")])
+
+
+def test_a_run_that_could_not_begin_leaves_its_name_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="nothing does not exist"):
+        train.main([*SMALL, "--data", "nothing"])
+    assert train.pick_folder(TrainConfig()) == Path("runs/d4-1")
 
 
 def test_automatic_restarts_need_a_folder_to_go_on_with(monkeypatch):
