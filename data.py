@@ -467,13 +467,17 @@ class Batches:
         return normalize(code, self.vae_config), context, pooled
 
     def validation(self, count):
-        """Yield (latent, context, pooled, noise) of `count` samples, a batch for each size."""
+        """Yield (latent, context, pooled, noise) of `count` samples in batches of one size, no
+        larger than those of training, which fit into memory."""
         _, chosen = self.folder.split(count)
+        together = self.config.batch_size // self.world.size // self.config.accumulate
         for group in chosen.groups:
-            rows = [self.folder.caption_rows(index)[-1] for index in group]
-            latent, context, pooled = self.inputs(self.folder.read(group, rows))
             rng = torch.Generator().manual_seed(self.config.seed)
-            yield latent, context, pooled, torch.randn(latent.shape, generator=rng).to(latent)
+            for start in range(0, len(group), together):
+                part = group[start : start + together]
+                rows = [self.folder.caption_rows(index)[-1] for index in part]
+                latent, context, pooled = self.inputs(self.folder.read(part, rows))
+                yield latent, context, pooled, torch.randn(latent.shape, generator=rng).to(latent)
 
 
 def pick_caption(captions, draw, full_share):

@@ -112,7 +112,8 @@ def largest_logit_and_entropy(q, k):
 
 def observe(model, unseen, last_blocks):
     """A point of Fig. 5, with the validation loss: all on held-out pictures, in bf16."""
-    latent, context, pooled, noise = next(unseen.validation(32))
+    parts = zip(*unseen.validation(32))
+    latent, context, pooled, noise = map(torch.cat, parts)
     t = torch.linspace(0, 1, len(latent), device=latent.device)       # (B,) all levels of noise
     z_t = torch.lerp(latent, noise, t.view(-1, 1, 1, 1))              # (B, C, H, W)  Eq. 13
     with autocast(latent.device, torch.bfloat16):

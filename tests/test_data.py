@@ -666,7 +666,8 @@ def mixed(tmp_path):
 
 
 def make_batches(folder, world=CPU, **settings):
-    settings = {"seed": 0, "batch_size": 4, "encoder_dropout": 0.0, "full_captions": 0.5} | settings
+    settings = {"seed": 0, "batch_size": 4, "accumulate": 1, "encoder_dropout": 0.0,
+                "full_captions": 0.5} | settings
     return Batches(folder, VAE, TEXT, SimpleNamespace(**settings), world)
 
 
@@ -863,10 +864,11 @@ def test_validation_takes_full_captions_mean_codes_and_samples_of_every_size(tmp
     assert numbers[0] | numbers[1] == set(range(33)) and not numbers[0] & numbers[1]
     assert len(first) == 12 and len(first.groups) == 3
     batches = make_batches(folder, encoder_dropout=0.9, full_captions=0.0)
-    for group, (latent, context, pooled, noise) in zip(
-            first.groups, batches.validation(12), strict=True):
-        assert noise.shape == latent.shape and len(latent) == len(group) == len(pooled)
-        for k, index in enumerate(group):
+    parts = [group[i : i + 4] for group in first.groups for i in range(0, len(group), 4)]
+    assert max(map(len, parts)) == 4 < max(map(len, first.groups))    # as many as in training
+    for part, (latent, context, pooled, noise) in zip(parts, batches.validation(12), strict=True):
+        assert noise.shape == latent.shape and len(latent) == len(part) == len(pooled)
+        for k, index in enumerate(part):
             arrays, i = folder.find(index)
             row = folder.caption_rows(index)[2]
             assert arrays["captions"][row].startswith("full")
