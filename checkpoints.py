@@ -58,7 +58,7 @@ T5_NAMES = {
     ".layer.1.DenseReluDense.wo.": ".feed_forward.down.",
 }
 NAMES = {"mmdit": {}, "vae": {}, "clip_l": CLIP_NAMES, "clip_g": CLIP_NAMES, "t5": T5_NAMES}
-# Dropped on purpose: 0, 1, 2, ...; CLIP's temperature; what scaled float8 and T5 have besides.
+# Dropped on purpose: positions 0, 1, ...; CLIP's temperature; extra keys of scaled float8 and T5.
 UNUSED = ("position_ids", "logit_scale", "scaled_fp8", "scale_input", "input_scale", "comfy_quant",
           "spiece_model")
 # What tensors cannot tell: fields of configs, the type and the lowest value of each.
@@ -277,8 +277,8 @@ def run_encoders(folder):
 
 
 def load_text(model, dtype, given):
-    """(TextEncoders, {encoder: tokenizer file}) of a model. T5 leaves the range of fp16, so bf16
-    takes its place. given: a folder with tokenizers in place of tokenizers/ beside the file."""
+    """(TextEncoders, {encoder: tokenizer file}) of a model. T5 overflows fp16, so it is bf16
+    then. given: a folder with tokenizers in place of tokenizers/ beside the file."""
     beside = model.path.parent
     places = [beside / "tokenizers", model.path, beside]
     if given:
@@ -323,7 +323,7 @@ class Components:
 
 
 def released_sampling(model, path):
-    """What the model cards of SD3.5 recommend. Only the name of a file tells a turbo model."""
+    """Stability's settings for SD3.5 (sd3_infer.py). Only the name of a file tells a turbo."""
     names = model.networks.get("mmdit", {})
     depth = count_layers(names, "joint_blocks.")
     if depth == 24 and count_layers(names, "joint_blocks.", ".x_block.attn2."):      # medium

@@ -4,7 +4,7 @@ Read with   App. E.1 (resize, crop at the centre, encode once), Sec. 5.3.2 (batc
 Not here    the networks (vae.py, text_encoders.py), the making of shards (encode.py)
 Shapes      B batch   C latent channels   H W latent height, width   L CLIP tokens   L' T5 tokens
             Pictures are uint8 RGB (height, width, 3); tensors are (3, height, width) in [-1, 1].
-Run         python encode.py --data PATH --out DIR     names the pictures that cannot be used
+Run         python encode.py --data PATH --out DIR     counts the pictures that cannot be used
 """
 
 import copy
@@ -32,7 +32,7 @@ from options import MAX_TEXT, read_lines
 from text_encoders import combine, drop_encoders
 from vae import normalize, sample_code
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # No other decoder sees a foreign file.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # Pillow tries no other decoder.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 2**30                                        # of a picture
 # What helps against a damaged file of an encoded folder.
@@ -43,7 +43,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")       # of large pictures and
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or `size` bytes of one from `offset`. That of a picture holds its captions."""
+    """A file, or `size` bytes of one from `offset`. A picture's Part also holds its captions."""
     name: str                       # shard.tar/000001.jpg, or the path in the folder
     path: Path
     offset: int = 0
@@ -121,7 +121,7 @@ def nearest_bucket(height, width, buckets):
     return buckets[distances.index(min(distances))]
 
 
-# ---- Captioned pictures, in files of any layout: nothing is unpacked or written ------------------
+# ---- Captioned pictures, in a folder, tar files or a table: nothing is unpacked ------------------
 
 def clean_captions(found):
     """Captions without blank ones, white space collapsed. found: a text, a list, a JSON object."""
@@ -189,7 +189,7 @@ class ImageFiles:
                         self.problems.append(f"{part.name}: a second file of this name")
                     elif member.isreg() and tar.offset <= path.stat().st_size:    # not cut off
                         files[part.name] = part
-            # tarfile takes a header that it cannot read for the end. A real end is all zeros.
+            # tarfile reads an unreadable header as the end. A real end is all zeros.
             if any(Part(name, path, tar.offset).read(2 * tarfile.RECORDSIZE)):
                 raise ValueError(f"nothing to read at byte {tar.offset}")
         except Exception as error:
@@ -202,10 +202,11 @@ class ImageFiles:
             if suffix.lower() not in SUFFIXES or "/." in f"/{name}":  # hidden, as ._cat.jpg
                 continue
             captions = ()
+            blamed = name
             try:
                 for text in (key + ".json", key + ".txt"):
                     if text in files and not captions:
-                        name = text
+                        blamed = text
                         content = files[text].read(MAX_TEXT)
                         if len(content) == MAX_TEXT:    # It would be cut.
                             raise ValueError(f"it has {MAX_TEXT} bytes or more")
@@ -217,7 +218,7 @@ class ImageFiles:
                     raise ValueError("there is no caption")
                 self.records.append(replace(picture, captions=captions))
             except Exception as error:
-                self.problems.append(f"{name}: {error}")
+                self.problems.append(f"{blamed}: {error}")
 
     def read_table(self, table):
         """A picture a line: file_name, below the table's folder, and text, caption or captions."""
@@ -249,13 +250,13 @@ class ImageFiles:
         return np.array(resize_and_crop(read_image(self.records[index]), height, width))
 
     def picture_size(self, index):
-        """(height, width) of the upright picture, from its header; (1, 1) if that is broken. An
-        orientation that stands elsewhere is not seen: such a picture loses more in a crop."""
+        """(height, width) of the upright picture, from its header; (1, 1) if that is broken. Only
+        EXIF's orientation in the header counts; with any other, a crop cuts off more."""
         with suppress(Exception), self.records[index].open() as file:
             image = Image.open(file, formats=FORMATS)
             exif = image.getexif() if "exif" in image.info else {}
             if exif.get(0x0112) in (5, 6, 7, 8):        # It is stored lying on its side.
-                return image.size
+                return image.size                       # (width, height), so exchanged
             return image.height, image.width
         return 1, 1
 
@@ -300,7 +301,7 @@ class EncodedFolder:
     `groups` has the sample numbers of each picture size. ValueError names damage and its mend."""
     def __init__(self, folder, encoders=""):
         self.files = []
-        self.starts = [0]                               # of the shards, and the number of all
+        self.starts = [0]                               # first sample of each shard; last: the sum
         self.opened = {}                                # {number of a shard: its tensors}
         file = Path(folder).expanduser() / "index.json"
         groups = {}
@@ -315,7 +316,7 @@ class EncodedFolder:
                 self.files.append(file.parent / line["file"])
                 self.starts.append(self.starts[-1] + line["count"])
                 group = groups.setdefault((line["height"], line["width"]), [])
-                group.append(np.arange(*self.starts[-2:]))
+                group.append(np.arange(self.starts[-2], self.starts[-1]))
             self.longest_side = max(max(size) for size in groups)
         except Exception as problem:
             raise ValueError(f"{file} is missing or damaged ({problem}); {MEND}") from None
@@ -369,11 +370,12 @@ class EncodedFolder:
         return tensors
 
     def split(self, count):
-        """(the rest, the first `count` samples, or all): of each size in proportion."""
+        """(all others, the first `count` samples or all). Each size gives its share to both."""
         rest, first = copy.copy(self), copy.copy(self)
         rest.groups, first.groups = [], []
         ends = np.cumsum([0, *map(len, self.groups)])
-        shares = np.diff(ends * min(count, len(self)) // len(self))
+        count = min(count, len(self))
+        shares = np.diff(ends * count // len(self))     # They add up to count.
         for group, share in zip(self.groups, shares):
             if share > 0:
                 first.groups.append(group[:share])
@@ -430,7 +432,7 @@ class Batches:
         return self.epoch(epoch)[place][first : first + share].tolist()
 
     def __call__(self, step):
-        """The batch of a step. Beside a GPU a thread makes the next one meanwhile."""
+        """The batch of a step. With a GPU, a thread prepares the next one in advance."""
         if self.thread is None:
             return self.make(step)
         batch = self.ahead.pop(step, None) or self.thread.submit(self.make, step)
@@ -481,7 +483,7 @@ class Batches:
 
 
 def pick_caption(captions, draw, full_share):
-    """(original, full) are mixed by `full_share` (Sec. 5.2.2); other numbers are drawn evenly."""
+    """(short, full): full with chance `full_share` (Sec. 5.2.2). Else each is equally likely."""
     if len(captions) == 2:
         return captions[int(draw < full_share)]
     return captions[int(draw * len(captions))]

@@ -134,8 +134,8 @@ def add_clip_drops(rows):
 # ---- Command line --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Options:
-    """What the command line takes beside the checkpoint. Where nothing is given, it decides. Lists
-    of settings are combined: each combination is drawn and measured."""
+    """What the command line takes beside the checkpoint, whose own settings hold if none are given.
+    Lists of settings are combined: each combination is drawn and measured."""
     num_prompts: int = option(60, "prompts for each task", 1, 10**5)
     num_pictures: int = option(256, "for the losses, CLIP score, FID and KID", 8, 10**6)
     guidance_scale: tuple[float, ...] = option((), "one or more; none: the model's own", 0, 100)

@@ -146,7 +146,7 @@ def frechet_distance(features_a, features_b):
     C_a C_b is not symmetric, but C_a^(1/2) C_b C_a^(1/2) is, and has the same eigenvalues. The
     trace of the root is the sum of their roots. It is biased upwards where N or M is small.
     """
-    a = features_a.cpu().double()                           # Its eigenvalues differ in magnitude.
+    a = features_a.cpu().double()                           # Eigenvalues span many magnitudes.
     b = features_b.cpu().double()
     if min(len(a), len(b)) < 2:
         raise ValueError(f"{len(a)} and {len(b)} feature vectors; a covariance needs at least 2")

@@ -53,7 +53,7 @@ def check_options(config):
 
 
 def add_options(parser, kind):
-    """Add a flag for every option of the dataclass `kind`. What is not given leaves no trace."""
+    """Add a flag for every option of the dataclass `kind`. An option not given sets nothing."""
     for item in fields(kind):
         settings = {"type": item.type}
         if item.type is bool:
@@ -86,7 +86,7 @@ def given_options(options, kind):
 
 def read_options(kind, description, arguments=None, **presets):
     """The dataclass `kind` of a command line. presets: {name: {field: value}}; --name chooses one,
-    and what else is given goes before it."""
+    and other options override it."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.set_defaults(preset={})
     add_options(parser, kind)
@@ -151,7 +151,7 @@ def write_atomically(file, write):
         partial.touch(exist_ok=False)                  # never through a link
         mode = (file if file.exists() else partial).stat().st_mode
         write(partial)
-        partial.chmod(mode)                            # save_file leaves 600 behind.
+        partial.chmod(mode)                            # save_file leaves mode 600.
         partial.replace(file)
     except Exception as problem:                       # Each library raises its own kind.
         raise OSError(f"could not write {file} ({problem}); the old file is untouched") from None

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 from checkpoints import SHIPPED
 from devices import PRECISIONS
@@ -76,7 +77,7 @@ def save_png(picture, file, record):
     info = PngImagePlugin.PngInfo()
     info.add_text("rectified-flow", json.dumps(record))
     write_atomically(file, partial(picture.save, format="PNG", pnginfo=info))
-    print(file)
+    tqdm.write(str(file))                                    # beside the bar
 
 
 def read_record(file):
@@ -85,6 +86,8 @@ def read_record(file):
         if not Path(file).is_file():
             raise ValueError("no such file")
         with Image.open(file, formats=["PNG"]) as picture:
+            if "rectified-flow" not in picture.info:
+                raise ValueError("it holds no settings")
             record = json.loads(picture.info["rectified-flow"])
         Recipe(**record)
         return record

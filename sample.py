@@ -62,7 +62,7 @@ def load(checkpoint=SHIPPED, device="auto", precision="auto", t5_length=0,
 
 @torch.no_grad()
 def encode(pipeline, prompts, settings):
-    """B prompts -> context (B, L, D), pooled (B, P). With guidance, B more rows: its start."""
+    """B prompts -> context (B, L, D), pooled (B, P). With guidance, B more: without the prompt."""
     text, precision = pipeline.text, pipeline.precision
     if precision == torch.float16:
         precision = torch.bfloat16                                    # T5-XXL overflows fp16.
@@ -71,11 +71,11 @@ def encode(pipeline, prompts, settings):
         if settings.guidance_scale == 1:
             return context, pooled
         if settings.unconditional == "zeros" and not settings.negative_prompt:
-            start, start_pooled = text.unconditional(1)
+            uncond, uncond_pooled = text.unconditional(1)
         else:
-            start, start_pooled = text([settings.negative_prompt], settings.without)
-    context = torch.cat([context, start.expand_as(context)])
-    return context, torch.cat([pooled, start_pooled.expand_as(pooled)])
+            uncond, uncond_pooled = text([settings.negative_prompt], settings.without)
+    context = torch.cat([context, uncond.expand_as(context)])
+    return context, torch.cat([pooled, uncond_pooled.expand_as(pooled)])
 
 
 def guided_velocity(mmdit, context, pooled, guidance_scale, skip_layers, z, t):
@@ -84,7 +84,7 @@ def guided_velocity(mmdit, context, pooled, guidance_scale, skip_layers, z, t):
     rows = len(context) // B                                          # 2 with guidance, 1 without
     found = mmdit(z.repeat(rows, 1, 1, 1), t.repeat(rows), context, pooled).float()
     v_cond = found[:B]                                                # (B, C, H, W)
-    v_uncond = found[-B:]                                             # the same without guidance
+    v_uncond = found[-B:]                                             # v_cond without guidance
     v = flow.guide(v_cond, v_uncond, guidance_scale)
     if skip_layers:
         skipped = mmdit(z, t, context[:B], pooled[:B], skip_layers=skip_layers).float()
@@ -96,8 +96,8 @@ def guided_velocity(mmdit, context, pooled, guidance_scale, skip_layers, z, t):
 def sample_latents(mmdit, context, pooled, noise, settings, latent=None, repaint=None, bar=None):
     """Eq. 1 from noise (B, C, H, W) to latents (B, C, H, W). Also returns path lengths, (B,).
     latent (1, C, H, W): an image to begin from. repaint (1, 1, H, W) bool: where it may change;
-    the rest moves on its straight path, Eq. 13. The numbers of skip-layer guidance are those of
-    SD3.5-medium's model card."""
+    the rest moves on its straight path, Eq. 13. Skip-layer guidance has the numbers of Stability's
+    sd3_infer.py for SD3.5-medium."""
     N = settings.num_steps
     times = flow.make_schedule(settings.schedule, N, settings.timestep_shift).to(noise)   # (N + 1,)
     step = flow.SOLVERS[settings.solver]
@@ -202,7 +202,7 @@ def generate(pipeline, prompts, seed=0, batch_size=8, image=None, mask=None, **s
 
 # --- The command line -----------------------------------------------------------------------------
 def output_files(options):
-    """A file for each prompt. What could not be written after the work is an error before it."""
+    """A file for each prompt. ValueError now if they cannot be written when the work is done."""
     out = Path(options.out)
     extension = out.suffix.lower()
     files = []
@@ -238,7 +238,7 @@ def hash_sources(parts, options):
 
 
 def main():
-    """From a prompt to a picture. The checkpoint's own defaults go before those below."""
+    """From a prompt to a picture. The checkpoint's own defaults override those below."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__)
     add_options(parser, Options)
     given = vars(parser.parse_args())
@@ -249,7 +249,7 @@ def main():
         given = read_record(given["from_png"]) | given
     options = Options(**given)
     if not options.prompt:
-        raise ValueError('nothing says what to draw, with --image or not; give --prompt "a heart"')
+        raise ValueError('there is no prompt; give --prompt "a heart", with --image as well')
     files = output_files(options)
     note = partial(print, "note:", file=sys.stderr)
 
@@ -267,7 +267,8 @@ def main():
                          f"with another --vae, --text-encoders or --tokenizers; give its own, or "
                          f'--made-from ""')
     known = pipeline.parts.words                                      # () of a released model
-    words = set(re.findall(r"\w+", " ".join(options.prompt).lower())).difference(known)
+    words = re.findall(r"\w+|[^\w\s!-/:-@]", " ".join(options.prompt).lower())    # or a symbol
+    words = set(words).difference(known)
     seen = f"{pipeline.defaults['height']}x{pipeline.defaults['width']}"
     if known and words:
         note(f"the model does not know: {', '.join(sorted(words)[:20])}. It knows: "

@@ -47,7 +47,7 @@ def combine(clip_l, clip_g, t5, pooled_l, pooled_g):
 
 
 def drop_encoders(context, pooled, keep, config):
-    """Set encoders to zero, each with its sequence and its pooled vector, by sample (App. B.3).
+    """Set encoders to zero, by sample: the sequence, and the pooled vector of a CLIP (App. B.3).
     keep (B, 3) bool: CLIP-L, CLIP-G, T5. In training each is dropped independently with probability
     0.464, so 0.464^3 = 10 % of the samples are unconditional. Sec. 5.3.3 drops any at sampling."""
     drop_l, drop_g, drop_t5 = (~keep).unbind(dim=1)                   # (B,) each
@@ -230,8 +230,8 @@ RMSNorm = partial(nn.RMSNorm, eps=1e-6)     # x / sqrt(mean(x^2) + 1e-6) * weigh
 
 def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirectional=True):
     """The bucket of `distance` = key position - query position (int tensor of any shape), as in T5.
-    An encoder uses half of the buckets for keys after the query; a decoder has no such keys. Half
-    of the rest holds one distance each, the other half grows logarithmically."""
+    An encoder has half of its buckets for keys after the query; a decoder has no such keys. On each
+    side half the buckets hold one distance each; the others grow logarithmically."""
     first = 0
     if bidirectional:
         num_buckets = num_buckets // 2
@@ -325,7 +325,7 @@ def fit_length(rows, length, start, end, padding):
 
 
 class CLIPTokenizer:
-    """CLIP's byte-level BPE. Nothing is repaired: SD3 does not use ftfy, OpenAI's own code does.
+    """CLIP's byte-level BPE. SD3 does not repair text with ftfy; OpenAI's own code does.
     folder: has vocab.json and merges.txt, or only tokenizer.json, as transformers 5 writes it.
     padding: the id that fills up a row. None is the end token, for CLIP-L; SD3's CLIP-G has 0.
     "<|endoftext|>" in a prompt is the end token. "!" is a word, not padding as in SD3's config."""

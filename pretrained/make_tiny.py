@@ -653,11 +653,12 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
     print(text)
 
 
-def ship(run: Path, encoders: Path, out: Path):
+def ship(run: Path, encoders: Path, out: Path, guidance_scale: float):
     """The frozen networks of `encoders` and the MM-DiT of a run, in one bf16 file, with the image
-    towers and the tokenizers of `encoders` beside it."""
+    towers and the tokenizers of `encoders` beside it. guidance_scale: what the file asks for."""
     parts = load_components(encoders, ("vae", "text"))
     trained = load_components(run, ("mmdit",))
+    trained.sampling["guidance_scale"] = guidance_scale
     networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
     save_networks(
         out / "model.safetensors", networks, parts.text.config, trained.sampling, torch.bfloat16,
@@ -691,6 +692,9 @@ def main():
         "--encoders", type=Path, default=SHIPPED,
         help="stage ship: the model with the frozen networks")
     parser.add_argument(
+        "--guidance-scale", type=float, default=2.5,
+        help="stage ship: with which the model draws best, by evaluate.py with another --seed")
+    parser.add_argument(
         "--work", type=Path, default=Path("runs/pretrain"),
         help="where the stages leave their weights")
     parser.add_argument("--out", type=Path, default=SHIPPED)
@@ -699,7 +703,7 @@ def main():
         if not options.run:
             parser.error(
                 "--stage ship needs --run, the run folder of train.py whose MM-DiT is shipped")
-        return ship(options.run, options.encoders, options.out)
+        return ship(options.run, options.encoders, options.out, options.guidance_scale)
     if not (options.data and options.data.is_dir()):
         parser.error(
             f"--data {options.data}: no such folder; this stage reads pictures or captions there")

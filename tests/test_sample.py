@@ -617,7 +617,9 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
     drawn, lines = said("--prompt", "A red cat!", "a cat")
     assert drawn == 2 and len(lines) == 1
     assert "does not know: cat. It knows: a, red, circle" in lines[0]
-    assert said("--prompt", "A red circle!") == (1, [])
+    _, lines = said("--prompt", "a red circle \U0001f431")
+    assert "does not know: \U0001f431." in lines[0]
+    assert said("--prompt", "A red circle!", '"a red, (circle)."', "") == (3, [])
     _, lines = said("--prompt", "a red circle", "--width", 96)
     assert "only seen pictures of 64x64 px" in lines[0]
     negative = ("--prompt", "a red circle", "--negative-prompt", "a star", "--guidance-scale")
@@ -629,7 +631,7 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
 
 
 @pytest.mark.parametrize("options, words", [
-    ((), "nothing says what to draw"), (("--image", "photo.png"), "with --image or not; give --p"),
+    ((), "there is no prompt"), (("--image", "photo.png"), "with --image as well"),
     (("--prompt", "x", "--width", "70"), "multiples of 16"),
     (("--prompt", "x", "--image", "/dev/zero"), "/dev/zero"),
     (("--prompt", "x", "--num-steps", "1e9"), "--num-steps"),
