@@ -129,6 +129,8 @@ def main():
     parser.add_argument("--trials", type=int, default=9)
     parser.add_argument("--all", action="store_true", help="also loader.py and bench_diffusers.py")
     options = parser.parse_args()
+    if min(options.depth, options.batch_size, options.trials, *options.text_tokens) < 1:
+        parser.error("--depth, --batch-size, --text-tokens and --trials must be 1 or more")
     device = pick_device()
     precision = pick_precision("auto", device)
     peak = matmul_peak(device, precision)

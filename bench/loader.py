@@ -102,6 +102,8 @@ def main():
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--out", default=ROOT / "results" / "loader-cpu.json", type=Path)
     options = parser.parse_args()
+    if min(options.shards, options.shard_size, options.batch_size, options.passes) < 1:
+        parser.error("--shards, --shard-size, --batch-size and --passes must be 1 or more")
     rates, B = {}, options.batch_size
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
