@@ -12,7 +12,7 @@ import math
 import shutil
 import signal
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,9 +63,6 @@ class Run:
         self.resume(model, average, optimizers)
         self.first = self.done
         self.last_due = self.done
-        self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.note_signal)
         self.entries = read_log(self.folder / "log.jsonl", self.done)
         if self.world.rank == 0:
             write_json(self.folder / "config.json", {"train": asdict(self.config), **self.about})
@@ -76,16 +73,15 @@ class Run:
             raise ValueError("--minutes were over before the first step; give more")
         self.bar = tqdm(initial=self.done, disable=self.world.rank > 0, unit="step")
         self.last_line = time.time()
+        self.handlers = ExitStack()                              # It undoes what follows.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self.note_signal)
+            self.handlers.callback(signal.signal, number, before)
 
     def note_signal(self, number, frame):
         """Ctrl-C or SIGTERM: the run saves and ends after this step. A second one kills it."""
         self.signals.append(number)
-        signal.signal(number, self.handlers[number])
-
-    def finish(self):
-        """After the last step: signals do again what they did before."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.handlers.close()
 
     # --- Checkpoints ------------------------------------------------------------------------------
     def take_over(self):

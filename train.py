@@ -154,7 +154,7 @@ def fit(model, loss, batches, config, run):
     optimizers = make_optimizers(model, config)
     run.start(model, average, optimizers)
     network = run.world.wrap(model)
-    with run.lock, run.bar:
+    with run.lock, run.bar, run.handlers:
         while run.done < run.steps and not run.stopping:
             share = learning_rate(run.done, run.steps, config)
             for optimizer in optimizers:
@@ -167,7 +167,6 @@ def fit(model, loss, batches, config, run):
             if run.due:
                 run.save(model, average, optimizers)
                 run.sample(average)
-    run.finish()
     return average
 
 

@@ -52,9 +52,9 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
-    before = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # No run leaves its own.
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 # --- A small experiment: five lines around fit ----------------------------------------------------
