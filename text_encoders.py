@@ -202,6 +202,7 @@ class CLIPTextEncoder(nn.Module):
             self.projection = nn.Linear(D, config.projection_dim, bias=False)
 
     def forward(self, ids):
+        """ids (B, L) int64 -> (penultimate, pooled, last), as the class says."""
         B, L = ids.shape
         x = self.token_embedding(ids) + self.position_embedding.weight[:L]     # (B, L, D)
         for layer in self.layers:
@@ -302,6 +303,7 @@ class T5Encoder(nn.Module):
         self.final_norm = RMSNorm(config.hidden_size)
 
     def forward(self, ids):
+        """ids (B, L) int64 -> (B, L, D)."""
         position = torch.arange(ids.shape[1], device=ids.device)
         distance = position[None, :] - position[:, None]              # (L, L) key - query
         bucket = relative_position_bucket(distance, self.config.num_buckets)

@@ -368,7 +368,7 @@ def conclude(run, pipeline, prompt):
         run.say(f"{format_scores(scores)}, {count} prompts for each task")
     ended = "has done its {} steps; to go on, give more --steps or --minutes"
     if run.stopping:
-        ended = "was stopped after {} steps; the same command goes on"
+        ended = f"was stopped after {{}} steps; python train.py --out {run.folder} goes on"
     run.say(f"{run.folder} {ended.format(run.done)}. Next:\n"
             f'python sample.py --checkpoint {run.folder} --prompt "{prompt}"')
     run.world.close()
