@@ -95,9 +95,10 @@ def open_weights(file):
         opened = safe_open(file, framework="pt")       # It checks every offset, shape and type.
         config = json.loads((opened.metadata() or {}).get("config", "{}"))
         check_value("its sampling", config.get("sampling", {}), dict)
-        check_value("its words", config.get("words", []), list)
-        for word in config.get("words", []):
-            check_value("its words", word, str)
+        for name in ("words", "sizes"):
+            check_value(f"its {name}", config.get(name, []), list)
+            for word in config.get(name, []):
+                check_value(f"its {name}", word, str)
         for part, rules in STORED.items():
             for name, value in config.get(part, {}).items():
                 check_value(f"its {name}", value, *rules[name], 1e6)
@@ -315,6 +316,7 @@ class Components:
     file: Path                                         # where the MM-DiT came from
     sampling: dict                                     # how the model wants to be sampled
     words: tuple[str, ...]                             # what it was trained on; () = unknown
+    sizes: tuple[str, ...]                             # the same, "64x96", of its pictures (px)
     mmdit: MMDiT | None = None
     vae: VAE | None = None
     text: TextEncoders | None = None
@@ -341,7 +343,8 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     MM-DiT only; its config.json names the encoders."""
     model = open_model(path, text_encoders, vae)
     sampling = released_sampling(model, path) | model.config.get("sampling", {})
-    parts = Components(model.path, sampling, tuple(model.config.get("words", ())))
+    words, sizes = (tuple(model.config.get(name, ())) for name in ("words", "sizes"))
+    parts = Components(model.path, sampling, words, sizes)
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", model, dtype)
     if "vae" in wanted or "text" in wanted:
@@ -361,9 +364,9 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
 
 
 # ---- Writing -------------------------------------------------------------------------------------
-def make_metadata(networks, text=None, sampling=None, words=()):
+def make_metadata(networks, text=None, sampling=None, words=(), sizes=()):
     """What tensors cannot tell, for the header of a file."""
-    config = {"sampling": sampling or {}, "words": sorted(words)}
+    config = {"sampling": sampling or {}, "words": sorted(words), "sizes": sorted(sizes)}
     for part, rules in STORED.items():
         if part in networks:
             config[part] = {name: getattr(networks[part].config, name) for name in rules}
@@ -384,15 +387,16 @@ def released_tensors(name, network, dtype=None):
     return tensors
 
 
-def save_networks(file, networks, text=None, sampling=None, dtype=None, words=()):
+def save_networks(file, networks, text=None, sampling=None, dtype=None, words=(), sizes=()):
     """Write {"mmdit": MMDiT, "vae": VAE, "clip_l": ..., ...} as one file of the released layout.
     text: the TextConfig. sampling: the settings (fields of sample.Settings) that this model wants.
-    words: the words of the captions that it was trained on. dtype None keeps each tensor's type."""
+    words, sizes: those of the captions and pictures that it was trained on, ("64x96", ...) in px.
+    dtype None keeps each tensor's type."""
     tensors = {}
     for name, network in networks.items():
         for key, tensor in released_tensors(name, network, dtype).items():
             tensors[PREFIXES[name] + key] = tensor
-    save_tensors(file, tensors, make_metadata(networks, text, sampling, words))
+    save_tensors(file, tensors, make_metadata(networks, text, sampling, words, sizes))
 
 
 def save_tensors(file, tensors, metadata):

@@ -318,6 +318,7 @@ class EncodedFolder:
                 group = groups.setdefault((line["height"], line["width"]), [])
                 group.append(np.arange(self.starts[-2], self.starts[-1]))
             self.longest_side = max(max(size) for size in groups)
+            self.sizes = [f"{height}x{width}" for height, width in groups]       # px
         except Exception as problem:
             raise ValueError(f"{file} is missing or damaged ({problem}); {MEND}") from None
         self.groups = [np.concatenate(parts) for parts in groups.values()]

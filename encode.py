@@ -185,11 +185,12 @@ def write_index(index, lines, folder, source):
     write_json(folder / "index.json", index)
 
 
-def encode_folder(source, folder, encoders_file, resolution, world, buckets=False, shard_size=512,
+def encode_folder(source, folder, encoders_file, resolution, world, buckets=(), shard_size=512,
                   precision="auto", until=np.inf, cached=False):
     """The EncodedFolder of a source. The processes of `world` share out the shards that are missing
-    and begin none after the time `until`. cached: `folder` has a folder for each recipe. ValueError
-    for a folder of another recipe, or if over one per cent of the pictures cannot be read."""
+    and begin none after the time `until`. buckets: sizes (height, width), of which a picture gets
+    the nearest; none: all are square. cached: `folder` has a folder for each recipe. ValueError for
+    a folder of another recipe, or if over one per cent of the pictures cannot be read."""
     file = find_model_file(encoders_file)
     frozen = fingerprint(file, FROZEN)
     precision = pick_precision(precision, world.device)
@@ -208,7 +209,7 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=Fals
             fcntl.flock(lock, fcntl.LOCK_EX)
             groups = {(resolution, resolution): range(len(source))}
             if buckets:
-                groups = sort_by_size(source, keys, folder, aspect_buckets(resolution))
+                groups = sort_by_size(source, keys, folder, buckets)
             lines = plan_shards(groups, keys, shard_size, recipe)
             for half in folder.glob("*.partial"):       # A kill left it.
                 half.unlink()
@@ -236,7 +237,10 @@ def encoded(config, world, count, until=np.inf):
                      resolution=config.resolution, precision=config.precision, cached=True)
     if not config.data:
         held_out = encode(Scenes(64, HELD_OUT_SEED))
-        return encode(Scenes(count, config.seed), until=until), held_out
+        S = config.resolution
+        wide = S * 3 // 2
+        buckets = ((S, S), (S, wide), (wide, S)) if config.buckets else ()
+        return encode(Scenes(count, config.seed), buckets=buckets, until=until), held_out
     if any(Path(config.data).expanduser().glob("shard-*.safetensors")):
         frozen = fingerprint(find_model_file(config.encoders), FROZEN)
         folder = EncodedFolder(config.data, frozen)
@@ -271,8 +275,9 @@ def main():
     """From the command line to a folder of shards."""
     config = read_options(EncodeConfig, "Encode captioned pictures once (App. E.1).")
     world = World(config.device, "ddp")
+    buckets = aspect_buckets(config.resolution) if config.buckets else ()
     folder = encode_folder(ImageFiles(config.data), config.out, config.encoders, config.resolution,
-                           world, config.buckets, config.shard_size, config.precision)
+                           world, buckets, config.shard_size, config.precision)
     world.close()
     if world.rank == 0:
         print(f"{len(folder)} pictures of {len(folder.groups)} sizes: train.py --data {config.out}")

@@ -269,12 +269,12 @@ def main():
     known = pipeline.parts.words                                      # () of a released model
     words = re.findall(r"\w+|[^\w\s!-/:-@]", " ".join(options.prompt).lower())    # or a symbol
     words = set(words).difference(known)
-    seen = f"{pipeline.defaults['height']}x{pipeline.defaults['width']}"
+    sizes = pipeline.parts.sizes
     if known and words:
         note(f"the model does not know: {', '.join(sorted(words)[:20])}. It knows: "
              f"{', '.join(known)}")
-    if known and seen != f"{options.height}x{options.width}":
-        note(f"the model has only seen pictures of {seen} px")
+    if sizes and f"{options.height}x{options.width}" not in sizes:
+        note(f"the model has only seen pictures of {', '.join(sizes)} px (height x width)")
     if options.negative_prompt and options.guidance_scale == 1:
         note("--negative-prompt does nothing at --guidance-scale 1, which is no guidance")
     texts = []

@@ -55,6 +55,7 @@ class TrainConfig:
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
     num_scenes: int = option(16384, "scenes to draw and encode, at most", 64, 10**8)
     resolution: int = option(64, "px per side, a multiple of 16", 16, 4096)
+    buckets: bool = option(False, "scenes of 2:3 and 3:2 as well, as encode.py (Sec. 5.3.2)")
     depth: int = option(4, "the size of MM-DiT; its width is 64 * depth (Sec. 4)", 1, 128)
     qk_norm: bool = option(True, "RMSNorm on queries and keys (Sec. 5.3.2)")
     minutes: float = option(10.0, "length of the run, everything included", 0.01, 1e6)
@@ -84,6 +85,9 @@ class TrainConfig:
         density(self.density)                                    # Its ValueError names the choices.
         if self.resolution % 16:
             raise ValueError(f"--resolution {self.resolution} is no multiple of 16 px (VAE 8 x 2)")
+        if self.buckets and (self.data or self.resolution % 32):
+            raise ValueError("--buckets is for scenes of a multiple of 32 px; for your own "
+                             "pictures, give it to encode.py")
         if self.seed == HELD_OUT_SEED:
             raise ValueError(f"--seed {self.seed} draws the scenes that score; choose another")
 
@@ -256,7 +260,8 @@ def resumed_config(folder, given):
     """The TrainConfig of a run that goes on, changed where that does not make it another run."""
     stored = read_json(folder / "config.json", {"train": dict, "encoders": dict})
     try:
-        for name in ("depth", "qk_norm", "optimizer", "resolution", "seed", "batch_size", "init"):
+        for name in ("depth", "qk_norm", "optimizer", "resolution", "buckets", "seed", "batch_size",
+                     "init"):
             if given.get(name, stored["train"][name]) != stored["train"][name]:
                 raise ValueError(f"{name} {given[name]} cannot change within a run; change --out")
         proof = stored["encoders"]["fingerprint"]
@@ -344,7 +349,7 @@ def main(arguments=None):
         folder, config, world, times,
         report=partial(report, pipeline=pipeline, unseen=inputs.unseen, prompts=prompts),
         average=average,
-        metadata={"sampling": sampling, "words": words},
+        metadata={"sampling": sampling, "words": words, "sizes": inputs.training.sizes},
         about={"model": asdict(sizes), "encoders": encoders},
         began=STARTED,
     )

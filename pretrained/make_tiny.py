@@ -662,7 +662,7 @@ def ship(run: Path, encoders: Path, out: Path, guidance_scale: float):
     networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
     save_networks(
         out / "model.safetensors", networks, parts.text.config, trained.sampling, torch.bfloat16,
-        trained.words)
+        trained.words, trained.sizes)
     if encoders.resolve() != out.resolve():
         shutil.copytree(encoders / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
         shutil.copy(encoders / "clip_image.safetensors", out)

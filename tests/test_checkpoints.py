@@ -58,7 +58,8 @@ def networks():
 def saved(networks, tmp_path_factory):
     """A whole model file; tests that change it work on copies."""
     file = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_networks(file, networks, TEXT, {"guidance_scale": 4.5}, words=("red", "cat"))
+    save_networks(file, networks, TEXT, {"guidance_scale": 4.5}, words=("red", "cat"),
+                  sizes=("64x96", "64x64"))
     return file
 
 
@@ -103,6 +104,7 @@ def test_a_saved_network_comes_back_as_it_was(name, networks, saved):
 def test_metadata_keeps_what_tensors_cannot_tell(saved):
     assert open_model(saved).config == {
         "sampling": {"guidance_scale": 4.5}, "words": ["cat", "red"],
+        "sizes": ["64x64", "64x96"],
         "mmdit": {"position_start": -1.5, "position_step": 0.25},
         "vae": {"norm_groups": 4, "vae_scale": 1.25, "vae_shift": -0.5}, "text": vars(TEXT)}
 
@@ -375,6 +377,7 @@ def test_a_model_folder_gives_every_component_ready_for_prompts(model_folder):
     parts = load_components(model_folder)
     assert parts.mmdit.config == MMDIT and parts.vae.config.vae_scale == 1.25
     assert parts.sampling == {"guidance_scale": 4.5} and parts.words == ("cat", "red")
+    assert parts.sizes == ("64x64", "64x96")
     assert parts.file == model_folder / "model.safetensors" and parts.missing == ()
     context, pooled = parts.text(["red cat"])
     assert context.shape == (1, 20 + 30, 192) and pooled.shape == (1, 128)   # the stored counts

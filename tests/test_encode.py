@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 THREADS = str(torch.get_num_threads())          # The last bit depends on it, and on nothing else.
 SMALL = ("--resolution", "32", "--shard-size", "64", "--device", "cpu", "--precision", "fp32")
 CONFIG = {"data": "", "out": "runs/one", "encoders": str(SHIPPED), "resolution": 32, "seed": 0,
-          "precision": "fp32"}
+          "precision": "fp32", "buckets": False}
 
 
 class OneProcess:
@@ -209,7 +209,7 @@ def test_large_pictures_are_encoded_in_smaller_groups(side, together):
 
 
 def test_every_shard_has_one_size_and_every_picture_the_nearest(tmp_path):
-    folder = make(tmp_path, Scenes(40), 64, buckets=True)
+    folder = make(tmp_path, Scenes(40), 64, buckets=aspect_buckets(64))
     wanted, found = [], []
     for index in range(40):
         wanted.append(nearest_bucket(*Scenes(40).picture_size(index), aspect_buckets(64)))
@@ -230,13 +230,13 @@ def test_sizes_are_read_once_and_again_for_a_picture_that_has_changed(pictures, 
             return super().picture_size(index)
 
     opened = []
-    first = make(tmp_path / "out", Counting(pictures), 64, buckets=True)
+    first = make(tmp_path / "out", Counting(pictures), 64, buckets=aspect_buckets(64))
     assert sorted(opened) == sorted(f"{i}.png" for i in range(12)) and len(first.groups) == 3
     opened.clear()
-    second = make(tmp_path / "out", Counting(pictures), 64, buckets=True)
+    second = make(tmp_path / "out", Counting(pictures), 64, buckets=aspect_buckets(64))
     assert opened == [] and second.index == first.index
     Image.new("RGB", (90, 40)).save(pictures / "0.png")               # It was 40 x 40 px.
-    third = make(tmp_path / "out", Counting(pictures), 64, buckets=True)
+    third = make(tmp_path / "out", Counting(pictures), 64, buckets=aspect_buckets(64))
     assert opened == ["0.png"]
     assert sum(len(group) for group in third.groups) == 12
     counts = Counter((line["height"], line["width"]) for line in third.index["shards"]
@@ -245,7 +245,8 @@ def test_sizes_are_read_once_and_again_for_a_picture_that_has_changed(pictures, 
     for content in ("", "[]", '{"a": 5}'):
         (tmp_path / "out" / "sizes.json").write_text(content)         # damaged
         opened.clear()
-        assert make(tmp_path / "out", Counting(pictures), 64, buckets=True).index == third.index
+        again = make(tmp_path / "out", Counting(pictures), 64, buckets=aspect_buckets(64))
+        assert again.index == third.index
         assert len(opened) == 12
 
 
@@ -423,6 +424,24 @@ def test_scenes_are_encoded_as_needed_kept_and_extended(cache, monkeypatch):
     assert all(np.array_equal(first[name], second[name]) for name in first)
     with pytest.raises(TypeError):                                    # another seed, other scenes
         encoded(SimpleNamespace(**CONFIG | {"seed": 1}), WORLD, 65)
+
+
+def test_scenes_of_three_proportions_are_drawn_anew_for_their_size_not_cropped(cache):
+    """Sec. 5.3.2. The encoded picture is the VAE's of the scene drawn at that very size."""
+    config = SimpleNamespace(**CONFIG | {"resolution": 64, "buckets": True})
+    training, held_out = encoded(config, WORLD, 60)
+    assert training.sizes == ["64x64", "64x96", "96x64"] and held_out.sizes == ["64x64"]
+    assert training.longest_side == 96 and training.resolution == 64 and len(training) == 60
+    vae = load_components(SHIPPED, ("vae",)).vae
+    wide = training.groups[1][0]
+    captions = training.captions(wide)
+    index, = [i for i in range(60) if Scenes(60).captions(i) == captions]
+    height, width = Scenes(60).picture_size(index)
+    assert 1.2 < width / height <= 2
+    picture = to_tensor(Scenes(60).image(index, 64, 96))[None]
+    means = training.read([wide], training.caption_rows(wide)[:1])["moments"][:, :16].float()
+    with torch.no_grad():
+        torch.testing.assert_close(means, vae.encode_moments(picture)[0], rtol=0, atol=0.01)
 
 
 def test_after_the_deadline_no_further_shard_is_begun(cache):

@@ -602,7 +602,7 @@ def test_a_picture_is_enlarged_by_a_whole_factor(tmp_path, monkeypatch):
 def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monkeypatch, capsys):
     """Unknown words, sizes never seen, a text that nothing leads away from."""
     load_it = sample.load
-    known = {"words": ("a", "red", "circle")}
+    known = {"words": ("a", "red", "circle"), "sizes": ("64x64", "64x96")}
 
     def load_with_words(*options, **files):
         pipeline = load_it(*options, **files)
@@ -621,12 +621,14 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
     assert "does not know: \U0001f431." in lines[0]
     assert said("--prompt", "A red circle!", '"a red, (circle)."', "") == (3, [])
     _, lines = said("--prompt", "a red circle", "--width", 96)
-    assert "only seen pictures of 64x64 px" in lines[0]
+    assert lines == []                                                # It has seen 64 x 96 px,
+    _, lines = said("--prompt", "a red circle", "--height", 96)       # but none of 96 x 64.
+    assert "only seen pictures of 64x64, 64x96 px (height x width)" in lines[0]
     negative = ("--prompt", "a red circle", "--negative-prompt", "a star", "--guidance-scale")
     _, lines = said(*negative, 1)
     assert len(lines) == 1 and "--negative-prompt does nothing at --guidance-scale 1" in lines[0]
     assert said(*negative, 2) == (1, [])
-    known.update(words=())                                            # as the released files
+    known.update(words=(), sizes=())                                            # as the released files
     assert said("--prompt", "a photo of a cat") == (1, [])
 
 

@@ -107,12 +107,23 @@ def test_sizes_are_those_of_their_names_within_two_per_cent():
     assert 0.977 < min(ratios) < 0.985 and 1.015 < max(ratios) <= 1.02
 
 
+def test_two_scenes_in_three_are_nearest_to_a_square():
+    """The cube of a uniform number u is below .2925 = log2(3/2) / 2 where u is below .664."""
+    sizes = [scenes.Scenes(3000).picture_size(index) for index in range(3000)]
+    ratios = np.array([height / width for height, width in sizes])
+    assert 0.48 < ratios.min() < 0.55 and 1.8 < ratios.max() < 2.1
+    for border in (1.5**0.5, 1.5**-0.5):                     # halfway to 3:2, and to 2:3
+        share = (np.abs(np.log(ratios)) > abs(np.log(border))).mean()
+        assert share == pytest.approx(0.336, abs=0.04)
+
+
 def test_full_captions_are_complete_and_short_ones_are_not():
-    left_out, empty = {"color": 0, "size": 0}, 0
+    left_out, empty, things = {"color": 0, "size": 0}, 0, 0
     for index in range(2000):
         scene = make_scene(0, index)
         short, full = (text.lower() for text in scene_captions(scene))
         empty += short == ""
+        things += len(scene.things)
         for thing in scene.things:
             for part in ("shape", "color", "size"):
                 name = getattr(thing, part)
@@ -124,7 +135,8 @@ def test_full_captions_are_complete_and_short_ones_are_not():
         ground = scene.background
         assert ground in full or scenes.SYNONYMS[ground] in full
     assert 15 <= empty <= 70                                 # 2 %
-    assert 400 < left_out["color"] < 1500 < left_out["size"]
+    assert left_out["color"] / things == pytest.approx(0.5, abs=0.05)
+    assert left_out["size"] / things == pytest.approx(0.8, abs=0.05)
 
 
 def test_sentences_are_those_that_a_person_would_write():

@@ -721,13 +721,20 @@ def test_compilation_and_recomputation_change_no_gradient(monkeypatch):
     "--cooldown -3", "--minutes inf", "--minutes 0", "--depth 0", "--depth 100000",
     "--batch-size 0", "--steps -1", "--timestep-shift nan", "--resolution 100",
     "--precision fp16", "--parallel tp", "--optimizer sgd",
-    "--encoder-dropout 1.1", "--density eps/linear", "--density mode(9)", "--qk-norm maybe"])
+    "--encoder-dropout 1.1", "--density eps/linear", "--buckets 2", "--density mode(9)", "--qk-norm maybe"])
 def test_settings_that_cannot_work_are_refused_by_name(words, capsys):
     name, value = words.split()
     with pytest.raises((ValueError, SystemExit)) as problem:
         read_config([name, value])
     sentence = f"{problem.value} {capsys.readouterr().err}"
     assert name in sentence or (name == "--density" and value[:4] in sentence)
+
+
+@pytest.mark.parametrize("words", ["--buckets --resolution 48", "--buckets --data pictures"])
+def test_mixed_proportions_are_for_scenes_whose_sides_stay_multiples_of_16(words):
+    with pytest.raises(ValueError, match="--buckets is for scenes of a multiple of 32 px"):
+        read_config(words.split())
+    assert read_config(["--buckets", "--resolution", "96"]).buckets
 
 
 def test_help_says_what_going_on_with_a_run_does(capsys):
@@ -764,7 +771,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, capsys):
     assert (config.depth, config.lr, config.steps, config.num_scenes) == (3, 2e-4, 9, 100)
     assert config.out == str(folder) and config.encoders == str(SHIPPED / "model.safetensors")
     for words in ("--depth 4", "--seed 1", "--batch-size 2", "--optimizer adamw",
-                  "--qk-norm false", "--resolution 128", "--preset paper", "--init someone/model"):
+                  "--qk-norm false", "--resolution 128", "--buckets", "--preset paper", "--init someone/model"):
         with pytest.raises(ValueError, match="cannot change within a run"):
             read_config(["--out", str(folder), *words.split()])
     assert read_config(["--out", str(folder), "--lr", "1e-4"]).lr == 1e-4
@@ -924,6 +931,7 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
         "unconditional": "zeros", "height": 64, "width": 64}           # App. B.3: zeros
     assert about["mmdit"] == {"position_start": -8.0, "position_step": 4.0}
     assert about["words"] == sorted(about["words"]) and "circle" in about["words"]
+    assert about["sizes"] == ["64x64"]
     assert len(list((tmp_path / "cache").iterdir())) >= 2
     assert json.loads((out / "config.json").read_text())["train"]["num_scenes"] == 64
 
