@@ -659,6 +659,7 @@ def ship(run: Path, encoders: Path, out: Path, guidance_scale: float):
     parts = load_components(encoders, ("vae", "text"))
     trained = load_components(run, ("mmdit",))
     trained.sampling["guidance_scale"] = guidance_scale
+    out.mkdir(parents=True, exist_ok=True)
     networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
     save_networks(
         out / "model.safetensors", networks, parts.text.config, trained.sampling, torch.bfloat16,
