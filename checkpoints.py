@@ -343,7 +343,8 @@ def load_components(path=SHIPPED, wanted=("mmdit", "vae", "text"), dtype=torch.f
     MM-DiT only; its config.json names the encoders."""
     model = open_model(path, text_encoders, vae)
     sampling = released_sampling(model, path) | model.config.get("sampling", {})
-    words, sizes = (tuple(model.config.get(name, ())) for name in ("words", "sizes"))
+    words = tuple(model.config.get("words", ()))
+    sizes = tuple(model.config.get("sizes", ()))
     parts = Components(model.path, sampling, words, sizes)
     if "mmdit" in wanted:
         parts.mmdit = read_network("mmdit", model, dtype)

@@ -17,7 +17,7 @@ from geneval import (
     GENEVAL_TASKS, SPLITS, TASKS, Case, View, components, draw_prompts, geneval_cases, read_prompts,
     score, success_rates)
 from scenes import (
-    BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing, draw_scene, is_held_out, shape_mask)
+    BACKGROUNDS, COLORS, RGB, SHAPES, SIZES, Scene, Thing, draw_scene, is_held_out, shape_mask)
 
 # ---- Recognition ---------------------------------------------------------------------------------
 
@@ -156,6 +156,72 @@ def test_dirt_and_uneven_backgrounds_fail_strictly():
         assert passes(image, "single object", (RED_STAR,)) == (False, True)
     ramp = np.linspace(0, 120, 64).astype(np.uint8)[:, None, None]
     assert passes(picture_of(RED_STAR) - ramp, "single object", (RED_STAR,))[0] is False
+
+
+def painted(mask, color, background="white"):
+    """A picture with a mask (h, w) in its middle, in a colour of this world."""
+    canvas = picture_of(background=background).copy()
+    top, left = (np.array(canvas.shape[:2]) - mask.shape) // 2
+    region = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
+    region[mask > 0.5] = RGB[color]
+    return canvas
+
+
+def misshapen():
+    """(mask, the shape that a lax eye may take it for)."""
+    square, triangle, heart = (shape_mask(name, 24) for name in ("square", "triangle", "heart"))
+    house = np.ones((27, 20))
+    house[:8] = shape_mask("triangle", 20)[1:17:2] > 0.5
+    bump = np.pad(np.ones((20, 20)), ((0, 0), (0, 7)))
+    bump[6:13, 20:] = 1
+    disc = shape_mask("circle", 28).copy()
+    disc[8:19, 17:] = 0
+    return [(np.ones((19, 25)), "square"), (bump, "square"), (house, "triangle"),
+            (triangle[::-1], "heart"), (heart[::-1], "triangle"), (disc, "circle"),
+            (square[:, 7:], "square")]
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_what_is_almost_a_shape_is_none(number):
+    """Rectangle, square with a lump, house, shapes upside down, a bitten disc, a square's part."""
+    mask, shape = misshapen()[number]
+    thing = replace(RED_STAR, shape=shape)
+    assert passes(painted(mask, "red"), "single object", (thing,)) == (False, False)
+
+
+def test_a_thing_of_two_colors_is_none():
+    circle, star = shape_mask("circle", 24) > 0.5, shape_mask("star", 14) > 0.5
+    red = replace(RED_STAR, shape="circle", color="red")
+    image = painted(circle, "red")
+    assert passes(image, "colors", (red,)) == (True, True)
+    image[25:39, 25:39][star] = RGB["blue"]
+    assert passes(image, "colors", (red,)) == (False, False)
+    halves = painted(circle, "yellow", "black")
+    halves[:, 32:][(halves[:, 32:] > 0).any(axis=2)] = RGB["cyan"]
+    for color in ("yellow", "cyan"):
+        thing = replace(red, color=color)
+        assert passes(halves, "colors", (thing,), background="black") == (False, False)
+
+
+@pytest.mark.parametrize("levels, strict", [(10, True), (28, False)])
+def test_ghosts_and_gradients_that_a_person_sees_fail(levels, strict):
+    """28 of 255 are below the difference that makes a thing, but the background is not even."""
+    ghost, slope = picture_of(RED_STAR).copy(), picture_of(RED_STAR).copy()
+    ghost[36:60, 36:60][shape_mask("circle", 24) > 0.5] -= np.uint8(levels)
+    empty = (slope == 255).all(axis=2)
+    ramp = np.linspace(0, 2 * levels, 64).astype(np.uint8)[:, None].repeat(64, axis=1)
+    slope[empty] -= ramp[empty][:, None]
+    assert passes(ghost, "single object", (RED_STAR,)) == (strict, True)
+    assert passes(slope, "single object", (RED_STAR,))[0] is strict
+
+
+def test_a_speck_far_from_a_word_does_not_move_it():
+    """Four pixels in a thousand may be dirty, in this task too."""
+    image = picture_of(word="CAT").copy()
+    image[2, 4:6] = 0
+    assert passes(image, "word", (), word="CAT") == (True, True)
+    image[2:6, 4:10] = 0
+    assert passes(image, "word", (), word="CAT") == (False, False)
 
 
 def test_a_word_passes_if_it_is_spelled_right_wherever_it_stands():
