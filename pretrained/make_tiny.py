@@ -1,32 +1,32 @@
 """make_tiny.py: makes the networks that the paper takes as given, from captions and pictures only.
 
 The paper starts from released CLIP-L, CLIP-G and T5-XXL and from an autoencoder. The small model
-that ships needs small ones. This file trains them on a CPU, one stage after the other. Every stage
-is a model, a loss and batches for train.fit.
+that ships needs small ones. This file trains them on a CPU, one stage after the other. For each of
+them, train.fit gets a model, a loss and batches.
 
     tokenizers   CLIP's byte-level BPE and T5's SentencePiece
-    clip         CLIP-L and CLIP-G with their image towers, contrastively, with near-miss captions
-                 (Radford et al. 2021)
-    t5           the encoder of a small T5 v1.1, by span corruption (Raffel et al. 2019); its
-                 decoder is thrown away
-    vae          the autoencoder: L1 and KL
-    assemble     measures the latents (App. B.2) and writes everything into one bf16 file
+    clip         CLIP-L and CLIP-G with their image towers (Radford et al. 2021), with wrong
+                 captions that are almost right
+    t5           the encoder of a small T5 v1.1, by span corruption (Raffel et al. 2019)
+    vae          the autoencoder, by L1 and KL
+    assemble     measures the latents (App. B.2) and writes all of these into one bf16 file
     ship         adds the MM-DiT of a run of train.py (--run) to that file
 
-Data        scenes (drawn), emoji and clothing photographs (free licences), prompt lists for the
-            vocabulary. The last 100 emoji, the last 100 photographs and every scene of another seed
-            are held out
+Data        drawn scenes, emoji, photographs of clothing, and lists of prompts for their words. The
+            last 100 emoji and the last 100 photographs are held out, and so are scenes of other
+            seeds
 Not here    the MM-DiT, which train.py trains
 Run         python pretrained/make_tiny.py --data DATA --stage clip [--steps 3000]
 """
 
-import argparse
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,20 +41,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, load_components, save_networks  # noqa: E402
-from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor  # noqa: E402
-from devices import command  # noqa: E402
-from metrics import CLIPImageConfig, CLIPImageEncoder, psnr  # noqa: E402
-from scenes import (  # noqa: E402
+from checkpoints import SHIPPED, load_components, save_networks
+from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor
+from devices import command
+from metrics import CLIPImageConfig, CLIPImageEncoder, psnr
+from options import check_options, option, read_options
+from scenes import (
     COLORS, COUNTS, OPPOSITE, SHAPES, SIZES, WORDS, Scenes, draw_scene, is_held_out, make_scene,
     scene_captions, vocabulary)
-from text_encoders import (  # noqa: E402
+from text_encoders import (
     CLIPConfig, CLIPTextEncoder, CLIPTokenizer, RMSNorm, T5Attention, T5Config, T5Encoder,
     T5FeedForward, T5Tokenizer, TextConfig, clip_text_rules, relative_position_bucket)
-from train import Run, TrainConfig, fit  # noqa: E402
-from vae import VAE, VAEConfig, vae_loss  # noqa: E402
+from train import Run, TrainConfig, fit
+from vae import VAE, VAEConfig, vae_loss
 
-VOCABULARY, SENTINELS = 2048, 16
+VOCABULARY = 2048                   # tokens of CLIP, and of T5
+SENTINELS = 16                      # further tokens of T5, which stand for spans
 TEXT = TextConfig(clip_l_width=64, clip_g_width=128, t5_width=192, clip_length=20, t5_length=20)
 CLIP_L = CLIPConfig(VOCABULARY, 64, 3, max_length=24, activation="quick_gelu")
 CLIP_G = CLIPConfig(VOCABULARY, 128, 3, max_length=24, activation="gelu", projection_dim=128)
@@ -62,59 +64,54 @@ CLIP_L_IMAGE = CLIPImageConfig(64, 8, 128, 4, projection_dim=64, activation="qui
 CLIP_G_IMAGE = CLIPImageConfig(64, 8, 128, 4, projection_dim=128, activation="gelu")
 T5_CONFIG = T5Config(VOCABULARY + SENTINELS, 192, ff_size=256, num_layers=2, num_heads=3)
 AUTOENCODER = VAEConfig(16, (32, 64, 64, 64), norm_groups=8)
-HELD_OUT = 100  # emoji and photographs
-TRAIN_SEED, HELD_OUT_SEED = 1, 2  # of scenes
-NEAR_MISSES = 4  # wrong captions for each picture of CLIP's batches
+
+HELD_OUT = 100                      # the last emoji, and the last photographs
+TRAIN_SEED = 1                      # of scenes
+MEASURE_SEED = 2                    # of the scenes that measure the networks
+NEAR_MISSES = 4                     # wrong captions for each picture of CLIP's batches
+
+read_once = lru_cache(maxsize=None)(read_image)         # It decodes each picture once.
 
 
 # ---- Captions and pictures -----------------------------------------------------------------------
-
 class Corpus:
-    """What the stages train on besides scenes: emoji, photographs of clothing, and prompts for
-    their words only."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
+    """The data that is not drawn: emoji, photographs of clothing, and prompts."""
+    def __init__(self, folder):
+        self.prompt_lists = Path(folder) / "prompts"
         self.sources = {
-            "emoji": ImageFiles(folder / "emoji"),
-            "clothing": ImageFiles(folder / "photos" / "clothing")}
-        self.decoded = {}
+            "emoji": ImageFiles(Path(folder) / "emoji"),
+            "clothing": ImageFiles(Path(folder) / "photos" / "clothing")}
 
-    def picture(self, name: str, index: int) -> Image.Image:
-        """A picture of "emoji" or "clothing". It is decoded once and kept."""
-        if (name, index) not in self.decoded:
-            self.decoded[name, index] = read_image(self.sources[name].records[index])
-        return self.decoded[name, index]
+    def draw(self, name, rng):
+        """A random picture of "emoji" or "clothing" that is not held out, and its caption."""
+        source = self.sources[name]
+        index = rng.integers(len(source) - HELD_OUT)
+        return read_once(source.records[index]), source.captions(index)[0]
 
-    def draw(self, name: str, rng) -> int:
-        """The number of a random picture that is not held out."""
-        return int(rng.integers(len(self.sources[name]) - HELD_OUT))
-
-    def last(self, name: str, size: int, count: int = 64) -> list[Image.Image]:
+    def last(self, name, size, count):
         """Held-out pictures, size x size px."""
         pictures = []
-        for i in range(count):
-            picture = self.picture(name, len(self.sources[name]) - 1 - i)
-            pictures.append(resize_and_crop(picture, size, size))
+        for record in reversed(self.sources[name].records[-count:]):
+            pictures.append(resize_and_crop(read_once(record), size, size))
         return pictures
 
-    def prompts(self) -> list[str]:
-        """Captions of emoji and clothing, and the public prompt lists."""
+    def prompts(self):
+        """The public lists of prompts, and the captions of all pictures."""
         lines = []
-        for line in read_lines(self.folder / "prompts" / "PartiPrompts.tsv")[1:]:
-            lines.append(line.split("\t")[0])
-        for file in sorted((self.folder / "prompts" / "t2i_compbench").glob("*.txt")):
+        for row in read_lines(self.prompt_lists / "PartiPrompts.tsv")[1:]:
+            lines.append(row.split("\t")[0])
+        for file in sorted((self.prompt_lists / "t2i_compbench").glob("*.txt")):
             lines += read_lines(file)
-        for line in read_lines(self.folder / "prompts" / "geneval_evaluation_metadata.jsonl"):
-            lines.append(json.loads(line)["prompt"])
+        for entry in read_lines(self.prompt_lists / "geneval_evaluation_metadata.jsonl"):
+            lines.append(json.loads(entry)["prompt"])
         for source in self.sources.values():
             for index in range(len(source)):
                 lines += source.captions(index)
         return [" ".join(line.split()) for line in lines if line.strip()]
 
 
-def scene_texts(count: int = 8000) -> list[str]:
-    """Both captions of the first training scenes, and every single word of the drawn world."""
+def scene_texts(count=8000):
+    """All words of the drawn world, and both captions of the first training scenes."""
     texts = sorted(vocabulary())
     source = Scenes(count, TRAIN_SEED)
     for index in range(count):
@@ -122,47 +119,14 @@ def scene_texts(count: int = 8000) -> list[str]:
     return texts
 
 
-def adamw(steps: int, **settings) -> TrainConfig:
-    """How a stage trains."""
-    return TrainConfig(steps=steps, optimizer="adamw", **settings)
-
-
-def save_weights(network: nn.Module, file: Path):
-    """All tensors of a network under their own names."""
-    tensors = {}
-    for name, tensor in network.state_dict().items():
-        tensors[name] = tensor.contiguous()
-    save_file(tensors, file)
-
-
 # ---- Stage: tokenizers ---------------------------------------------------------------------------
-
-def train_tokenizers(corpus: Corpus, out: Path):
-    """Writes clip/vocab.json and clip/merges.txt in CLIP's layout, and t5/spiece.model.
-
-    CLIP's ids are bytes, bytes that end a word, merges, start token, end token.
-    """
-    prompts, scenes = corpus.prompts(), scene_texts()
+def train_tokenizers(corpus, out):
+    """Writes both tokenizers and says how many tokens captions need."""
     (out / "clip").mkdir(parents=True, exist_ok=True)
     (out / "t5").mkdir(exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols = alphabet + [letter + "</w>" for letter in alphabet]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer, bpe.pre_tokenizer = clip_text_rules()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2 * VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-        show_progress=False)
-    bpe.train_from_iterator(prompts + scenes, trainer)
-    merges = []
-    for left, right in json.loads(bpe.to_str())["model"]["merges"]:
-        merges.append((left, right))
-    merges = merges[: VOCABULARY - len(symbols) - 2]
-    tokens = symbols + [left + right for left, right in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    numbers = {token: number for number, token in enumerate(tokens)}
-    (out / "clip" / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False))
-    lines = ["#version: 0.2"] + [f"{left} {right}" for left, right in merges]
-    (out / "clip" / "merges.txt").write_text("\n".join(lines) + "\n")
+    prompts = corpus.prompts()
+    scenes = scene_texts()
+    train_bpe(prompts + scenes, out / "clip")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(prompts + 4 * scenes), model_prefix=str(out / "t5" / "spiece"),
         vocab_size=VOCABULARY, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
@@ -172,127 +136,137 @@ def train_tokenizers(corpus: Corpus, out: Path):
     report_lengths("t5", T5Tokenizer(out / "t5" / "spiece.model"), TEXT.t5_length, scenes, prompts)
 
 
-def report_lengths(name: str, tokenizer, length: int, scenes, prompts):
-    """Prints how many tokens captions need, and how many of them are cut."""
+def train_bpe(texts, out):
+    """Writes vocab.json and merges.txt. Ids are in CLIP's order: bytes, bytes that end a word,
+    merges, the start token, the end token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())               # one for each byte
+    tokens = letters + [letter + "</w>" for letter in letters]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer, bpe.pre_tokenizer = clip_text_rules()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * VOCABULARY, initial_alphabet=letters, end_of_word_suffix="</w>",
+        show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]                # more than fit
+    merges = merges[: VOCABULARY - len(tokens) - 2]
+    lines = ["#version: 0.2"]
+    for left, right in merges:
+        tokens.append(left + right)
+        lines.append(f"{left} {right}")
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    (out / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False))
+    (out / "merges.txt").write_text("\n".join(lines) + "\n")
+
+
+def report_lengths(name, tokenizer, length, scenes, prompts):
+    """Prints how many tokens captions need, and how many captions are cut."""
     for kind, texts in (("scenes", scenes), ("prompts", prompts)):
         needed = tokenizer(texts, length)[1].float()
-        print(
-            f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max():.0f}; "
-            f"{(needed > length).float().mean():.1%} are cut to {length}")
+        cut = (needed > length).float().mean()
+        print(f"{name}: {kind} need {needed.mean():.1f} tokens, at most {needed.max():.0f}; "
+              f"{cut:.1%} are cut to {length}")
 
 
 # ---- Stage: CLIP ---------------------------------------------------------------------------------
-
-def swap(scene, **fields):
-    """The scene with some fields of its two things exchanged, e.g. color=True."""
-    first, second = scene.things
-    first_new = {name: getattr(second, name) for name in fields}
-    second_new = {name: getattr(first, name) for name in fields}
-    return replace(scene, things=(replace(first, **first_new), replace(second, **second_new)))
+LOOKS = {"color": COLORS, "shape": SHAPES, "size": SIZES}              # all names of each
+RESPECTS = ("color", "shape", "relation", "count", "size", "word")
 
 
-def other(names, name: str, rng) -> str:
+def other(names, name, rng):
     """Another one of these names."""
     names = [candidate for candidate in names if candidate != name]
     return names[rng.integers(len(names))]
 
 
-def change(scene, field: str, names, rng):
-    """The scene with one field of one thing (of all, if they are counted) changed."""
-    number = rng.integers(len(scene.things))
-    value = other(names, getattr(scene.things[number], field), rng)
-    things = list(scene.things)
-    for i in range(len(things)):
-        if scene.kind == "count" or i == number:
-            things[i] = replace(things[i], **{field: value})
+def near_miss(scene, respect, rng):
+    """A scene that differs from this one in one respect. None if the scene lacks that respect.
+
+    A relation becomes its opposite. Two things exchange their colours, or their shapes, if these
+    differ. In any other case, one name or number becomes another one.
+    """
+    if respect == "relation" and scene.relation:
+        return replace(scene, relation=OPPOSITE[scene.relation])
+    if respect == "count" and scene.kind == "count":
+        count = other(COUNTS, len(scene.things), rng)
+        return replace(scene, things=count * scene.things[:1])
+    if respect == "word" and scene.word:
+        return replace(scene, word=other(WORDS, scene.word, rng))
+    if respect in LOOKS and scene.things:
+        return change_look(scene, respect, rng)
+    return None
+
+
+def change_look(scene, look, rng):
+    """The scene with other colours, shapes or sizes. Counted things change together."""
+    values = [getattr(thing, look) for thing in scene.things]
+    if len(set(values)) == 2 and look != "size":
+        values.reverse()
+    else:
+        number = rng.integers(len(values))
+        new = other(LOOKS[look], values[number], rng)
+        if scene.kind == "count":
+            values = len(values) * [new]
+        else:
+            values[number] = new
+    things = []
+    for thing, value in zip(scene.things, values):
+        things.append(replace(thing, **{look: value}))
     return replace(scene, things=tuple(things))
 
 
-def recount(scene, rng):
-    """A counted scene with another number of things."""
-    number = int(other(tuple(COUNTS), len(scene.things), rng))
-    return replace(scene, things=(number * scene.things)[:number])
-
-
-def near_miss(scene, kind: str, rng):
-    """A scene that differs from this one in one respect; None where that respect does not apply.
-
-    kind: "color" and "shape" exchange those of two things, or change one; "relation" is the
-    opposite; "count";
-    "size"; "word".
-    """
-    pair = scene.kind == "pair"
-    if kind == "relation":
-        return replace(scene, relation=OPPOSITE[scene.relation]) if scene.relation else None
-    if kind == "count":
-        return recount(scene, rng) if scene.kind == "count" else None
-    if kind == "word":
-        return replace(scene, word=other(WORDS, scene.word, rng)) if scene.word else None
-    if not scene.things:
-        return None
-    if kind == "size":
-        return change(scene, "size", tuple(SIZES), rng)
-    if pair and getattr(scene.things[0], kind) != getattr(scene.things[1], kind):
-        return swap(scene, **{kind: True})
-    return change(scene, kind, {"color": tuple(COLORS), "shape": SHAPES}[kind], rng)
-
-
-def near_captions(scene, rng) -> list[str]:
+def near_captions(scene, rng):
     """NEAR_MISSES full captions of scenes that are almost this one. None of them is right."""
-    captions = []
     right = scene_captions(scene)[1]
     fallback = "size" if scene.things else "word"
-    kinds = list(rng.permutation(["color", "shape", "relation", "count", "size", "word"]))
+    respects = rng.permutation(RESPECTS).tolist()
+    captions = []
     while len(captions) < NEAR_MISSES:
-        kind = kinds.pop() if kinds else fallback
-        almost = near_miss(scene, str(kind), rng)
-        if almost is not None and not never_drawn(almost) and scene_captions(almost)[1] != right:
-            captions.append(scene_captions(almost)[1])
+        respect = respects.pop() if respects else fallback
+        almost = near_miss(scene, respect, rng)
+        if almost is None or never_drawn(almost):
+            continue
+        caption = scene_captions(almost)[1]
+        if caption != right:
+            captions.append(caption)
     return captions
 
 
-def never_drawn(scene) -> bool:
-    """Whether training leaves out this combination. As a near miss it would only ever be wrong."""
+def never_drawn(scene):
+    """Whether training leaves out this combination. As a near miss it would always be wrong."""
     shapes = [thing.shape for thing in scene.things]
     colors = [thing.color for thing in scene.things]
     return is_held_out(shapes, colors, scene.relation)
 
 
-@dataclass
-class ClipBatch:
-    """B pictures, their captions and after these their near misses."""
-
-    image: torch.Tensor  # (B, 3, 64, 64)
-    ids_l: torch.Tensor  # (B + B * NEAR_MISSES, L)
-    ids_g: torch.Tensor  # the same with CLIP-G's padding
-    same: torch.Tensor  # (B, B) float, 1 where two captions are equal
-
-
 class ClipBatches:
-    """Three pictures in four are scenes, mostly with their full caption. The rest are emoji and
-    clothing."""
+    """Batches (image (B, 3, 64, 64), ids of CLIP-L, ids of CLIP-G, same (B, B)).
 
-    def __init__(self, corpus: Corpus, tokenizers: Path, size: int):
-        self.corpus, self.size = corpus, size
+    ids (B + B * NEAR_MISSES, L): the B captions, then the near misses of each picture. They differ
+    in their padding. same: 1 where two captions are equal, otherwise 0.
+
+    Of eight pictures six are scenes, one is an emoji and one shows clothing. The near misses of
+    these two are captions of other pictures. A caption of clothing names one of 17 classes, so 1
+    near miss in 16 is right by chance.
+    """
+    def __init__(self, corpus, tokenizers, size):
+        self.corpus = corpus
+        self.size = size
         self.tokenize_l = CLIPTokenizer(tokenizers / "clip")
         self.tokenize_g = CLIPTokenizer(tokenizers / "clip", padding=0)
 
-    def sample(self, index: int, rng):
-        """(picture, caption, near misses) of a sample."""
-        if index % 4:
+    def sample(self, index, rng):
+        """(picture, caption, near misses). Of four scenes three have their full caption."""
+        if index % 4 > 0:
             scene = make_scene(TRAIN_SEED, index)
             caption = scene_captions(scene)[int(rng.random() < 0.75)]
             return draw_scene(scene), caption, near_captions(scene, rng)
         name = "emoji" if index % 8 else "clothing"
-        number = self.corpus.draw(name, rng)
-        picture = resize_and_crop(self.corpus.picture(name, number), 64, 64)
-        misses = []
-        for _ in range(NEAR_MISSES):
-            wrong = self.corpus.draw(name, rng)
-            misses.append(self.corpus.sources[name].captions(wrong)[0])
-        return picture, self.corpus.sources[name].captions(number)[0], misses
+        picture, caption = self.corpus.draw(name, rng)
+        misses = [self.corpus.draw(name, rng)[1] for _ in range(NEAR_MISSES)]
+        return resize_and_crop(picture, 64, 64), caption, misses
 
-    def __call__(self, step: int) -> ClipBatch:
+    def __call__(self, step):
         rng = np.random.default_rng((11, step))
         images, captions, misses = [], [], []
         for i in range(self.size):
@@ -300,28 +274,29 @@ class ClipBatches:
             images.append(to_tensor(picture))
             captions.append(caption)
             misses += wrong
-        number = {caption: i for i, caption in enumerate(captions)}
-        label = torch.tensor([number[caption] for caption in captions])
-        same = (label[:, None] == label[None]).float()
-        ids_l = self.tokenize_l(captions + misses, TEXT.clip_length)[0]
-        ids_g = self.tokenize_g(captions + misses, TEXT.clip_length)[0]
-        return ClipBatch(torch.stack(images), ids_l, ids_g, same)
+        numbers = {caption: i for i, caption in enumerate(captions)}
+        label = torch.tensor([numbers[caption] for caption in captions])
+        same = (label[:, None] == label[None, :]).float()               # (B, B)
+        ids_l, _ = self.tokenize_l(captions + misses, TEXT.clip_length)
+        ids_g, _ = self.tokenize_g(captions + misses, TEXT.clip_length)
+        return torch.stack(images), ids_l, ids_g, same
 
 
 class Clips(nn.Module):
-    """Both CLIPs: text encoders, image towers, one temperature. CLIP-L has no text projection."""
-
+    """Both CLIPs, each a text encoder and an image tower, and one temperature."""
     def __init__(self):
         super().__init__()
-        self.clip_l, self.clip_l_image = CLIPTextEncoder(CLIP_L), CLIPImageEncoder(CLIP_L_IMAGE)
-        self.clip_g, self.clip_g_image = CLIPTextEncoder(CLIP_G), CLIPImageEncoder(CLIP_G_IMAGE)
+        self.clip_l = CLIPTextEncoder(CLIP_L)
+        self.clip_l_image = CLIPImageEncoder(CLIP_L_IMAGE)
+        self.clip_g = CLIPTextEncoder(CLIP_G)
+        self.clip_g_image = CLIPImageEncoder(CLIP_G_IMAGE)
         self.temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         for text in (self.clip_l, self.clip_g):
             nn.init.normal_(text.token_embedding.weight, std=0.02)
             nn.init.normal_(text.position_embedding.weight, std=0.01)
 
     def forward(self, image, ids_l, ids_g):
-        """Unit vectors of pictures and of texts, for CLIP-L and then for CLIP-G."""
+        """Unit vectors (image, text) of CLIP-L and then of CLIP-G."""
         image_l = F.normalize(self.clip_l_image(image).float(), dim=1)
         text_l = F.normalize(self.clip_l(ids_l)[1].float(), dim=1)
         image_g = F.normalize(self.clip_g_image(image).float(), dim=1)
@@ -330,136 +305,120 @@ class Clips(nn.Module):
 
 
 def contrastive_loss(image, text, same, scale):
-    """CLIP's symmetric cross-entropy, where a picture must also prefer its caption to its near
-    misses. Returns (B,).
+    """CLIP's symmetric cross-entropy. A picture must also prefer its caption to its near misses.
 
-    image (B, d); text (B + B * NEAR_MISSES, d); same (B, B): pictures with equal
-    captions count as matches too.
+    image (B, d); text (B + B * NEAR_MISSES, d); same (B, B): a picture matches every caption that
+    is equal to its own. Returns (B,).
     """
     B = len(image)
-    target = same / same.sum(dim=1, keepdim=True)  # (B, B)
-    logits = scale * image @ text[:B].T  # (B, B)
-    misses = text[B:].unflatten(0, (B, NEAR_MISSES))  # (B, misses, d)
-    near = scale * (image[:, None] * misses).sum(dim=2)  # (B, misses)
-    nothing = target.new_zeros(near.shape)
-    text_of_image = F.cross_entropy(
-        torch.cat([logits, near], dim=1), torch.cat([target, nothing], dim=1), reduction="none")
+    target = same / same.sum(dim=1, keepdim=True)                       # (B, B)
+    logits = scale * image @ text[:B].T                                 # (B, B)
+    misses = text[B:].unflatten(0, (B, NEAR_MISSES))                    # (B, misses, d)
+    near = scale * (image[:, None] * misses).sum(dim=2)                 # (B, misses)
+    all_logits = torch.cat([logits, near], dim=1)                       # (B, B + misses)
+    all_target = torch.cat([target, torch.zeros_like(near)], dim=1)
+    text_of_image = F.cross_entropy(all_logits, all_target, reduction="none")
     image_of_text = F.cross_entropy(logits.T, target, reduction="none")
     return (text_of_image + image_of_text) / 2
 
 
-def clip_loss(model, batch: ClipBatch):
+def clip_loss(model, batch):
     """The sum of the losses of both CLIPs, (B,)."""
+    image, ids_l, ids_g, same = batch
     scale = model.temperature.exp().clamp_max(100)
-    large, huge = model(batch.image, batch.ids_l, batch.ids_g)
-    return contrastive_loss(*large, batch.same, scale) + contrastive_loss(*huge, batch.same, scale)
+    large, huge = model(image, ids_l, ids_g)
+    return contrastive_loss(*large, same, scale) + contrastive_loss(*huge, same, scale)
 
 
 @torch.no_grad()
-def swap_tests(clips, batches: ClipBatches, count: int = 500) -> dict:
-    """{clip: {kind of near miss: how often a held-out picture prefers its full caption to it}}."""
+def swap_tests(clips, batches, count=500):
+    """{clip: {respect: share of held-out scenes that prefer their full caption to a near miss}}."""
     scores = {"clip_l": {}, "clip_g": {}}
-    for kind in ("color", "shape", "relation", "count", "size", "word"):
+    for respect in RESPECTS:
         images, captions, wrong = [], [], []
         rng = np.random.default_rng(17)
         for index in range(8 * count):
-            scene = make_scene(HELD_OUT_SEED, index)
-            almost = near_miss(scene, kind, rng)
+            scene = make_scene(MEASURE_SEED, index)
+            almost = near_miss(scene, respect, rng)
             if len(images) < count and almost is not None:
                 images.append(to_tensor(draw_scene(scene)))
                 captions.append(scene_captions(scene)[1])
                 wrong.append(scene_captions(almost)[1])
-        ids_l = batches.tokenize_l(captions + wrong, TEXT.clip_length)[0]
-        ids_g = batches.tokenize_g(captions + wrong, TEXT.clip_length)[0]
+        ids_l, _ = batches.tokenize_l(captions + wrong, TEXT.clip_length)
+        ids_g, _ = batches.tokenize_g(captions + wrong, TEXT.clip_length)
         for name, (image, text) in zip(scores, clips(torch.stack(images), ids_l, ids_g)):
             right, miss = text.chunk(2)
             prefers = (image * right).sum(dim=1) > (image * miss).sum(dim=1)
-            scores[name][kind] = round(prefers.float().mean().item(), 3)
+            scores[name][respect] = round(prefers.float().mean().item(), 3)
     return scores
 
 
-def train_clips(corpus, tokenizers: Path, steps: int, work: Path):
-    """Both CLIPs on the same batches."""
+def train_clips(corpus, tokenizers, steps, work):
+    """Trains both CLIPs on the same batches."""
     torch.manual_seed(0)
-    clips = Clips()
     batches = ClipBatches(corpus, tokenizers, 64)
-    config = adamw(steps, batch_size=64, lr=1e-3, warmup_steps=100, cooldown=0.9, ema=0.99)
-    with sdpa_kernel(SDPBackend.MATH):  # .66 s a step on one core; torch's choice takes .88 s
-        clips = fit(clips, clip_loss, batches, config, Run(work / "clip-run", config)).eval()
-    scores = swap_tests(clips, batches)
-    print(json.dumps(scores, indent=1))
-    save_weights(clips, work / "clip.safetensors")
+    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=64, lr=1e-3, warmup_steps=100,
+                         cooldown=0.9, ema=0.99)
+    with sdpa_kernel(SDPBackend.MATH):          # .66 s a step on one core; torch's choice takes .88
+        clips = fit(Clips(), clip_loss, batches, config, Run(work / "clip-run", config))
+    save_file(clips.state_dict(), work / "clip.safetensors")
+    print(json.dumps(swap_tests(clips.eval(), batches), indent=1))
 
 
 # ---- Stage: T5 -----------------------------------------------------------------------------------
+def corrupt_spans(ids, rng, chance=1 / 8):
+    """T5's task for one text: (source, target). Sentinels in the source stand for spans that were
+    cut out. The target has each sentinel and then its span. Both end with the end token, 1.
 
-def corrupt_spans(ids, rng, rate: float = 0.25):
-    """T5's objective on one list of ids: (source with spans replaced by sentinels, target with the
-    spans)."""
-    source, target, i, sentinel = [], [], 0, VOCABULARY
+    chance: that a span begins at a token. A span has 1 to 3 tokens, so 2 tokens in 9 are cut out.
+    """
+    source, target = [], []
+    sentinel = VOCABULARY
+    i = 0
     while i < len(ids):
-        if (
-            rng.random() < rate / 2 and sentinel < VOCABULARY + SENTINELS - 1
-        ):  # spans of 1 to 3 tokens
-            n = int(rng.integers(1, 4))
+        if rng.random() < chance and sentinel < VOCABULARY + SENTINELS - 1:
+            length = int(rng.integers(1, 4))
             source.append(sentinel)
-            target += [sentinel, *ids[i : i + n]]
+            target += [sentinel, *ids[i : i + length]]
             sentinel += 1
-            i += n
+            i += length
         else:
             source.append(ids[i])
             i += 1
     return source + [1], target + [1]
 
 
-class T5Decoder(nn.Module):
-    """Two decoder layers, which give the encoder something to do. ids (B, T), encoded (B, L, D) ->
-    logits (B, T, V)."""
-
-    def __init__(self, config: T5Config, embedding: nn.Embedding, num_layers: int = 2):
+class T5DecoderLayer(nn.Module):
+    """Attention to the target so far, attention to the source, MLP. (B, T, D) -> (B, T, D)."""
+    def __init__(self, config):
         super().__init__()
-        D = config.hidden_size
-        self.position_bias = nn.Embedding(config.num_buckets, config.num_heads)
-        self.layers = nn.ModuleList()
-        for _ in range(num_layers):
-            self.layers.append(
-                nn.ModuleDict(
-                    {
-                        "norm1": RMSNorm(D),
-                        "self_attention": T5Attention(config),
-                        "norm2": RMSNorm(D),
-                        "cross_attention": T5Attention(config),
-                        "norm3": RMSNorm(D),
-                        "feed_forward": T5FeedForward(config),
-                    }
-                )
-            )
-        self.final_norm, self.output = RMSNorm(D), nn.Linear(D, config.vocab_size, bias=False)
-        self.embedding = [embedding]  # a list, so that the encoder alone owns its parameters
+        self.norm1 = RMSNorm(config.hidden_size)
+        self.self_attention = T5Attention(config)
+        self.norm2 = RMSNorm(config.hidden_size)
+        self.cross_attention = T5Attention(config)
+        self.norm3 = RMSNorm(config.hidden_size)
+        self.feed_forward = T5FeedForward(config)
 
-    def forward(self, ids, encoded):
-        position = torch.arange(ids.shape[1])
-        distance = position[None] - position[:, None]  # key - query
-        bucket = relative_position_bucket(distance, bidirectional=False)
-        bias = self.position_bias(bucket).permute(2, 0, 1)[None]  # (1, heads, T, T)
-        bias = bias.masked_fill(distance > 0, -torch.inf)
-        x = self.embedding[0](ids)
-        for layer in self.layers:
-            x = x + layer["self_attention"](layer["norm1"](x), bias)
-            x = x + layer["cross_attention"](layer["norm2"](x), None, encoded)
-            x = x + layer["feed_forward"](layer["norm3"](x))
-        return self.output(self.final_norm(x))
+    def forward(self, x, bias, encoded):
+        x = x + self.self_attention(self.norm1(x), bias)
+        x = x + self.cross_attention(self.norm2(x), None, encoded)
+        return x + self.feed_forward(self.norm3(x))
 
 
 class T5(nn.Module):
-    """Encoder and decoder, initialised as T5 is: no 1 / sqrt(d) in the logits, so the queries begin
-    small."""
+    """The encoder, and a decoder of two layers that gives it something to do.
 
-    def __init__(self, config: T5Config):
+    The first weights are drawn as T5's are. Queries begin small, as T5's attention does not divide
+    by sqrt(64).
+    """
+    def __init__(self, config):
         super().__init__()
         self.encoder = T5Encoder(config)
         nn.init.normal_(self.encoder.token_embedding.weight, std=1.0)
-        self.decoder = T5Decoder(config, self.encoder.token_embedding)
+        self.position_bias = nn.Embedding(config.num_buckets, config.num_heads)
+        self.layers = nn.ModuleList([T5DecoderLayer(config), T5DecoderLayer(config)])
+        self.final_norm = RMSNorm(config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -468,52 +427,62 @@ class T5(nn.Module):
                 nn.init.normal_(module.q.weight, std=(config.hidden_size * 64) ** -0.5)
 
     def forward(self, source, target):
-        """Logits (B, T, V) of the target, which the decoder sees one token late."""
-        return self.decoder(F.pad(target[:, :-1], (1, 0)), self.encoder(source))
+        """source (B, L), target (B, T) -> logits (B, T, V) of the target. The decoder sees each
+        token of the target one place late, behind a 0."""
+        encoded = self.encoder(source)                                  # (B, L, D)
+        late = F.pad(target[:, :-1], (1, 0))                            # (B, T)
+        position = torch.arange(late.shape[1])
+        distance = position[None, :] - position[:, None]                # (T, T) key - query
+        bucket = relative_position_bucket(distance, bidirectional=False)
+        bias = self.position_bias(bucket).permute(2, 0, 1)[None]        # (1, heads, T, T)
+        bias = bias.masked_fill(distance > 0, -torch.inf)
+        x = self.encoder.token_embedding(late)                          # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, bias, encoded)
+        return self.output(self.final_norm(x))
 
 
 class SpanBatches:
-    """Captions and prompts with spans cut out: (source (B, L), target (B, T)), padded with 0."""
-
-    def __init__(self, corpus: Corpus, tokenizers: Path, size: int):
+    """Captions and prompts with spans cut out: source (B, L) and target (B, T), padded with 0."""
+    def __init__(self, corpus, tokenizers, size):
+        self.size = size
+        self.rows = []
         tokenizer = T5Tokenizer(tokenizers / "t5" / "spiece.model")
-        self.size, self.rows = size, []
-        for ids, needed in zip(*tokenizer(corpus.prompts() + 2 * scene_texts(16000), 30)):
-            self.rows.append(ids[: min(needed, 30) - 1].tolist())        # without the end token
+        ids, needed = tokenizer(corpus.prompts() + 2 * scene_texts(16000), 30)
+        for row, length in zip(ids, needed):
+            self.rows.append(row[: min(length, 30) - 1].tolist())       # without the end token
 
-    def __call__(self, step: int):
+    def __call__(self, step):
         rng = np.random.default_rng((13, step))
         sources, targets = [], []
         for number in rng.integers(len(self.rows), size=self.size):
             source, target = corrupt_spans(self.rows[number], rng)
             sources.append(torch.tensor(source))
             targets.append(torch.tensor(target))
-        return (
-            nn.utils.rnn.pad_sequence(sources, batch_first=True),
-            nn.utils.rnn.pad_sequence(targets, batch_first=True))
+        pad = nn.utils.rnn.pad_sequence
+        return pad(sources, batch_first=True), pad(targets, batch_first=True)
 
 
 def t5_loss(model, batch):
     """Cross-entropy of the target's tokens, averaged over each sample: (B,)."""
     source, target = batch
-    logits = model(source, target).float()  # (B, T, V)
-    losses = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=0, reduction="none")
-    return losses.sum(dim=1) / (target != 0).sum(dim=1).clamp_min(1)
+    logits = model(source, target).float().transpose(1, 2)              # (B, V, T)
+    losses = F.cross_entropy(logits, target, ignore_index=0, reduction="none")
+    return losses.sum(dim=1) / (target != 0).sum(dim=1)
 
 
-def train_t5(corpus, tokenizers: Path, steps: int, work: Path):
-    """Span corruption on captions and prompts. The encoder is kept."""
+def train_t5(corpus, tokenizers, steps, work):
+    """Trains a T5 and keeps its encoder."""
     torch.manual_seed(0)
-    config = adamw(steps, batch_size=128, lr=2e-3, warmup_steps=100, cooldown=0.9, ema=0.99)
-    model = fit(
-        T5(T5_CONFIG), t5_loss, SpanBatches(corpus, tokenizers, 128), config,
-        Run(work / "t5-run", config))
-    save_weights(model.encoder, work / "t5.safetensors")
+    batches = SpanBatches(corpus, tokenizers, 128)
+    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=128, lr=2e-3, warmup_steps=100,
+                         cooldown=0.9, ema=0.99)
+    t5 = fit(T5(T5_CONFIG), t5_loss, batches, config, Run(work / "t5-run", config))
+    save_file(t5.encoder.state_dict(), work / "t5.safetensors")
 
 
 # ---- Stage: autoencoder --------------------------------------------------------------------------
-
-def random_crop(picture: Image.Image, size: int, rng):
+def random_crop(picture, size, rng):
     """A size x size square out of a picture at a random scale, half of the time mirrored."""
     smallest = size / min(picture.size)
     scale = smallest + max(0, 1 - smallest) * rng.random()
@@ -527,32 +496,35 @@ def random_crop(picture: Image.Image, size: int, rng):
 
 
 class Squares:
-    """8 squares of 64 px, every fourth time 2 of 128 px: five in eight are scenes, two emoji, one
-    clothing.
+    """Batches (image (B, 3, 8H, 8W), noise (B, C, H, W), weight of the KL term).
 
-    A batch is (image (B, 3, 8H, 8W), noise (B, C, H, W), weight of the KL term). In the last tenth
-    of the steps that weight is ten times as high: the decoder is good by then, and smoother codes
-    cost it .1 dB.
+    Three batches in four have 8 squares of 64 px, the fourth has 2 of 128 px. In the last tenth of
+    the steps KL weighs ten times as much. The decoder is good by then, and smoother codes cost it
+    .1 dB.
     """
+    mixture = 5 * ["scene"] + 2 * ["emoji"] + ["clothing"]
 
-    def __init__(self, corpus: Corpus, channels: int, steps: int):
-        self.corpus, self.channels, self.steps = corpus, channels, steps
+    def __init__(self, corpus, steps):
+        self.corpus = corpus
+        self.steps = steps
 
-    def __call__(self, step: int):
+    def __call__(self, step):
         rng = np.random.default_rng((7, step))
-        size, count = (64, 8) if step % 4 else (128, 2)
+        size, names = 64, self.mixture
+        if step % 4 == 0:
+            first = step // 2 % 8
+            size, names = 128, self.mixture[first : first + 2]
         squares = []
-        for i in range(count):
-            slot = i if count == 8 else (i + step // 4 * 2) % 8
-            if slot < 5:
-                scene = make_scene(TRAIN_SEED, step * 16 + i, size, size)
-                squares.append(to_tensor(draw_scene(scene)))
+        for i, name in enumerate(names):
+            if name == "scene":
+                square = draw_scene(make_scene(TRAIN_SEED, step * 16 + i, size, size))
             else:
-                name = "emoji" if slot < 7 else "clothing"
-                picture = self.corpus.picture(name, self.corpus.draw(name, rng))
-                squares.append(to_tensor(random_crop(picture, size, rng)))
+                picture, _ = self.corpus.draw(name, rng)
+                square = random_crop(picture, size, rng)
+            squares.append(to_tensor(square))
         noise_rng = torch.Generator().manual_seed(step)
-        noise = torch.randn(count, self.channels, size // 8, size // 8, generator=noise_rng)
+        shape = len(names), AUTOENCODER.latent_channels, size // 8, size // 8
+        noise = torch.randn(shape, generator=noise_rng)
         kl_weight = 5e-4 if step < 0.9 * self.steps else 5e-3
         return torch.stack(squares), noise, kl_weight
 
@@ -565,12 +537,11 @@ def autoencoder_loss(vae, batch):
 
 
 @torch.no_grad()
-def vae_quality(vae, corpus, count: int = 64) -> dict:
-    """Mean PSNR in dB of held-out scenes (64 px), emoji (128 px) and clothing (256 px), with mean
-    codes in fp32."""
-    scenes = [draw_scene(make_scene(HELD_OUT_SEED, i)) for i in range(count)]
+def vae_quality(vae, corpus, count=64):
+    """Mean PSNR in dB of held-out pictures, whose codes have no noise."""
     sets = {
-        "scenes 64 px": scenes, "emoji 128 px": corpus.last("emoji", 128, count),
+        "scenes 64 px": [draw_scene(make_scene(MEASURE_SEED, i)) for i in range(count)],
+        "emoji 128 px": corpus.last("emoji", 128, count),
         "clothing 256 px": corpus.last("clothing", 256, count)}
     quality = {}
     for name, pictures in sets.items():
@@ -582,19 +553,19 @@ def vae_quality(vae, corpus, count: int = 64) -> dict:
     return quality
 
 
-def train_vae(corpus, steps: int, work: Path, channels: int):
-    """L1 and KL, no adversary: later stages need fidelity. The average of the weights is kept."""
+def train_vae(corpus, steps, work):
+    """Trains the autoencoder, without an adversary: later stages need fidelity."""
     torch.manual_seed(0)
-    config = adamw(steps, batch_size=8, lr=1e-3, warmup_steps=200, cooldown=1.0, ema=0.999)
-    vae = VAE(replace(AUTOENCODER, latent_channels=channels))
-    batches = Squares(corpus, channels, steps)
-    vae = fit(vae, autoencoder_loss, batches, config, Run(work / "vae-run", config))
-    save_weights(vae, work / "vae.safetensors")
+    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=8, lr=1e-3, warmup_steps=200,
+                         cooldown=1.0, ema=0.999)
+    vae = VAE(AUTOENCODER)
+    vae = fit(vae, autoencoder_loss, Squares(corpus, steps), config, Run(work / "vae-run", config))
+    save_file(vae.state_dict(), work / "vae.safetensors")
     print(vae_quality(vae, corpus))
 
 
 @torch.no_grad()
-def latent_statistics(vae, count: int = 2048):
+def latent_statistics(vae, count=2048):
     """One global mean and standard deviation of the raw codes of scenes (App. B.2)."""
     codes = []
     for start in range(0, count, 64):
@@ -605,47 +576,40 @@ def latent_statistics(vae, count: int = 2048):
 
 
 # ---- Stages: put together ------------------------------------------------------------------------
-
-def load_part(work: Path, file: str, prefix: str, network: nn.Module):
-    """The network with the tensors of work/file whose names begin with prefix."""
-    tensors = {}
-    for name, x in load_file(work / file).items():
-        if name.startswith(prefix):
-            tensors[name.removeprefix(prefix)] = x
-    network.load_state_dict(tensors)
+def load(network, file):
+    """The network with the weights that a stage has left."""
+    network.load_state_dict(load_file(file))
     return network.eval()
 
 
-def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
-    """Writes everything but the MM-DiT into one bf16 file, and the image towers into another, as
-    only metrics need them. results/tiny-frozen.json says how good they are.
+def assemble(corpus, work, out, vae_from):
+    """Writes everything but the MM-DiT into one bf16 file. Only metrics need the image towers, so
+    they go into a second file. results/tiny-frozen.json says how good the networks are.
 
-    vae_from: a model whose autoencoder is kept, in place of work/vae.safetensors.
+    vae_from: a model whose autoencoder is taken, instead of that of the work folder.
     """
+    clips = load(Clips(), work / "clip.safetensors")
+    t5 = load(T5Encoder(T5_CONFIG), work / "t5.safetensors")
     if vae_from:
         vae = load_components(vae_from, ("vae",)).vae
     else:
-        vae = load_part(work, "vae.safetensors", "", VAE(AUTOENCODER))
+        vae = load(VAE(AUTOENCODER), work / "vae.safetensors")
     mean, std = latent_statistics(vae)
     vae.config = replace(vae.config, vae_scale=1 / std, vae_shift=mean)
-    networks = {
-        "vae": vae,
-        "clip_l": load_part(work, "clip.safetensors", "clip_l.", CLIPTextEncoder(CLIP_L)),
-        "clip_g": load_part(work, "clip.safetensors", "clip_g.", CLIPTextEncoder(CLIP_G)),
-        "t5": load_part(work, "t5.safetensors", "", T5Encoder(T5_CONFIG))}
     out.mkdir(parents=True, exist_ok=True)
+    networks = {"vae": vae, "clip_l": clips.clip_l, "clip_g": clips.clip_g, "t5": t5}
     save_networks(out / "model.safetensors", networks, TEXT, dtype=torch.bfloat16)
     towers = {}
-    for name, x in load_file(work / "clip.safetensors").items():
+    for name, tensor in clips.state_dict().items():
         if name.startswith(("clip_l_image.", "clip_g_image.")):
-            towers[name] = x.bfloat16()
+            towers[name] = tensor.bfloat16()
     save_file(towers, out / "clip_image.safetensors")
     if out / "tokenizers" != work / "tokenizers":
         shutil.copytree(work / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
-    clips = load_part(work, "clip.safetensors", "", Clips())
     batches = ClipBatches(corpus, work / "tokenizers", 64)
     record = {
-        "command": shlex.join(["python", *sys.argv]), "latents": {"mean": mean, "std": std},
+        "command": shlex.join(["python", *sys.argv]),
+        "latents": {"mean": mean, "std": std},
         "psnr": vae_quality(vae, corpus),
         "prefers its caption to a near miss": swap_tests(clips, batches)}
     text = json.dumps(record, indent=1) + "\n"
@@ -653,17 +617,16 @@ def assemble(corpus, work: Path, out: Path, vae_from: Path | None):
     print(text)
 
 
-def ship(run: Path, encoders: Path, out: Path, guidance_scale: float):
-    """The frozen networks of `encoders` and the MM-DiT of a run, in one bf16 file, with the image
-    towers and the tokenizers of `encoders` beside it. guidance_scale: what the file asks for."""
-    parts = load_components(encoders, ("vae", "text"))
+def ship(run, encoders, out, guidance_scale):
+    """Writes the MM-DiT of a run and the frozen networks of `encoders` into one bf16 file, and puts
+    tokenizers and image towers beside it. guidance_scale: what the file asks for."""
+    frozen = load_components(encoders, ("vae", "text"))
     trained = load_components(run, ("mmdit",))
     trained.sampling["guidance_scale"] = guidance_scale
+    networks = {"mmdit": trained.mmdit, "vae": frozen.vae, **frozen.text.encoders}
     out.mkdir(parents=True, exist_ok=True)
-    networks = {"mmdit": trained.mmdit, "vae": parts.vae, **parts.text.encoders}
-    save_networks(
-        out / "model.safetensors", networks, parts.text.config, trained.sampling, torch.bfloat16,
-        trained.words, trained.sizes)
+    save_networks(out / "model.safetensors", networks, frozen.text.config, trained.sampling,
+                  torch.bfloat16, trained.words, trained.sizes)
     if encoders.resolve() != out.resolve():
         shutil.copytree(encoders / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
         shutil.copy(encoders / "clip_image.safetensors", out)
@@ -671,56 +634,49 @@ def ship(run: Path, encoders: Path, out: Path, guidance_scale: float):
     print(f"{size / 1e6:.2f} MB in {out}")
 
 
-STEPS = {"clip": 3000, "t5": 3000, "vae": 12000}
+STAGES = ("tokenizers", "clip", "t5", "vae", "assemble", "ship")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line is made from it."""
+    stage: str = option("", "what to make, in this order", choices=STAGES)
+    data: str = option("", "folder with emoji/, photos/ and prompts/; all stages but ship read it")
+    steps: int = option(0, "of the training; 0: clip 3000, t5 3000, vae 12000", 0, 10**9)
+    work: str = option("runs/pretrain", "folder in which each stage leaves its weights")
+    vae_from: str = option("", "assemble: keep the autoencoder of this model")
+    run: str = option("", "ship: a run folder of train.py")
+    encoders: str = option(str(SHIPPED), "ship: the model with the frozen networks")
+    guidance_scale: float = option(2.5, "ship: that which evaluate.py scores best")
+    out: str = option(str(SHIPPED), "assemble, ship: the folder of the model")
+
+    def __post_init__(self):
+        check_options(self)
+        if self.stage == "ship" and not self.run:
+            raise ValueError("--stage ship needs --run, a run folder whose MM-DiT is shipped")
+        if self.stage != "ship" and not os.path.isdir(self.data):
+            raise ValueError(f"--data {self.data}: no such folder; --stage {self.stage} reads it")
 
 
 def main():
-    """Runs the stages."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--data", type=Path,
-        help="folder with emoji/, photos/ and prompts/, as the model card describes")
-    parser.add_argument(
-        "--stage", required=True, choices=("tokenizers", "clip", "t5", "vae", "assemble", "ship"))
-    parser.add_argument(
-        "--steps", type=int, default=0, help="of the stage; default: clip 3000, t5 3000, vae 12000")
-    parser.add_argument(
-        "--channels", type=int, default=16, help="latent channels of the autoencoder")
-    parser.add_argument(
-        "--vae-from", type=Path, help="stage assemble: keep the autoencoder of this model")
-    parser.add_argument("--run", type=Path, help="stage ship: a run folder of train.py")
-    parser.add_argument(
-        "--encoders", type=Path, default=SHIPPED,
-        help="stage ship: the model with the frozen networks")
-    parser.add_argument(
-        "--guidance-scale", type=float, default=2.5,
-        help="stage ship: with which the model draws best, by evaluate.py with another --seed")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/pretrain"),
-        help="where the stages leave their weights")
-    parser.add_argument("--out", type=Path, default=SHIPPED)
-    options = parser.parse_args()
+    """Makes the small networks that ship, one stage at a time."""
+    options = read_options(Options, main.__doc__)
+    work, out = Path(options.work), Path(options.out)
     if options.stage == "ship":
-        if not options.run:
-            parser.error(
-                "--stage ship needs --run, the run folder of train.py whose MM-DiT is shipped")
-        return ship(options.run, options.encoders, options.out, options.guidance_scale)
-    if not (options.data and options.data.is_dir()):
-        parser.error(
-            f"--data {options.data}: no such folder; this stage reads pictures or captions there")
-    options.work.mkdir(parents=True, exist_ok=True)
-    corpus, tokenizers = Corpus(options.data), options.work / "tokenizers"
-    steps = options.steps or STEPS.get(options.stage, 0)
+        return ship(Path(options.run), Path(options.encoders), out, options.guidance_scale)
+    work.mkdir(parents=True, exist_ok=True)
+    corpus = Corpus(options.data)
+    tokenizers = work / "tokenizers"
     if options.stage == "tokenizers":
         train_tokenizers(corpus, tokenizers)
     elif options.stage == "clip":
-        train_clips(corpus, tokenizers, steps, options.work)
+        train_clips(corpus, tokenizers, options.steps or 3000, work)
     elif options.stage == "t5":
-        train_t5(corpus, tokenizers, steps, options.work)
+        train_t5(corpus, tokenizers, options.steps or 3000, work)
     elif options.stage == "vae":
-        train_vae(corpus, steps, options.work, options.channels)
+        train_vae(corpus, options.steps or 12000, work)
     else:
-        assemble(corpus, options.work, options.out, options.vae_from)
+        assemble(corpus, work, out, options.vae_from)
 
 
 if __name__ == "__main__":

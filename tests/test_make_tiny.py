@@ -7,7 +7,6 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,8 @@ from data import from_tensor, to_tensor
 from devices import command
 from mmdit import MMDiT, MMDiTConfig
 from scenes import (
-    OPPOSITE, Scene, Scenes, Thing, draw_scene, is_held_out, make_scene, scene_captions, vocabulary)
+    BACKGROUNDS, OPPOSITE, Scene, Scenes, Thing, draw_scene, is_held_out, make_scene,
+    scene_captions, vocabulary)
 from text_encoders import CLIPTokenizer, T5Encoder, T5Tokenizer
 from vae import VAE, kl_loss, reconstruction_loss
 
@@ -72,11 +72,27 @@ def source_of(square):
     return "scene", None
 
 
+def texts_of(ids):
+    """The texts of CLIP's ids (B, L). A token that ends a word ends with "</w>"."""
+    backend = CLIPTokenizer(TOKENIZERS / "clip").backend
+    texts = []
+    for row in ids.tolist():
+        texts.append(backend.decode(row).replace(" ", "").replace("</w>", " ").strip())
+    return texts
+
+
 # ---- Captions and pictures -----------------------------------------------------------------------
 def test_the_last_hundred_pictures_of_each_source_are_never_drawn(corpus):
     rng = np.random.default_rng(0)
-    for name in ("emoji", "clothing"):
-        assert {corpus.draw(name, rng) for _ in range(200)} == {0, 1, 2, 3}
+    for name, captions in (("emoji", [f"emoji {i}" for i in range(4)]),
+                           ("clothing", ["a photo of a hat"] * 4)):
+        drawn = set()
+        for _ in range(200):
+            picture, caption = corpus.draw(name, rng)
+            source, number = source_of(to_tensor(picture))
+            assert source == name and caption == captions[number]
+            drawn.add(number)
+        assert drawn == {0, 1, 2, 3}
     held_out = [source_of(to_tensor(picture)) for picture in corpus.last("emoji", 16, 100)]
     assert held_out == [("emoji", number) for number in range(103, 3, -1)]
 
@@ -190,40 +206,37 @@ def test_near_captions_are_four_wrong_ones_and_none_shows_what_training_never_dr
 
 def test_a_batch_for_clip_has_its_near_misses_behind_all_captions(corpus):
     """Of 16 pictures, 12 are scenes, 2 emoji, 2 clothing, whose captions are all alike here."""
-    batch = make_tiny.ClipBatches(corpus, TOKENIZERS, 16)(3)
-    assert batch.image.shape == (16, 3, 64, 64)
-    assert batch.ids_l.shape == batch.ids_g.shape == (16 + 16 * 4, 20)
-    sources = [source_of(image) for image in batch.image]
+    images, ids_l, ids_g, same = make_tiny.ClipBatches(corpus, TOKENIZERS, 16)(3)
+    assert images.shape == (16, 3, 64, 64)
+    assert ids_l.shape == ids_g.shape == (16 + 16 * 4, 20)
+    sources = [source_of(image) for image in images]
     assert [i for i, (name, _) in enumerate(sources) if name != "scene"] == [0, 4, 8, 12]
     assert [sources[i][0] for i in (0, 4, 8, 12)] == ["clothing", "emoji", "clothing", "emoji"]
     for i in (1, 2, 3, 15):
-        assert torch.equal(batch.image[i], to_tensor(draw_scene(make_scene(1, 3 * 16 + i))))
-    backend = CLIPTokenizer(TOKENIZERS / "clip").backend
-    texts = []
-    for row in batch.ids_l.tolist():
-        texts.append(backend.decode(row).replace(" ", "").replace("</w>", " ").strip())
+        assert torch.equal(images[i], to_tensor(draw_scene(make_scene(1, 3 * 16 + i))))
+    texts = texts_of(ids_l)
     for i in (4, 12):
         assert texts[i] == f"emoji {sources[i][1]}"
     for i, (name, _) in enumerate(sources):
         for text in texts[16 + 4 * i : 20 + 4 * i]:
             assert text.startswith("emoji") == (name == "emoji")
             assert (text == "a photo of a hat") == (name == "clothing")
-    same = torch.eye(16)
-    same[0, 8] = same[8, 0] = 1
+    expected = torch.eye(16)
+    expected[0, 8] = expected[8, 0] = 1
     if sources[4] == sources[12]:
-        same[4, 12] = same[12, 4] = 1
-    assert torch.equal(batch.same, same)
+        expected[4, 12] = expected[12, 4] = 1
+    assert torch.equal(same, expected)
 
 
 def test_clip_l_pads_with_the_end_token_and_clip_g_with_zeros(corpus):
     """The end token is the last of 2048. SD3's second tokenizer pads with 0."""
-    batch = make_tiny.ClipBatches(corpus, TOKENIZERS, 16)(0)
-    ended = (batch.ids_l == 2047).long().cumsum(dim=1)
-    padding = (ended - (batch.ids_l == 2047).long()) > 0              # behind the first end token
-    assert padding.any() and (batch.ids_l[padding] == 2047).all()
-    assert (batch.ids_g[padding] == 0).all()
-    assert torch.equal(batch.ids_g[~padding], batch.ids_l[~padding])
-    assert (batch.ids_l[:, 0] == 2046).all()
+    _, ids_l, ids_g, _ = make_tiny.ClipBatches(corpus, TOKENIZERS, 16)(0)
+    ends = (ids_l == 2047).long()
+    padding = ends.cumsum(dim=1) - ends > 0                           # behind the first end token
+    assert padding.any() and (ids_l[padding] == 2047).all()
+    assert (ids_g[padding] == 0).all()
+    assert torch.equal(ids_g[~padding], ids_l[~padding])
+    assert (ids_l[:, 0] == 2046).all()
 
 
 def test_three_scenes_in_four_come_with_their_full_caption(corpus):
@@ -252,20 +265,20 @@ def test_clips_give_unit_vectors_and_begin_with_the_papers_temperature():
 
 
 def contrastive_example():
-    """Two pictures and their texts along two axes. The misses of the first picture are as far from
-    it as the other text is; those of the second are as near to it as its own text."""
-    image = torch.eye(2)
-    return image, torch.cat([image, image[[1] * 4], image[[1] * 4]])
+    """Two pictures along two axes. Text 1 is like picture 1, and text 2 is like both. Of the near
+    misses, none of picture 1 and two of picture 2 are like their picture."""
+    first, second = [1.0, 0.0], [0.0, 1.0]
+    misses = 4 * [second] + 2 * [first] + 2 * [second]
+    return torch.eye(2), torch.tensor([first, [1.0, 1.0], *misses])
 
 
 def test_contrastive_loss_by_hand():
-    """With scale ln 3, exp(logit) is 3 for a text that fits and 1 for one that does not. Picture 1
-    finds its text among 1 that fits and 5 that do not, picture 2 among 5 that fit and 1 that does
-    not; each text chooses among both pictures."""
+    """With scale ln 3, exp(logit) is 3 for a text that is like a picture and 1 for another. Picture
+    1 has 3 for its text, 3 for the other and 4 for its misses; picture 2 has 3, 1 and 8."""
     image, text = contrastive_example()
     loss = make_tiny.contrastive_loss(image, text, torch.eye(2), math.log(3))
-    first = (-math.log(3 / 8) - math.log(3 / 4)) / 2
-    second = (-math.log(3 / 16) - math.log(3 / 4)) / 2
+    first = -(math.log(3 / (3 + 3 + 4)) + math.log(3 / (3 + 1))) / 2
+    second = -(math.log(3 / (3 + 1 + 8)) + math.log(3 / (3 + 3))) / 2
     torch.testing.assert_close(loss, torch.tensor([first, second]))
 
 
@@ -273,32 +286,33 @@ def test_equal_captions_count_as_matches():
     """Then both texts are right for both pictures, each with weight 1/2."""
     image, text = contrastive_example()
     loss = make_tiny.contrastive_loss(image, text, torch.ones(2, 2), math.log(3))
-    by_text = -(math.log(3 / 4) + math.log(1 / 4)) / 2
-    first = -(math.log(3 / 8) + math.log(1 / 8)) / 2
-    second = -(math.log(3 / 16) + math.log(1 / 16)) / 2
-    torch.testing.assert_close(loss, torch.tensor([first + by_text, second + by_text]) / 2)
+    first = -math.log(3 / 10) - (math.log(3 / 4) + math.log(1 / 4)) / 2
+    second = -(math.log(1 / 12) + math.log(3 / 12)) / 2 - math.log(3 / 6)
+    torch.testing.assert_close(loss, torch.tensor([first, second]) / 2)
 
 
 def test_clip_loss_adds_both_clips_and_its_scale_ends_at_100():
     """Radford et al. 2021, Sec. 2.5: logits are not scaled by more than 100."""
     def model(image, ids_l, ids_g):
         return contrastive_example(), contrastive_example()
-    batch = SimpleNamespace(image=None, ids_l=None, ids_g=None, same=torch.eye(2))
+    batch = None, None, None, torch.eye(2)
     model.temperature = torch.tensor(math.log(math.log(3)))
-    second = -math.log(3 / 16) - math.log(3 / 4)
+    second = -math.log(3 / 12) - math.log(3 / 6)
     assert make_tiny.clip_loss(model, batch)[1].item() == pytest.approx(second)
-    model.temperature = torch.tensor(10.0)                            # picture 2 has 5 equal texts
-    assert make_tiny.clip_loss(model, batch)[1].item() == pytest.approx(math.log(5))
-    batch.same = torch.eye(2).flip(0)                                 # Picture 1 prefers text 1.
-    assert make_tiny.clip_loss(model, batch)[0].item() == pytest.approx(200)
+    model.temperature = torch.tensor(10.0)
+    batch = None, None, None, torch.eye(2).flip(0)                    # text 2 for picture 1
+    expected = math.log(2) + 100
+    assert make_tiny.clip_loss(model, batch)[0].item() == pytest.approx(expected)
 
 
 def test_swap_tests_score_one_for_who_finds_the_caption_and_zero_for_who_never_does(corpus):
     """CLIP-L gives a picture the vector of its caption, CLIP-G that of the near miss."""
-    table, seen = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0)), []
+    table = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
+    seen, texts = [], []
 
     def oracle(images, ids_l, ids_g):
         seen.extend(images)
+        texts.extend(texts_of(ids_l))
         text = torch.nn.functional.normalize(table[ids_l].flatten(1), dim=1)
         right, miss = text.chunk(2)
         return (right, text), (miss, text)
@@ -307,6 +321,10 @@ def test_swap_tests_score_one_for_who_finds_the_caption_and_zero_for_who_never_d
     assert scores == {"clip_l": dict.fromkeys(KINDS, 1.0), "clip_g": dict.fromkeys(KINDS, 0.0)}
     training = [to_tensor(draw_scene(make_scene(1, index))) for index in range(64)]
     assert not any(torch.equal(image, other) for image in seen[:8] for other in training)
+    complete = 0
+    for text in texts:
+        complete += any(name in text for name in [*BACKGROUNDS, "grey"])
+    assert complete > 0.9 * len(texts)                                # Few captions are cut.
 
 
 # ---- T5 ------------------------------------------------------------------------------------------
@@ -354,7 +372,7 @@ def test_two_tokens_in_nine_are_cut_out():
 
 
 def test_fifteen_sentinels_are_enough_for_any_text():
-    source, target = make_tiny.corrupt_spans([5] * 100, np.random.default_rng(0), rate=2)
+    source, target = make_tiny.corrupt_spans([5] * 100, np.random.default_rng(0), chance=1)
     assert source[:15] == list(range(2048, 2063)) and set(source[15:-1]) == {5}
     assert put_back(source, target) == [5] * 100
 
@@ -380,15 +398,16 @@ def test_the_decoder_is_causal_and_sees_the_target_one_token_late():
         assert differs.tolist() == [i > place for i in range(7)]
     source[0, 2] += 1
     assert ((model(source, target) - logits).abs().amax(dim=(0, 2)) > 1e-6).all()
-    late = torch.cat([torch.zeros(1, 1, dtype=torch.long), target[:, :-1]], dim=1)
-    assert torch.equal(model.decoder(late, model.encoder(source)), model(source, target))
+    logits = model(source, target)
+    model.encoder.token_embedding.weight[0] += 1                      # a 0 before all others
+    assert ((model(source, target) - logits).abs().amax(dim=(0, 2)) > 1e-6).all()
 
 
 def test_t5_begins_with_the_spread_of_mesh_tensorflow():
     """Raffel et al.'s code: 1 for the embedding, 1 / sqrt(inputs) for matrices, and for queries
     1 / sqrt(width * head width), as no logit is divided by sqrt(head width)."""
     model, width = small_t5(), 192
-    spread = {"encoder.token_embedding.weight": 1, "decoder.output.weight": width**-0.5}
+    spread = {"encoder.token_embedding.weight": 1, "output.weight": width**-0.5}
     for name, parameter in model.named_parameters():
         if name.endswith(".q.weight"):
             spread[name] = (width * 64) ** -0.5
@@ -397,8 +416,8 @@ def test_t5_begins_with_the_spread_of_mesh_tensorflow():
     assert len(spread) == 2 + 2 * (4 + 3) + 2 * (8 + 3)
     for name, expected in spread.items():
         assert model.get_parameter(name).std().item() == pytest.approx(expected, rel=0.03), name
-    names = [name for name, _ in model.decoder.named_parameters()]
-    assert not any("embedding" in name for name in names)             # It is the encoder's.
+    tables = [name for name, _ in model.named_parameters() if "embedding" in name]
+    assert tables == ["encoder.token_embedding.weight"]               # The decoder shares it.
 
 
 def test_t5_loss_averages_over_the_tokens_of_each_sample():
@@ -451,13 +470,17 @@ def test_random_crops_lie_inside_and_half_of_them_are_mirrored():
 
 
 def test_a_small_picture_is_enlarged_to_fill_its_square():
-    square = make_tiny.random_crop(Image.new("RGB", (40, 50), "red"), 128, np.random.default_rng(0))
-    assert square.shape == (128, 128, 3) and (square == [255, 0, 0]).all()
+    """40 x 50 px become 128 x 160 px, so that a rise of 4 a row becomes one of 1.25."""
+    rows = np.repeat(4 * np.arange(50), 40).reshape(50, 40)
+    picture = Image.fromarray(np.stack([rows] * 3, axis=2).astype(np.uint8))
+    square = make_tiny.random_crop(picture, 128, np.random.default_rng(0)).astype(float)
+    assert square.shape == (128, 128, 3)
+    assert (square[104, 64, 0] - square[24, 64, 0]) / 80 == pytest.approx(1.25, abs=0.03)
 
 
 def test_squares_are_five_scenes_two_emoji_and_one_photograph_in_eight(corpus):
     """Every fourth step has 2 squares of 128 px. Four of these go through the same eight places."""
-    batches = make_tiny.Squares(corpus, 16, 100)
+    batches = make_tiny.Squares(corpus, 100)
     mixture = ["scene"] * 5 + ["emoji"] * 2 + ["clothing"]
     large = []
     for step in range(16):
@@ -475,7 +498,7 @@ def test_squares_are_five_scenes_two_emoji_and_one_photograph_in_eight(corpus):
 
 
 def test_noise_of_squares_is_standard_normal_and_another_one_at_each_step(corpus):
-    batches = make_tiny.Squares(corpus, 16, 100)
+    batches = make_tiny.Squares(corpus, 100)
     noise = torch.stack([batches(step)[1] for step in (1, 2, 3, 5)])
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
@@ -485,7 +508,7 @@ def test_noise_of_squares_is_standard_normal_and_another_one_at_each_step(corpus
 
 
 def test_the_last_tenth_of_the_steps_weighs_kl_ten_times_as_much(corpus):
-    batches = make_tiny.Squares(corpus, 16, 40)
+    batches = make_tiny.Squares(corpus, 40)
     weights = [batches(step)[2] for step in (0, 1, 20, 35, 36, 39)]
     assert weights == [5e-4] * 4 + [5e-3] * 2
 
@@ -642,6 +665,7 @@ def test_assemble_keeps_the_autoencoder_of_another_model(work, folder, monkeypat
 @pytest.mark.parametrize("arguments, sentence", [
     (["--stage", "ship"], "--stage ship needs --run"),
     (["--stage", "ship", "--run", "nowhere"], "nowhere"),
+    ([], "--stage '' must be one of tokenizers, clip, t5, vae, assemble, ship"),
     (["--stage", "vae"], "--data"),
     (["--stage", "vae", "--data", "nowhere"], "--data nowhere: no such folder"),
     (["--stage", "vae", "--data", "."], "emoji does not exist or holds no picture"),
