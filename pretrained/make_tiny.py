@@ -11,6 +11,7 @@ them, train.fit gets a model, a loss and batches.
     vae          the autoencoder, by L1 and KL
     assemble     measures the latents (App. B.2) and writes all of these into one bf16 file
     ship         adds the MM-DiT of a run of train.py (--run) to that file
+    decoder      trains the decoder of such a file further; its latents stay as they are
 
 Data        drawn scenes, emoji, photographs of clothing, and lists of prompts for their words. The
             last 100 emoji and the last 100 photographs are held out, and so are scenes of other
@@ -553,15 +554,32 @@ def vae_quality(vae, corpus, count=64):
     return quality
 
 
-def train_vae(corpus, steps, work):
-    """Trains the autoencoder, without an adversary: later stages need fidelity."""
-    torch.manual_seed(0)
-    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=8, lr=1e-3, warmup_steps=200,
+def fit_vae(vae, corpus, steps, lr, folder):
+    """Trains an autoencoder, without an adversary: later stages need fidelity."""
+    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=8, lr=lr, warmup_steps=200,
                          cooldown=1.0, ema=0.999)
-    vae = VAE(AUTOENCODER)
-    vae = fit(vae, autoencoder_loss, Squares(corpus, steps), config, Run(work / "vae-run", config))
+    return fit(vae, autoencoder_loss, Squares(corpus, steps), config, Run(folder, config))
+
+
+def train_vae(corpus, steps, work):
+    """Trains the autoencoder."""
+    torch.manual_seed(0)
+    vae = fit_vae(VAE(AUTOENCODER), corpus, steps, 1e-3, work / "vae-run")
     save_file(vae.state_dict(), work / "vae.safetensors")
     print(vae_quality(vae, corpus))
+
+
+def train_decoder(corpus, steps, work, model, out):
+    """Trains the decoder of a whole model further, and writes that model anew. The encoder stays as
+    it is. So do the latents, and what the MM-DiT has learned of them."""
+    parts = load_components(model)
+    parts.vae.decoder.requires_grad_(True)
+    parts.vae = fit_vae(parts.vae, corpus, steps, 5e-4, work / "decoder-run")
+    write_model(parts, model, out)
+    file = ROOT / "results" / "tiny-frozen.json"
+    record = json.loads(file.read_text()) | {"psnr": vae_quality(parts.vae, corpus)}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    print(record["psnr"])
 
 
 @torch.no_grad()
@@ -621,12 +639,19 @@ def ship(run, encoders, out, guidance_scale):
     """Writes the MM-DiT of a run and the frozen networks of `encoders` into one bf16 file, and puts
     tokenizers and image towers beside it. guidance_scale: what the file asks for."""
     frozen = load_components(encoders, ("vae", "text"))
-    trained = load_components(run, ("mmdit",))
-    trained.sampling["guidance_scale"] = guidance_scale
-    networks = {"mmdit": trained.mmdit, "vae": frozen.vae, **frozen.text.encoders}
+    parts = load_components(run, ("mmdit",))
+    parts.sampling["guidance_scale"] = guidance_scale
+    parts.vae, parts.text = frozen.vae, frozen.text
+    write_model(parts, encoders, out)
+
+
+def write_model(parts, encoders, out):
+    """Writes a whole model as one bf16 file, and puts the tokenizers and image towers of the folder
+    `encoders` beside it."""
+    networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
     out.mkdir(parents=True, exist_ok=True)
-    save_networks(out / "model.safetensors", networks, frozen.text.config, trained.sampling,
-                  torch.bfloat16, trained.words, trained.sizes)
+    save_networks(out / "model.safetensors", networks, parts.text.config, parts.sampling,
+                  torch.bfloat16, parts.words, parts.sizes)
     if encoders.resolve() != out.resolve():
         shutil.copytree(encoders / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
         shutil.copy(encoders / "clip_image.safetensors", out)
@@ -634,7 +659,7 @@ def ship(run, encoders, out, guidance_scale):
     print(f"{size / 1e6:.2f} MB in {out}")
 
 
-STAGES = ("tokenizers", "clip", "t5", "vae", "assemble", "ship")
+STAGES = ("tokenizers", "clip", "t5", "vae", "assemble", "ship", "decoder")
 
 
 @dataclass(frozen=True)
@@ -642,13 +667,13 @@ class Options:
     """The command line is made from it."""
     stage: str = option("", "what to make, in this order", choices=STAGES)
     data: str = option("", "folder with emoji/, photos/ and prompts/; all stages but ship read it")
-    steps: int = option(0, "of the training; 0: clip 3000, t5 3000, vae 12000", 0, 10**9)
+    steps: int = option(0, "0: clip and t5 3000, vae 12000, decoder 2500", 0, 10**9)
     work: str = option("runs/pretrain", "folder in which each stage leaves its weights")
     vae_from: str = option("", "assemble: keep the autoencoder of this model")
     run: str = option("", "ship: a run folder of train.py")
-    encoders: str = option(str(SHIPPED), "ship: the model with the frozen networks")
+    encoders: str = option(str(SHIPPED), "ship, decoder: the model with the frozen networks")
     guidance_scale: float = option(2.5, "ship: that which evaluate.py scores best")
-    out: str = option(str(SHIPPED), "assemble, ship: the folder of the model")
+    out: str = option(str(SHIPPED), "assemble, ship, decoder: folder of the model")
 
     def __post_init__(self):
         check_options(self)
@@ -675,6 +700,8 @@ def main():
         train_t5(corpus, tokenizers, options.steps or 3000, work)
     elif options.stage == "vae":
         train_vae(corpus, options.steps or 12000, work)
+    elif options.stage == "decoder":
+        train_decoder(corpus, options.steps or 2500, work, Path(options.encoders), out)
     else:
         assemble(corpus, work, out, options.vae_from)
 

@@ -643,6 +643,35 @@ def test_stages_assemble_and_ship_put_everything_into_one_file(work, folder, mon
         assert (out / file).read_bytes() == (frozen / file).read_bytes()
 
 
+def test_stage_decoder_changes_the_decoder_and_nothing_else(work, folder, monkeypatch):
+    """The MM-DiT has learned the latents, so encoder, scale and shift must stay to the bit."""
+    def fit(vae, *others):
+        for parameter in vae.parameters():
+            if parameter.requires_grad:
+                parameter.data += 1
+        return vae
+    monkeypatch.setattr(make_tiny, "fit", fit)
+    monkeypatch.setattr(make_tiny, "ROOT", work)
+    monkeypatch.setattr(make_tiny, "vae_quality", lambda vae, corpus: {"scenes": 33})
+    (work / "results").mkdir()
+    file = work / "results" / "tiny-frozen.json"
+    file.write_text('{"psnr": {"scenes": 31}, "latents": 5}')
+    run(monkeypatch, "--data", folder, "--stage", "decoder", "--steps", 1, "--work", work,
+        "--out", work / "out")
+    assert json.loads(file.read_text()) == {"psnr": {"scenes": 33}, "latents": 5}
+    before, after = load_components(SHIPPED), load_components(work / "out")
+    for name in ("sampling", "words", "sizes"):
+        assert getattr(before, name) == getattr(after, name)
+    assert before.vae.config == after.vae.config
+    networks = [{"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
+                for parts in (before, after)]
+    for name, network in networks[0].items():
+        theirs = networks[1][name].state_dict()
+        for key, tensor in network.state_dict().items():
+            trained = name == "vae" and key.startswith("decoder.")
+            assert torch.equal(tensor, theirs[key]) != trained, f"{name} {key}"
+
+
 def test_assemble_keeps_the_autoencoder_of_another_model(work, folder, monkeypatch):
     """--vae-from; the work folder has none. Its statistics are measured again."""
     torch.manual_seed(0)
@@ -665,7 +694,7 @@ def test_assemble_keeps_the_autoencoder_of_another_model(work, folder, monkeypat
 @pytest.mark.parametrize("arguments, sentence", [
     (["--stage", "ship"], "--stage ship needs --run"),
     (["--stage", "ship", "--run", "nowhere"], "nowhere"),
-    ([], "--stage '' must be one of tokenizers, clip, t5, vae, assemble, ship"),
+    ([], "--stage '' must be one of tokenizers, clip, t5, vae, assemble, ship, decoder"),
     (["--stage", "vae"], "--data"),
     (["--stage", "vae", "--data", "nowhere"], "--data nowhere: no such folder"),
     (["--stage", "vae", "--data", "."], "emoji does not exist or holds no picture"),
@@ -690,7 +719,8 @@ def test_what_a_user_gets_wrong_ends_in_one_sentence(
 def test_the_commands_of_the_readme_are_options(folder, monkeypatch, tmp_path):
     """Each `$make ...` of pretrained/tiny/README.md reaches its stage."""
     stages = []
-    for name in ("train_tokenizers", "train_clips", "train_t5", "train_vae", "assemble", "ship"):
+    for name in ("train_tokenizers", "train_clips", "train_t5", "train_vae", "assemble", "ship",
+                 "train_decoder"):
         monkeypatch.setattr(make_tiny, name, lambda *given, name=name: stages.append(name))
     text = (SHIPPED / "README.md").read_text()
     monkeypatch.chdir(tmp_path)

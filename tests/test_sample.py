@@ -628,7 +628,7 @@ def test_what_the_model_cannot_know_is_said_once_and_drawn_anyway(tmp_path, monk
     _, lines = said(*negative, 1)
     assert len(lines) == 1 and "--negative-prompt does nothing at --guidance-scale 1" in lines[0]
     assert said(*negative, 2) == (1, [])
-    known.update(words=(), sizes=())                                            # as the released files
+    known.update(words=(), sizes=())                                  # as the released files
     assert said("--prompt", "a photo of a cat") == (1, [])
 
 

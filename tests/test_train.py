@@ -721,7 +721,8 @@ def test_compilation_and_recomputation_change_no_gradient(monkeypatch):
     "--cooldown -3", "--minutes inf", "--minutes 0", "--depth 0", "--depth 100000",
     "--batch-size 0", "--steps -1", "--timestep-shift nan", "--resolution 100",
     "--precision fp16", "--parallel tp", "--optimizer sgd",
-    "--encoder-dropout 1.1", "--density eps/linear", "--buckets 2", "--density mode(9)", "--qk-norm maybe"])
+    "--encoder-dropout 1.1", "--density eps/linear", "--buckets 2",
+    "--density mode(9)", "--qk-norm maybe"])
 def test_settings_that_cannot_work_are_refused_by_name(words, capsys):
     name, value = words.split()
     with pytest.raises((ValueError, SystemExit)) as problem:
@@ -771,7 +772,8 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, capsys):
     assert (config.depth, config.lr, config.steps, config.num_scenes) == (3, 2e-4, 9, 100)
     assert config.out == str(folder) and config.encoders == str(SHIPPED / "model.safetensors")
     for words in ("--depth 4", "--seed 1", "--batch-size 2", "--optimizer adamw",
-                  "--qk-norm false", "--resolution 128", "--buckets", "--preset paper", "--init someone/model"):
+                  "--qk-norm false", "--resolution 128", "--buckets",
+                  "--preset paper", "--init someone/model"):
         with pytest.raises(ValueError, match="cannot change within a run"):
             read_config(["--out", str(folder), *words.split()])
     assert read_config(["--out", str(folder), "--lr", "1e-4"]).lr == 1e-4
