@@ -728,4 +728,5 @@ def test_the_commands_of_the_readme_are_options(folder, monkeypatch, tmp_path):
         for part in line.split("&&"):
             if part.strip().startswith("$make"):
                 run(monkeypatch, "--data", folder, *shlex.split(part)[1:])
-    assert stages == ["train_tokenizers", "train_clips", "train_t5", "assemble", "ship", "ship"]
+    assert stages == ["train_tokenizers", "train_clips", "train_t5", "assemble", "ship", "ship",
+                      "ship", "train_decoder"]
