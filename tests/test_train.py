@@ -52,9 +52,11 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's & has it ignored.
     yield
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # No run leaves its own.
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 # --- A small experiment: five lines around fit ----------------------------------------------------
@@ -1067,10 +1069,11 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_pat
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("optimizer, steps, strategies", [
-    ("adamw", 50, ("ddp", "fsdp")), ("muon", 6, ("ddp",))])
-def test_two_processes_have_the_losses_of_one(tmp_path, optimizer, steps, strategies):
-    """Every random number belongs to a sample, so only rounding differs (Muon makes it grow)."""
+@pytest.mark.parametrize("optimizer, steps, within, strategies", [
+    ("adamw", 50, 1e-3, ("ddp", "fsdp")), ("muon", 6, 3e-3, ("ddp",))])
+def test_two_processes_have_the_losses_of_one(tmp_path, optimizer, steps, within, strategies):
+    """Every random number belongs to a sample, so only rounding differs (Muon makes it grow: a
+    weight moves by about .01 a step)."""
     options = ("--steps", steps, "--accumulate", 2, "--optimizer", optimizer,
                "--depth", 2)
     assert run_main("--out", tmp_path / "one", *options).returncode == 0
@@ -1082,7 +1085,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path, optimizer, steps, strate
         ours = load_file(tmp_path / parallel / "model.safetensors")
         theirs = load_file(tmp_path / "one" / "model.safetensors")
         for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-3)
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=within)
 
 
 @pytest.mark.slow
