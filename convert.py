@@ -355,7 +355,8 @@ def tokenizer_config(name, text):
 
 def save_diffusers(out, parts, networks, dtype):
     """Write a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens."""
-    metadata = make_metadata(networks, parts.text.config, parts.sampling, parts.words)
+    metadata = make_metadata(
+        networks, parts.text.config, parts.sampling, parts.words, parts.sizes)
     index = {"_class_name": "StableDiffusion3Pipeline",
              "scheduler": ["diffusers", EXPECTED["scheduler"]["_class_name"]],
              "text_encoder_3": ABSENT, "tokenizer_3": ABSENT}
@@ -399,7 +400,7 @@ def export(path, out, layout, dtype=torch.float32):
                 folder = partial / "tokenizers" / HOMES[name][0]
                 shutil.copytree(file.parent, folder, dirs_exist_ok=True)
             save_networks(partial / "model.safetensors", networks, parts.text.config,
-                          parts.sampling, dtype, parts.words)
+                          parts.sampling, dtype, parts.words, parts.sizes)
         partial.rename(out)
 
 

@@ -239,8 +239,10 @@ def encoded(config, world, count, until=np.inf):
         held_out = encode(Scenes(64, HELD_OUT_SEED))
         S = config.resolution
         wide = S * 3 // 2
-        buckets = ((S, S), (S, wide), (wide, S)) if config.buckets else ()
-        return encode(Scenes(count, config.seed), buckets=buckets, until=until), held_out
+        scenes = Scenes(count, config.seed)
+        if config.buckets:                              # A part of them would lack a whole size.
+            return encode(scenes, buckets=((S, S), (S, wide), (wide, S))), held_out
+        return encode(scenes, until=until), held_out
     if any(Path(config.data).expanduser().glob("shard-*.safetensors")):
         frozen = fingerprint(find_model_file(config.encoders), FROZEN)
         folder = EncodedFolder(config.data, frozen)

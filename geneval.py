@@ -43,7 +43,7 @@ GENEVAL_TASKS = tuple(TASKS)[:6]          # the overall score is their mean, as 
 SPLITS = ("training wording", "reworded", "held-out combinations")
 MIN_OFFSET = 0.1        # of the two sizes' sum: how far apart centres must be (GenEval's threshold)
 MAX_REST = 0.004        # share of the pixels that may differ from the background for no reason
-MAX_UNEVEN = 15         # by how much, in YCbCr, any pixel may: autoencoders are not exact
+MAX_UNEVEN = 15         # from the background, in YCbCr: pixels below that count as background
 MIN_WORD_FIT = 0.7      # correlation with a word as it is drawn
 
 
@@ -91,7 +91,7 @@ def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split
 MIN_DIFFERENCE = 30     # of foreground from the background, in YCbCr; the colours differ by 63
 MIN_AREA = 0.01         # of a thing, in squares of the shorter side; the smallest ones have .04
 MIN_FIT = 0.94          # correlation with the best shape; drawn things reach .98
-MAX_STRANGE = 40        # from the colour of its thing, in YCbCr; a tenth of a thing may be further
+MAX_STRANGE = 40        # of a pixel from the colour of the thing, in YCbCr; 1 in 10 may be further
 
 
 class View:

@@ -574,10 +574,17 @@ def train_decoder(corpus, steps, work, model, out):
     it is. So do the latents, and what the MM-DiT has learned of them."""
     parts = load_components(model)
     parts.vae.decoder.requires_grad_(True)
-    parts.vae = fit_vae(parts.vae, corpus, steps, 5e-4, work / "decoder-run")
+    before = parts.vae.encoder.state_dict()
+    folder = work / "decoder-run"
+    parts.vae = fit_vae(parts.vae, corpus, steps, 5e-4, folder)
+    for name, tensor in parts.vae.encoder.state_dict().items():
+        if not torch.equal(tensor, before[name]):
+            raise ValueError(f"{folder} is of another autoencoder; remove it or change --work")
     write_model(parts, model, out)
     file = ROOT / "results" / "tiny-frozen.json"
-    record = json.loads(file.read_text()) | {"psnr": vae_quality(parts.vae, corpus)}
+    record = json.loads(file.read_text())
+    record["psnr"] = vae_quality(parts.vae, corpus)
+    record["command of psnr"] = shlex.join(["python", *sys.argv])
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(record["psnr"])
 

@@ -33,7 +33,7 @@ def saved(networks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     shutil.copytree(SHIPPED / "tokenizers", folder / "tokenizers")
     save_networks(folder / "model.safetensors", networks, TEXT, {"timestep_shift": 2.0},
-                  words=("red",))
+                  words=("red",), sizes=("64x96",))
     return folder / "model.safetensors"
 
 
@@ -63,6 +63,7 @@ def test_an_exported_folder_comes_back_as_it_was(exported, networks):
     for name, encoder in parts.text.encoders.items():
         assert equal(encoder, networks[name]) and encoder.config == networks[name].config
     assert parts.text.config == TEXT and parts.words == ("red",)
+    assert parts.sizes == ("64x96",)
     assert parts.sampling == {"timestep_shift": 2.0}
     scheduler = json.loads((exported / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["shift"] == 2.0
@@ -376,6 +377,7 @@ def test_a_single_file_comes_with_its_tokenizers_and_t5s_table_under_both_names(
     assert {x.dtype for x in tensors.values()} == {torch.bfloat16}
     assert torch.equal(tensors[TABLE], tensors[PREFIXES["t5"] + "shared.weight"])
     assert load_components(out).text.config == TEXT and load_components(out).words == ("red",)
+    assert load_components(out).sizes == ("64x96",)
     assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "tokenizers"]
 
 

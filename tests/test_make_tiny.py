@@ -658,7 +658,9 @@ def test_stage_decoder_changes_the_decoder_and_nothing_else(work, folder, monkey
     file.write_text('{"psnr": {"scenes": 31}, "latents": 5}')
     run(monkeypatch, "--data", folder, "--stage", "decoder", "--steps", 1, "--work", work,
         "--out", work / "out")
-    assert json.loads(file.read_text()) == {"psnr": {"scenes": 33}, "latents": 5}
+    record = json.loads(file.read_text())
+    assert "--stage decoder" in record.pop("command of psnr")
+    assert record == {"psnr": {"scenes": 33}, "latents": 5}
     before, after = load_components(SHIPPED), load_components(work / "out")
     for name in ("sampling", "words", "sizes"):
         assert getattr(before, name) == getattr(after, name)
@@ -670,6 +672,18 @@ def test_stage_decoder_changes_the_decoder_and_nothing_else(work, folder, monkey
         for key, tensor in network.state_dict().items():
             trained = name == "vae" and key.startswith("decoder.")
             assert torch.equal(tensor, theirs[key]) != trained, f"{name} {key}"
+
+
+def test_a_decoder_run_of_another_autoencoder_is_refused(work, folder, monkeypatch):
+    """It would put a decoder into a model whose latents it has never seen."""
+    def fit(vae, *others):
+        torch.manual_seed(0)
+        return VAE(vae.config)
+    monkeypatch.setattr(make_tiny, "fit", fit)
+    with pytest.raises(SystemExit, match="decoder-run is of another autoencoder"):
+        run(monkeypatch, "--data", folder, "--stage", "decoder", "--work", work, "--out",
+            work / "out")
+    assert not (work / "out").exists()
 
 
 def test_assemble_keeps_the_autoencoder_of_another_model(work, folder, monkeypatch):
