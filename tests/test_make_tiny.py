@@ -680,6 +680,7 @@ def test_a_decoder_run_of_another_autoencoder_is_refused(work, folder, monkeypat
         torch.manual_seed(0)
         return VAE(vae.config)
     monkeypatch.setattr(make_tiny, "fit", fit)
+    monkeypatch.setattr(make_tiny, "ROOT", work)
     with pytest.raises(SystemExit, match="decoder-run is of another autoencoder"):
         run(monkeypatch, "--data", folder, "--stage", "decoder", "--work", work, "--out",
             work / "out")
