@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import ContainerIO, Image, ImageOps
 from safetensors import safe_open
+from torch.utils.data import DataLoader
 
 from options import MAX_TEXT, read_lines
 from text_encoders import combine, drop_encoders
@@ -402,14 +403,41 @@ class Batch:
         return [Batch(*piece) for piece in zip(*pieces)]
 
 
+class Ahead:
+    """make(step) for one step after the other. With `workers`, that many processes make the values
+    of the next steps in advance. They are copies of this process, so make must not touch a GPU."""
+    def __init__(self, make, workers):
+        self.make, self.workers = make, workers
+        self.step = None                                # the next one of the workers
+
+    def __getitem__(self, step):
+        try:
+            return self.make(step)
+        except ValueError as problem:                   # It crosses over as a value, in one piece.
+            return problem
+
+    def __call__(self, step):
+        if self.workers == 0:
+            return self.make(step)
+        if step != self.step:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else it warns of copies
+            self.values = iter(DataLoader(
+                self, batch_size=None, sampler=range(step, 2**31), num_workers=self.workers,
+                pin_memory=torch.cuda.is_available(), multiprocessing_context="fork"))
+        self.step = step + 1
+        value = next(self.values)
+        if isinstance(value, ValueError):
+            raise value
+        return value
+
+
 class Batches:
     """batches(step) is this process's share of a batch. Every draw is keyed by (seed, step, index
     in the whole batch), so there is no state. config: train.TrainConfig. world: devices.World."""
     def __init__(self, folder, vae_config, text_config, config, world):
         self.folder, self.config, self.world = folder, config, world
         self.vae_config, self.text_config = vae_config, text_config
-        self.thread = ThreadPoolExecutor(1) if world.device.type == "cuda" else None
-        self.ahead = {}                                 # {step: what the thread makes for it}
+        self.ahead = Ahead(self.make, world.workers)
         self.epochs = {}
         self.per_epoch = len(self.epoch(0))
 
@@ -432,31 +460,33 @@ class Batches:
         first = self.world.rank * share
         return self.epoch(epoch)[place][first : first + share].tolist()
 
-    def __call__(self, step):
-        """The batch of a step. With a GPU, a thread prepares the next one in advance."""
-        if self.thread is None:
-            return self.make(step)
-        batch = self.ahead.pop(step, None) or self.thread.submit(self.make, step)
-        self.ahead = {step + 1: self.thread.submit(self.make, step + 1)}
-        return batch.result()
-
     def make(self, step):
-        """The Batch of a step: samples, one caption each, noise, dropped encoders."""
+        """What the CPU does for a step: (samples as `inputs` wants them, draws, noise)."""
         indices = self.indices(step)
         shard, _ = self.folder.find(indices[0])
-        shape = shard["moments"].shape[1:]                            # (2C, H, W)
-        draws, rows, noise = [], [], []
-        for number, index in enumerate(indices, self.world.rank * len(indices)):
-            rng = np.random.default_rng((self.config.seed, 2, step, number))
-            draw = rng.random(5)                                      # t, caption, three encoders
-            draws.append(draw)
+        draws, noise = self.draw(step, shard["moments"].shape[1:])
+        rows = []
+        for index, draw in zip(indices, draws):
             captions = self.folder.caption_rows(index)
             rows.append(pick_caption(captions, draw[1], self.config.full_captions))
+        return self.folder.read(indices, rows), draws, noise
+
+    def draw(self, step, shape):
+        """(B, 5) numbers in [0, 1) for t, caption, three encoders; noise (B, *shape)."""
+        share = self.config.batch_size // self.world.size
+        draws, noise = [], []
+        for number in range(self.world.rank * share, (self.world.rank + 1) * share):
+            rng = np.random.default_rng((self.config.seed, 2, step, number))
+            draws.append(rng.random(5))
             noise.append(rng.standard_normal(shape, np.float32))
-        noise = torch.from_numpy(np.stack(noise)).to(self.world.device)
-        noise, code_noise = noise.chunk(2, dim=1)                     # (B, C, H, W) each
-        latent, context, pooled = self.inputs(self.folder.read(indices, rows), code_noise)
-        draws = torch.from_numpy(np.stack(draws)).float()             # (B, 5)
+        return torch.from_numpy(np.stack(draws)), torch.from_numpy(np.stack(noise))
+
+    def __call__(self, step):
+        """The Batch of a step: samples, one caption each, noise, dropped encoders."""
+        stored, draws, noise = self.ahead(step)
+        noise, code_noise = noise.to(self.world.device).chunk(2, dim=1)       # (B, C, H, W) each
+        latent, context, pooled = self.inputs(stored, code_noise)
+        draws = draws.float()
         keep = (draws[:, 2:] >= self.config.encoder_dropout).to(self.world.device)     # (B, 3)
         context, pooled = drop_encoders(context, pooled, keep, self.text_config)
         return Batch(latent, context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6))

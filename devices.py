@@ -52,9 +52,12 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
+        self.workers = 0                         # processes that prepare its batches (data.Ahead)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.workers = min(14, max(1, cores - 1))
         self.parallel = parallel
         if parallel == "auto":
             self.parallel = "fsdp" if self.size > 1 and parameters > 10**9 else "ddp"

@@ -55,11 +55,11 @@ def drop_encoders(context, pooled, keep, config):
     l = config.clip_l_width
     g = l + config.clip_g_width
     context, pooled = context.clone(), pooled.clone()
-    context[drop_l, :L, :l] = 0
-    pooled[drop_l, :l] = 0
-    context[drop_g, :L, l:g] = 0
-    pooled[drop_g, l:] = 0
-    context[drop_t5, L:] = 0
+    context[:, :L, :l].masked_fill_(drop_l[:, None, None], 0)
+    pooled[:, :l].masked_fill_(drop_l[:, None], 0)
+    context[:, :L, l:g].masked_fill_(drop_g[:, None, None], 0)
+    pooled[:, l:].masked_fill_(drop_g[:, None], 0)
+    context[:, L:].masked_fill_(drop_t5[:, None, None], 0)
     return context, pooled
 
 

@@ -26,7 +26,7 @@ from checkpoints import (
     FROZEN, SHIPPED, find_model_file, fingerprint, load_components, portable, run_encoders)
 from data import Batches
 from devices import World, pick_precision, whole
-from encode import encoded
+from encode import SceneBatches, encoded
 from flow import density, rectified_flow_loss, shift_time, validate
 from geneval import format_scores, geneval
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes
@@ -53,7 +53,7 @@ class TrainConfig:
     init: str = option("", "a model whose MM-DiT a new run starts from (fine-tuning)")
     data: str = option("", "captioned pictures, or the --out of encode.py; empty: drawn scenes")
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
-    num_scenes: int = option(16384, "scenes to draw and encode, at most", 64, 10**8)
+    num_scenes: int = option(16384, "scenes to encode, at most; 0: none comes twice", 0, 10**8)
     resolution: int = option(64, "px per side, a multiple of 16", 16, 4096)
     buckets: bool = option(False, "scenes of 2:3 and 3:2 as well, as encode.py (Sec. 5.3.2)")
     depth: int = option(4, "the size of MM-DiT; its width is 64 * depth (Sec. 4)", 1, 128)
@@ -183,14 +183,17 @@ Inputs = namedtuple("Inputs", "batches unseen training held_out vae text sizes p
 def read_inputs(config, world, start=None) -> Inputs:
     """Encodes what no earlier run has encoded, and opens it. start: the model of --init."""
     count = (config.steps * config.batch_size) or int(2000 * config.minutes)
-    count = min(config.num_scenes, max(64, count))               # No more than the run needs.
+    count = min(config.num_scenes, max(64, count))               # no more than the run needs
     until = math.inf if config.steps else STARTED + 15 * config.minutes     # a quarter of all
     training, held_out = encoded(config, world, count, until)
-    config = replace(config, resolution=training.resolution)
+    config = replace(config, resolution=held_out.resolution)
     precision = pick_precision(config.precision, world.device)
     frozen = load_components(find_model_file(config.encoders), ("vae", "text"), precision)
     vae, text = frozen.vae.to(world.device), frozen.text.to(world.device)
-    batches = Batches(training, vae.config, text.config, config, world)
+    if training is None:
+        batches = training = SceneBatches(vae, text, config, world)
+    else:
+        batches = Batches(training, vae.config, text.config, config, world)
     unseen = Batches(held_out, vae.config, text.config, config, world)
     sizes = model_sizes(config, vae.config, text.config, training.longest_side, start)
     return Inputs(batches, unseen, training, held_out, vae, text, sizes, precision)
@@ -331,7 +334,7 @@ def main(arguments=None):
         raise ValueError(f"--data has {size} px, but the run {config.resolution}; change --out")
     sizes = sizes_of(folder) if goes_on else inputs.sizes
     frozen = find_model_file(config.encoders)
-    num_scenes = max(64, len(inputs.training))
+    num_scenes = len(inputs.training)
     config = replace(config, num_scenes=num_scenes, encoders=portable(frozen), resolution=size,
                      precision="fp32" if inputs.precision == torch.float32 else "bf16")
 
@@ -355,7 +358,7 @@ def main(arguments=None):
     )
     run.say(f"{count_parameters(sizes):,} parameters, "
             f"{world.size} {world.device} {inputs.precision} {world.parallel}")
-    run.say(f"{len(inputs.training)} pictures of {size} px, and {len(inputs.held_out)} held out")
+    run.say(f"{num_scenes or 'new'} pictures of {size} px, and {len(inputs.held_out)} held out")
     run.say(departures(config))
     loss = partial(flow_loss, density=t_density, timestep_shift=config.timestep_shift)
     fit(model, loss, inputs.batches, config, run)

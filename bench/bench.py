@@ -1,7 +1,8 @@
 """bench.py: how fast the network trains, and what share of the machine's peak that is (MFU).
 
-Measures one training step (forward, backward, AdamW) of MM-DiT on 64-px pictures: alone for several
-numbers of text tokens, then end to end with batches from encoded scenes; and the encoding itself.
+Measures one training step (forward, backward, AdamW) of MM-DiT: alone for several numbers of text
+tokens, then end to end with batches from encoded scenes; the encoding itself; and drawing one
+picture.
 
 MFU         model FLOPs of the matrix products, forward and backward, over the seconds of a step and
             the peak of one large matrix product. Torch counts the FLOPs on the module itself
@@ -31,10 +32,11 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoints import SHIPPED, load_components
 from data import Batch, Batches
-from devices import World, pick_device, pick_precision
+from devices import World, autocast, pick_device, pick_precision
 from encode import encode_folder
 from flow import density
 from mmdit import MMDiT, MMDiTConfig
+from sample import Settings, sample_latents
 from scenes import Scenes
 from train import TrainConfig, flow_loss, make_optimizers, train_step
 
@@ -73,12 +75,27 @@ def training_flops(model, batch) -> float:
     return 3 * counter.get_total_flops() / len(batch.latent)
 
 
-def random_batch(config, size: int, text_tokens: int, device) -> Batch:
-    """A batch of 64-px pictures that says nothing."""
-    latent = torch.randn(size, config.latent_channels, 8, 8, device=device)
+def random_batch(config, size: int, resolution: int, text_tokens: int, device) -> Batch:
+    """A batch of square pictures that says nothing."""
+    side = resolution // 8
+    latent = torch.randn(size, config.latent_channels, side, side, device=device)
     context = torch.randn(size, text_tokens, config.context_dim, device=device)
     pooled = torch.randn(size, config.pooled_dim, device=device)
     return Batch(latent, context, pooled, torch.randn_like(latent), torch.rand(size))
+
+
+@torch.no_grad()
+def seconds_to_draw(model, vae, sizes, resolution, text_tokens, device, precision):
+    """Seconds for one picture from its text embeddings, by sample.py's own loop and the VAE."""
+    settings = Settings(num_steps=28, height=resolution, width=resolution)
+    batch = random_batch(sizes, 2, resolution, text_tokens, device)        # with text and without
+
+    def draw():
+        with autocast(device, precision):
+            latent, _ = sample_latents(
+                model, batch.context, batch.pooled, batch.noise[:1], settings)
+            vae.decode(latent)
+    return seconds_per_call(draw, device, 3)
 
 
 def measure_everything(device):
@@ -113,8 +130,10 @@ def write_result(rows, peak, device, precision, options):
               "processor": processor, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "precision": str(precision), "compile": options.compile,
               "batch_size": options.batch_size, "depth": options.depth,
+              "resolution": options.resolution,
               "matmul_peak_gflops": round(peak / 1e9), "rows": rows}
-    file = ROOT / "results" / f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
+    name = f"bench-{device.type}{'-compiled' if options.compile else ''}.json"
+    file = Path(options.out or ROOT / "results" / name)
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"a large matrix product: {peak / 1e9:.0f} GFLOP/s in {precision}; see {file.name}")
 
@@ -124,9 +143,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=64, help="px, a multiple of 16")
     parser.add_argument("--text-tokens", type=int, nargs="+", default=[12, 36, 48])
     parser.add_argument("--compile", action="store_true", help="torch.compile, as train.py does")
     parser.add_argument("--trials", type=int, default=9)
+    parser.add_argument("--out", default="", help="results/bench-DEVICE.json, if not given")
     parser.add_argument("--all", action="store_true", help="also loader.py and bench_diffusers.py")
     options = parser.parse_args()
     if min(options.depth, options.batch_size, options.trials, *options.text_tokens) < 1:
@@ -138,8 +159,9 @@ def main():
     text = parts.text.config
     sizes = MMDiTConfig(options.depth, context_dim=text.t5_width,
                         pooled_dim=text.clip_l_width + text.clip_g_width,
-                        pos_embed_max_size=16)
-    model = MMDiT(sizes).to(device)
+                        pos_embed_max_size=max(16, options.resolution // 16))
+    with torch.device(device):
+        model = MMDiT(sizes)
     if options.compile:
         for block in model.joint_blocks:
             block.forward = torch.compile(block.forward)
@@ -150,8 +172,8 @@ def main():
 
     def measure(name, batches):
         """One row: images per second of training steps on batches(0), batches(1), ..."""
-        torch._dynamo.reset()                                         # It compiles for this size.
         flops = training_flops(model, batches(0))
+        torch._dynamo.reset()                                         # It compiles from here on.
         steps = iter(range(10**9))
 
         def step():
@@ -163,16 +185,21 @@ def main():
                      "mfu": round(mfu, 3)})
         print(f"{name:14} {tokens:3} text tokens: {rate:7.1f} images/s, MFU {mfu:.0%}")
 
+    vae = parts.vae.to(device)
     for tokens in options.text_tokens:
-        batch = random_batch(sizes, options.batch_size, tokens, device)
+        seconds = seconds_to_draw(model, vae, sizes, options.resolution, tokens, device, precision)
+        rows.append({"what": "drawing a picture, 28 steps with guidance", "text_tokens": tokens,
+                     "seconds": round(seconds, 3)})
+        print(f"drawing, 28 steps with guidance, {tokens} text tokens: {seconds:.3f} s a picture")
+        batch = random_batch(sizes, options.batch_size, options.resolution, tokens, device)
         measure("network alone", lambda step, batch=batch: batch)
     world = World(str(device), "ddp")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        encoded = encode_folder(Scenes(1024), folder, SHIPPED, 64, world)
+        encoded = encode_folder(Scenes(1024), folder, SHIPPED, options.resolution, world)
         rate = 1024 / (time.perf_counter() - start)
         rows.append({"what": "drawing and encoding scenes", "images_per_second": round(rate, 1)})
-        print(f"drawing and encoding scenes of 64 px: {rate:.0f} images/s")
+        print(f"drawing and encoding scenes: {rate:.0f} images/s")
         measure("end to end", Batches(encoded, parts.vae.config, text, config, world))
     write_result(rows, peak, device, precision, options)
     if options.all:

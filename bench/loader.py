@@ -118,7 +118,7 @@ def main():
                     ("later pass", gathered(images, B, 2 * i + 1, sample)),
                     ("check", check)):
                 rates.setdefault(what, []).append(rate)
-        world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
+        world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), workers=0)
         config = SimpleNamespace(seed=0, batch_size=B, encoder_dropout=0.464, full_captions=0.5)
         batches, steps = Batches(images, VAEConfig(), TextConfig(), config, world), 12
         batches(0)

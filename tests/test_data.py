@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import data
 from data import (
-    MAX_TEXT, Batches, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
+    MAX_TEXT, Ahead, Batches, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
     clean_captions, from_tensor, nearest_bucket, pick_caption, read_image, read_lines, readable,
     resize_and_crop, to_tensor)
 from flow import LogitNormal
@@ -632,7 +632,7 @@ def test_ten_problems_are_named():
 # ---- Encoded shards and batches ------------------------------------------------------------------
 
 VAE, TEXT = VAEConfig(latent_channels=2), TextConfig(3, 2, 6, clip_length=4, t5_length=5)
-CPU = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
+CPU = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), workers=0)
 
 
 def write_shards(folder, sizes, captions=("short", "full")):
@@ -672,7 +672,7 @@ def make_batches(folder, world=CPU, **settings):
 
 
 def rank(number, size):
-    return SimpleNamespace(rank=number, size=size, device=torch.device("cpu"))
+    return SimpleNamespace(rank=number, size=size, device=torch.device("cpu"), workers=0)
 
 
 def test_every_batch_has_one_size_and_an_epoch_has_every_whole_batch(mixed):
@@ -732,14 +732,28 @@ def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(mixed):
     assert not torch.equal(other.noise.flatten()[:64], expected.noise.flatten()[:64])
 
 
-def test_a_thread_that_makes_the_next_batch_changes_nothing(mixed):
+def test_processes_that_make_the_next_batches_change_nothing(mixed):
     ahead, plain = make_batches(EncodedFolder(mixed)), make_batches(EncodedFolder(mixed))
-    ahead.thread = ThreadPoolExecutor(1)
+    ahead.ahead = Ahead(ahead.make, workers=2)
     for step in (0, 1, 2, 7, 8, 3):
         batch = ahead(step)
-        assert list(ahead.ahead) == [step + 1]
         for name, tensor in vars(plain(step)).items():
             assert torch.equal(getattr(batch, name), tensor)
+
+
+def test_ahead_makes_values_in_other_processes_and_begins_anew_at_any_step():
+    made = Ahead(lambda step: (step, os.getpid()), workers=2)
+    steps, processes = zip(*[made(step) for step in (5, 6, 7, 8, 2, 3)])
+    assert steps == (5, 6, 7, 8, 2, 3)
+    assert os.getpid() not in processes and len(set(processes)) == 4          # two, twice
+    assert Ahead(lambda step: (step, os.getpid()), workers=0)(5) == (5, os.getpid())
+
+
+def test_an_error_in_another_process_keeps_its_sentence():
+    def make(step):
+        raise ValueError(f"shard {step} is damaged")
+    with pytest.raises(ValueError, match="^shard 3 is damaged$"):
+        Ahead(make, workers=1)(3)
 
 
 def test_a_batch_holds_what_is_stored(mixed):

@@ -946,6 +946,20 @@ def test_a_run_leaves_everything_the_readme_promises(tmp_path, monkeypatch, caps
     assert scores["num_prompts"] == 1 and "GenEval" in said
 
 
+def test_scenes_that_never_come_again_are_not_encoded_before_and_a_run_goes_on_with_them(tmp_path):
+    """--num-scenes 0: only the 64 held-out scenes are encoded, and a stop changes no weight."""
+    endless = [*SMALL, "--num-scenes", "0", "--buckets"]
+    train.main([*endless, "--out", str(tmp_path / "whole"), "--steps", "4"])
+    train.main([*endless, "--out", str(tmp_path / "halves"), "--steps", "4", "--every", "2"])
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "00000004")
+    train.main(["--out", str(tmp_path / "halves")])
+    assert same_weights(tmp_path / "whole", tmp_path / "halves")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with safe_open(tmp_path / "whole" / "model.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["config"])
+    assert about["sizes"] == ["64x64", "64x96", "96x64"]
+
+
 def test_what_a_run_is_made_of_is_what_was_asked_for(tmp_path, monkeypatch):
     """--shift reaches the loss, the log and the sampler; --init the weights. Held-out scenes are
     what is validated, and a precision of "auto" is settled before it is stored."""
