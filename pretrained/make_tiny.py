@@ -1,12 +1,12 @@
 """make_tiny.py: makes the networks that the paper takes as given, from captions and pictures only.
 
 The paper starts from released CLIP-L, CLIP-G and T5-XXL and from an autoencoder. The small model
-that ships needs small ones. This file trains them on a CPU, one stage after the other. For each of
-them, train.fit gets a model, a loss and batches.
+that ships needs small ones. This file trains them, one stage after the other. For each of them,
+train.fit gets a model, a loss and batches.
 
     tokenizers   CLIP's byte-level BPE and T5's SentencePiece
     clip         CLIP-L and CLIP-G with their image towers (Radford et al. 2021), with wrong
-                 captions that are almost right
+                 captions that are almost right, and with pairs of almost equal pictures
     t5           the encoder of a small T5 v1.1, by span corruption (Raffel et al. 2019)
     vae          the autoencoder, by L1 and KL
     assemble     measures the latents (App. B.2) and writes all of these into one bf16 file
@@ -17,7 +17,7 @@ Data        drawn scenes, emoji, photographs of clothing, and lists of prompts f
             last 100 emoji and the last 100 photographs are held out, and so are scenes of other
             seeds
 Not here    the MM-DiT, which train.py trains
-Run         python pretrained/make_tiny.py --data DATA --stage clip [--steps 3000]
+Run         python pretrained/make_tiny.py --data DATA --stage clip [--steps 3000] [--workers 8]
 """
 
 import json
@@ -26,6 +26,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -43,8 +44,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, load_components, save_networks
-from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor
-from devices import command
+from data import Ahead, ImageFiles, read_image, read_lines, resize_and_crop, to_tensor
+from devices import autocast, command, pick_device
 from metrics import CLIPImageConfig, CLIPImageEncoder, psnr
 from options import check_options, option, read_options
 from scenes import (
@@ -118,6 +119,22 @@ def scene_texts(count=8000):
     for index in range(count):
         texts += [caption for caption in source.captions(index) if caption]
     return texts
+
+
+# ---- What the training of all networks has in common ---------------------------------------------
+def train(model, loss, batches, options, **settings):
+    """Trains the model of a stage, and returns its average on the CPU. settings: of TrainConfig."""
+    config = TrainConfig(steps=options.steps, batch_size=options.batch_size, optimizer="adamw",
+                         device=options.device, **settings)
+    model = model.to(pick_device(options.device))
+    run = Run(Path(options.work) / f"{options.stage}-run", config)
+    return fit(model, loss, Ahead(batches, options.workers), config, run).cpu()
+
+
+def on_device(model, *tensors):
+    """The tensors, on the device of the model."""
+    device = next(model.parameters()).device
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 # ---- Stage: tokenizers ---------------------------------------------------------------------------
@@ -240,15 +257,44 @@ def never_drawn(scene):
     return is_held_out(shapes, colors, scene.relation)
 
 
+def mirrored(scene):
+    """The scene with its things at mirrored places, so that the opposite relation holds."""
+    things = []
+    for thing in scene.things:
+        left, top = thing.left, thing.top
+        if scene.relation in ("left of", "right of"):
+            left = scene.width - left - thing.diameter
+        else:
+            top = scene.height - top - thing.diameter
+        things.append(replace(thing, left=left, top=top))
+    return replace(scene, relation=OPPOSITE[scene.relation], things=tuple(things))
+
+
+def twin(scene, rng):
+    """A scene that differs from this one in one respect and can be drawn. Half of the time it is
+    the relation, if there is one. None if training never draws that scene.
+
+    Size and count are left out. For another size or number, things would need other places.
+    """
+    if scene.relation and rng.random() < 0.5:
+        almost = mirrored(scene)
+    else:
+        respects = ["word"] if scene.word else []
+        if scene.things:
+            respects += ["color", "shape"]
+        almost = near_miss(scene, respects[rng.integers(len(respects))], rng)
+    return None if never_drawn(almost) else almost
+
+
 class ClipBatches:
     """Batches (image (B, 3, 64, 64), ids of CLIP-L, ids of CLIP-G, same (B, B)).
 
     ids (B + B * NEAR_MISSES, L): the B captions, then the near misses of each picture. They differ
     in their padding. same: 1 where two captions are equal, otherwise 0.
 
-    Of eight pictures six are scenes, one is an emoji and one shows clothing. The near misses of
-    these two are captions of other pictures. A caption of clothing names one of 17 classes, so 1
-    near miss in 16 is right by chance.
+    Of eight pictures one shows clothing and one is an emoji. Their near misses are captions of
+    others. Then come three scenes, each with its twin. A picture chooses between its caption and
+    its near misses; a caption chooses between its picture and that of its twin.
     """
     def __init__(self, corpus, tokenizers, size):
         self.corpus = corpus
@@ -256,22 +302,38 @@ class ClipBatches:
         self.tokenize_l = CLIPTokenizer(tokenizers / "clip")
         self.tokenize_g = CLIPTokenizer(tokenizers / "clip", padding=0)
 
-    def sample(self, index, rng):
-        """(picture, caption, near misses). Of four scenes three have their full caption."""
-        if index % 4 > 0:
-            scene = make_scene(TRAIN_SEED, index)
-            caption = scene_captions(scene)[int(rng.random() < 0.75)]
-            return draw_scene(scene), caption, near_captions(scene, rng)
-        name = "emoji" if index % 8 else "clothing"
+    def scenes(self, index, rng):
+        """[(picture, caption, near misses)] of a scene and its twin, or of two scenes if there is
+        none. Three times in four both have their full captions."""
+        first = make_scene(TRAIN_SEED, index)
+        second = twin(first, rng) or make_scene(TRAIN_SEED, index + 1)
+        full = int(rng.random() < 0.75)
+        samples = []
+        for scene in (first, second):
+            caption = scene_captions(scene)[full]
+            samples.append((draw_scene(scene), caption, near_captions(scene, rng)))
+        return samples
+
+    def picture(self, name, rng):
+        """(picture, caption, near misses) of "clothing" or "emoji"."""
         picture, caption = self.corpus.draw(name, rng)
-        misses = [self.corpus.draw(name, rng)[1] for _ in range(NEAR_MISSES)]
+        misses = []
+        while len(misses) < NEAR_MISSES:
+            _, wrong = self.corpus.draw(name, rng)
+            if wrong != caption:
+                misses.append(wrong)
         return resize_and_crop(picture, 64, 64), caption, misses
 
     def __call__(self, step):
         rng = np.random.default_rng((11, step))
+        samples = []
+        for index in range(step * self.size, (step + 1) * self.size, 2):
+            if index % 8 == 0:
+                samples += [self.picture("clothing", rng), self.picture("emoji", rng)]
+            else:
+                samples += self.scenes(index, rng)
         images, captions, misses = [], [], []
-        for i in range(self.size):
-            picture, caption, wrong = self.sample(step * self.size + i, rng)
+        for picture, caption, wrong in samples:
             images.append(to_tensor(picture))
             captions.append(caption)
             misses += wrong
@@ -325,18 +387,20 @@ def contrastive_loss(image, text, same, scale):
 
 def clip_loss(model, batch):
     """The sum of the losses of both CLIPs, (B,)."""
-    image, ids_l, ids_g, same = batch
+    image, ids_l, ids_g, same = on_device(model, *batch)
     scale = model.temperature.exp().clamp_max(100)
     large, huge = model(image, ids_l, ids_g)
-    return contrastive_loss(*large, same, scale) + contrastive_loss(*huge, same, scale)
+    with autocast(image.device, torch.float32):         # bf16 would round a logit of 100 by .25
+        return contrastive_loss(*large, same, scale) + contrastive_loss(*huge, same, scale)
 
 
 @torch.no_grad()
 def swap_tests(clips, batches, count=500):
-    """{clip: {respect: share of held-out scenes that prefer their full caption to a near miss}}."""
+    """{clip: {respect: share of held-out scenes that prefer their full caption to a near miss}}.
+    "picture by relation" is the share of captions that prefer their picture to that of the twin."""
     scores = {"clip_l": {}, "clip_g": {}}
     for respect in RESPECTS:
-        images, captions, wrong = [], [], []
+        images, twins, captions, wrong = [], [], [], []
         rng = np.random.default_rng(17)
         for index in range(8 * count):
             scene = make_scene(MEASURE_SEED, index)
@@ -345,23 +409,36 @@ def swap_tests(clips, batches, count=500):
                 images.append(to_tensor(draw_scene(scene)))
                 captions.append(scene_captions(scene)[1])
                 wrong.append(scene_captions(almost)[1])
+                if respect == "relation":
+                    twins.append(to_tensor(draw_scene(mirrored(scene))))
         ids_l, _ = batches.tokenize_l(captions + wrong, TEXT.clip_length)
         ids_g, _ = batches.tokenize_g(captions + wrong, TEXT.clip_length)
-        for name, (image, text) in zip(scores, clips(torch.stack(images), ids_l, ids_g)):
+        vectors = clips(torch.stack(images + twins), ids_l, ids_g)
+        for name, (image, text) in zip(scores, vectors):
             right, miss = text.chunk(2)
-            prefers = (image * right).sum(dim=1) > (image * miss).sum(dim=1)
-            scores[name][respect] = round(prefers.float().mean().item(), 3)
+            image, twin_image = image[: len(right)], image[len(right) :]
+            scores[name][respect] = share_closer(right, miss, image)
+            if twins:
+                scores[name]["picture by relation"] = share_closer(image, twin_image, right)
     return scores
 
 
-def train_clips(corpus, tokenizers, steps, work):
+def share_closer(first, second, to):
+    """The share of rows in which `first` is more like `to` than `second` is. All are (B, d)."""
+    closer = (first * to).sum(dim=1) > (second * to).sum(dim=1)
+    return round(closer.float().mean().item(), 3)
+
+
+def train_clips(corpus, work, options):
     """Trains both CLIPs on the same batches."""
     torch.manual_seed(0)
-    batches = ClipBatches(corpus, tokenizers, 64)
-    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=64, lr=1e-3, warmup_steps=100,
-                         cooldown=0.9, ema=0.99)
-    with sdpa_kernel(SDPBackend.MATH):          # .66 s a step on one core; torch's choice takes .88
-        clips = fit(Clips(), clip_loss, batches, config, Run(work / "clip-run", config))
+    batches = ClipBatches(corpus, work / "tokenizers", options.batch_size)
+    attention = nullcontext()
+    if pick_device(options.device).type == "cpu":
+        attention = sdpa_kernel(SDPBackend.MATH)    # .66 s a step on a core; torch's choice, .88
+    with attention:
+        clips = train(Clips(), clip_loss, batches, options, lr=1e-3, warmup_steps=100, cooldown=0.9,
+                      ema=0.99)
     save_file(clips.state_dict(), work / "clip.safetensors")
     print(json.dumps(swap_tests(clips.eval(), batches), indent=1))
 
@@ -432,7 +509,7 @@ class T5(nn.Module):
         token of the target one place late, behind a 0."""
         encoded = self.encoder(source)                                  # (B, L, D)
         late = F.pad(target[:, :-1], (1, 0))                            # (B, T)
-        position = torch.arange(late.shape[1])
+        position = torch.arange(late.shape[1], device=late.device)
         distance = position[None, :] - position[:, None]                # (T, T) key - query
         bucket = relative_position_bucket(distance, bidirectional=False)
         bias = self.position_bias(bucket).permute(2, 0, 1)[None]        # (1, heads, T, T)
@@ -466,19 +543,18 @@ class SpanBatches:
 
 def t5_loss(model, batch):
     """Cross-entropy of the target's tokens, averaged over each sample: (B,)."""
-    source, target = batch
+    source, target = on_device(model, *batch)
     logits = model(source, target).float().transpose(1, 2)              # (B, V, T)
     losses = F.cross_entropy(logits, target, ignore_index=0, reduction="none")
     return losses.sum(dim=1) / (target != 0).sum(dim=1)
 
 
-def train_t5(corpus, tokenizers, steps, work):
+def train_t5(corpus, work, options):
     """Trains a T5 and keeps its encoder."""
     torch.manual_seed(0)
-    batches = SpanBatches(corpus, tokenizers, 128)
-    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=128, lr=2e-3, warmup_steps=100,
-                         cooldown=0.9, ema=0.99)
-    t5 = fit(T5(T5_CONFIG), t5_loss, batches, config, Run(work / "t5-run", config))
+    batches = SpanBatches(corpus, work / "tokenizers", options.batch_size)
+    t5 = train(T5(T5_CONFIG), t5_loss, batches, options, lr=2e-3, warmup_steps=100, cooldown=0.9,
+               ema=0.99)
     save_file(t5.encoder.state_dict(), work / "t5.safetensors")
 
 
@@ -499,26 +575,27 @@ def random_crop(picture, size, rng):
 class Squares:
     """Batches (image (B, 3, 8H, 8W), noise (B, C, H, W), weight of the KL term).
 
-    Three batches in four have 8 squares of 64 px, the fourth has 2 of 128 px. In the last tenth of
-    the steps KL weighs ten times as much. The decoder is good by then, and smoother codes cost it
-    .1 dB.
+    Three batches in four have B = batch_size squares of 64 px, the fourth has a quarter as many of
+    128 px. In the last tenth of the steps KL weighs ten times as much. The decoder is good by then,
+    and smoother codes cost it .1 dB.
     """
-    mixture = 5 * ["scene"] + 2 * ["emoji"] + ["clothing"]
-
-    def __init__(self, corpus, steps):
+    def __init__(self, corpus, steps, batch_size):
         self.corpus = corpus
         self.steps = steps
+        self.mixture = batch_size // 8 * (5 * ["scene"] + 2 * ["emoji"] + ["clothing"])
 
     def __call__(self, step):
         rng = np.random.default_rng((7, step))
         size, names = 64, self.mixture
         if step % 4 == 0:
-            first = step // 2 % 8
-            size, names = 128, self.mixture[first : first + 2]
+            quarter = len(self.mixture) // 4
+            first = step // 4 % 4 * quarter
+            size, names = 128, self.mixture[first : first + quarter]
         squares = []
         for i, name in enumerate(names):
             if name == "scene":
-                square = draw_scene(make_scene(TRAIN_SEED, step * 16 + i, size, size))
+                index = step * 2 * len(self.mixture) + i
+                square = draw_scene(make_scene(TRAIN_SEED, index, size, size))
             else:
                 picture, _ = self.corpus.draw(name, rng)
                 square = random_crop(picture, size, rng)
@@ -533,6 +610,7 @@ class Squares:
 def autoencoder_loss(vae, batch):
     """L1 and KL of one batch, the same number for each of its pictures: (B,)."""
     image, noise, kl_weight = batch
+    image, noise = on_device(vae, image, noise)
     loss, _, _ = vae_loss(vae, image, noise, kl_weight)
     return loss.expand(len(image))
 
@@ -554,32 +632,32 @@ def vae_quality(vae, corpus, count=64):
     return quality
 
 
-def fit_vae(vae, corpus, steps, lr, folder):
+def fit_vae(vae, corpus, options, lr):
     """Trains an autoencoder, without an adversary: later stages need fidelity."""
-    config = TrainConfig(steps=steps, optimizer="adamw", batch_size=8, lr=lr, warmup_steps=200,
-                         cooldown=1.0, ema=0.999)
-    return fit(vae, autoencoder_loss, Squares(corpus, steps), config, Run(folder, config))
+    batches = Squares(corpus, options.steps, options.batch_size)
+    return train(vae, autoencoder_loss, batches, options, lr=lr, warmup_steps=200, cooldown=1.0,
+                 ema=0.999)
 
 
-def train_vae(corpus, steps, work):
+def train_vae(corpus, work, options):
     """Trains the autoencoder."""
     torch.manual_seed(0)
-    vae = fit_vae(VAE(AUTOENCODER), corpus, steps, 1e-3, work / "vae-run")
+    vae = fit_vae(VAE(AUTOENCODER), corpus, options, 1e-3)
     save_file(vae.state_dict(), work / "vae.safetensors")
     print(vae_quality(vae, corpus))
 
 
-def train_decoder(corpus, steps, work, model, out):
+def train_decoder(corpus, work, model, out, options):
     """Trains the decoder of a whole model further, and writes that model anew. The encoder stays as
     it is. So do the latents, and what the MM-DiT has learned of them."""
     parts = load_components(model)
     parts.vae.decoder.requires_grad_(True)
-    before = parts.vae.encoder.state_dict()
-    folder = work / "decoder-run"
-    parts.vae = fit_vae(parts.vae, corpus, steps, 5e-4, folder)
+    before = parts.vae.encoder.state_dict()             # It stays on the CPU.
+    parts.vae = fit_vae(parts.vae, corpus, options, 5e-4)
     for name, tensor in parts.vae.encoder.state_dict().items():
         if not torch.equal(tensor, before[name]):
-            raise ValueError(f"{folder} is of another autoencoder; remove it or change --work")
+            raise ValueError(f"{work / 'decoder-run'} is of another autoencoder; remove it or "
+                             "change --work")
     write_model(parts, model, out)
     file = ROOT / "results" / "tiny-frozen.json"
     record = json.loads(file.read_text())
@@ -667,6 +745,7 @@ def write_model(parts, encoders, out):
 
 
 STAGES = ("tokenizers", "clip", "t5", "vae", "assemble", "ship", "decoder")
+STEPS_AND_SIZES = {"clip": (3000, 64), "t5": (3000, 128), "vae": (12000, 8), "decoder": (2500, 8)}
 
 
 @dataclass(frozen=True)
@@ -675,6 +754,9 @@ class Options:
     stage: str = option("", "what to make, in this order", choices=STAGES)
     data: str = option("", "folder with emoji/, photos/ and prompts/; all stages but ship read it")
     steps: int = option(0, "0: clip and t5 3000, vae 12000, decoder 2500", 0, 10**9)
+    batch_size: int = option(0, "0: clip 64, t5 128, vae and decoder 8", 0, 10**6)
+    device: str = option("auto", "cuda, mps or cpu; auto: the first that is there")
+    workers: int = option(0, "processes that prepare batches; 0: the loop does", 0, 1000)
     work: str = option("runs/pretrain", "folder in which each stage leaves its weights")
     vae_from: str = option("", "assemble: keep the autoencoder of this model")
     run: str = option("", "ship: a run folder of train.py")
@@ -686,6 +768,8 @@ class Options:
         check_options(self)
         if self.stage == "ship" and not self.run:
             raise ValueError("--stage ship needs --run, a run folder whose MM-DiT is shipped")
+        if self.batch_size % 8:
+            raise ValueError(f"--batch-size {self.batch_size} is no multiple of 8")
         if self.stage != "ship" and not os.path.isdir(self.data):
             raise ValueError(f"--data {self.data}: no such folder; --stage {self.stage} reads it")
 
@@ -697,18 +781,19 @@ def main():
     if options.stage == "ship":
         return ship(Path(options.run), Path(options.encoders), out, options.guidance_scale)
     work.mkdir(parents=True, exist_ok=True)
+    steps, size = STEPS_AND_SIZES.get(options.stage, (0, 0))
+    options = replace(options, steps=options.steps or steps, batch_size=options.batch_size or size)
     corpus = Corpus(options.data)
-    tokenizers = work / "tokenizers"
     if options.stage == "tokenizers":
-        train_tokenizers(corpus, tokenizers)
+        train_tokenizers(corpus, work / "tokenizers")
     elif options.stage == "clip":
-        train_clips(corpus, tokenizers, options.steps or 3000, work)
+        train_clips(corpus, work, options)
     elif options.stage == "t5":
-        train_t5(corpus, tokenizers, options.steps or 3000, work)
+        train_t5(corpus, work, options)
     elif options.stage == "vae":
-        train_vae(corpus, options.steps or 12000, work)
+        train_vae(corpus, work, options)
     elif options.stage == "decoder":
-        train_decoder(corpus, options.steps or 2500, work, Path(options.encoders), out)
+        train_decoder(corpus, work, Path(options.encoders), out, options)
     else:
         assemble(corpus, work, out, options.vae_from)
 

@@ -4,7 +4,9 @@ writes. All pictures, captions and prompts are made here."""
 import json
 import math
 import shlex
+import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from checkpoints import SHIPPED, load_components, save_networks
 from data import from_tensor, to_tensor
 from devices import command
+from geneval import Case, score
 from mmdit import MMDiT, MMDiTConfig
 from scenes import (
-    BACKGROUNDS, OPPOSITE, Scene, Scenes, Thing, draw_scene, is_held_out, make_scene,
+    BACKGROUNDS, OPPOSITE, RGB, Scene, Scenes, Thing, draw_scene, is_held_out, make_scene,
     scene_captions, vocabulary)
 from text_encoders import CLIPTokenizer, T5Encoder, T5Tokenizer
 from vae import VAE, kl_loss, reconstruction_loss
@@ -30,6 +33,7 @@ import make_tiny
 KINDS = ("color", "shape", "relation", "count", "size", "word")
 TOKENIZERS = SHIPPED / "tokenizers"
 PICTURES = 104                                         # of each source; the last 100 are held out
+CLOTHES = ["a photo of a hat", "a photo of a shoe"]    # in turn
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for i in range(PICTURES):
         for place, color, caption in (("emoji", (200, i, 0), f"emoji {i}"),
-                                      ("photos/clothing", (0, i, 200), "a photo of a hat")):
+                                      ("photos/clothing", (0, i, 200), CLOTHES[i % 2])):
             (folder / place).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 50), color).save(folder / place / f"{i:03}.png")
             (folder / place / f"{i:03}.txt").write_text(caption)
@@ -81,11 +85,16 @@ def texts_of(ids):
     return texts
 
 
+def weights():
+    """The parameters of a model that has none of its own. They say where it is."""
+    return iter([torch.zeros(1)])
+
+
 # ---- Captions and pictures -----------------------------------------------------------------------
 def test_the_last_hundred_pictures_of_each_source_are_never_drawn(corpus):
     rng = np.random.default_rng(0)
     for name, captions in (("emoji", [f"emoji {i}" for i in range(4)]),
-                           ("clothing", ["a photo of a hat"] * 4)):
+                           ("clothing", 2 * CLOTHES)):
         drawn = set()
         for _ in range(200):
             picture, caption = corpus.draw(name, rng)
@@ -100,7 +109,7 @@ def test_the_last_hundred_pictures_of_each_source_are_never_drawn(corpus):
 def test_prompts_are_the_lists_and_the_captions_without_headers_and_blank_lines(corpus):
     emoji = [f"emoji {i}" for i in range(PICTURES)]
     assert corpus.prompts() == [
-        "a bird", "a green bench", "a cow", *emoji, *["a photo of a hat"] * PICTURES]
+        "a bird", "a green bench", "a cow", *emoji, *CLOTHES * (PICTURES // 2)]
 
 
 def test_scene_texts_are_all_words_and_both_captions_of_the_first_training_scenes():
@@ -204,28 +213,104 @@ def test_near_captions_are_four_wrong_ones_and_none_shows_what_training_never_dr
             assert not is_held_out(shapes, colors, almost.relation)
 
 
-def test_a_batch_for_clip_has_its_near_misses_behind_all_captions(corpus):
-    """Of 16 pictures, 12 are scenes, 2 emoji, 2 clothing, whose captions are all alike here."""
-    images, ids_l, ids_g, same = make_tiny.ClipBatches(corpus, TOKENIZERS, 16)(3)
+def test_things_of_a_twin_are_mirrored_by_hand():
+    a = Thing("circle", "red", "small", 3, 5, 20)
+    b = Thing("square", "blue", "large", 34, 30, 28)
+    for relation, opposite, places in (("left of", "right of", [(41, 5), (2, 30)]),
+                                       ("below", "above", [(3, 39), (34, 6)])):
+        mirrored = make_tiny.mirrored(Scene("pair", 64, 64, "white", (a, b), relation))
+        assert mirrored.relation == opposite
+        assert [(thing.left, thing.top) for thing in mirrored.things] == places
+        for thing, before in zip(mirrored.things, (a, b)):
+            assert replace(thing, left=before.left, top=before.top) == before
+
+
+def test_a_twin_differs_in_one_respect_which_is_half_of_the_time_the_relation():
+    """Training never draws the twin of one scene in six."""
+    rng = np.random.default_rng(0)
+    respects, nothing, related = [], 0, 0
+    for index in range(1500):
+        scene = make_scene(3, index)
+        twin = make_tiny.twin(scene, rng)
+        if twin is None:
+            nothing += 1
+            continue
+        assert not make_tiny.never_drawn(twin)
+        related += scene.relation != ""
+        if twin.relation != scene.relation:
+            assert twin == make_tiny.mirrored(scene)
+            respects.append("relation")
+            continue
+        if twin.word != scene.word:
+            assert replace(twin, word=scene.word) == scene
+            respects.append("word beside a thing" if scene.things else "word")
+            continue
+        for look in ("color", "shape"):
+            pairs = zip(twin.things, scene.things, strict=True)
+            things = [replace(new, **{look: getattr(old, look)}) for new, old in pairs]
+            if tuple(things) == scene.things:
+                assert replace(twin, things=scene.things) == scene != twin
+                respects.append(look)
+    assert len(respects) == 1500 - nothing and 0.1 < nothing / 1500 < 0.25
+    assert respects.count("relation") / related == pytest.approx(0.5, abs=0.08)
+    for name in ("color", "shape", "word", "word beside a thing"):
+        assert respects.count(name) > 10
+
+
+def shows(scene, picture):
+    """Whether a picture shows all that the full caption of a scene says, and nothing else."""
+    said = ["color", "size", "background"]
+    if scene.kind == "pair":
+        said.append("relation")
+    strict, _ = score(Case("", "", scene, said), picture)
+    if scene.kind == "word" and scene.things:
+        rows, _ = np.nonzero((picture == RGB[scene.things[0].color]).all(axis=2))
+        strict = strict and (rows.mean() < 32) == (scene.relation == "above")
+    return strict
+
+
+def test_pictures_of_a_scene_and_its_twin_show_what_their_own_caption_says_and_not_the_other():
+    rng = np.random.default_rng(0)
+    for index in range(100):
+        scene = make_scene(3, index)
+        twin = make_tiny.twin(scene, rng)
+        if twin is not None:
+            assert shows(scene, draw_scene(scene)) and shows(twin, draw_scene(twin))
+            assert not shows(scene, draw_scene(twin)) and not shows(twin, draw_scene(scene))
+
+
+def test_a_batch_for_clip_has_twins_and_its_near_misses_behind_all_captions(corpus, monkeypatch):
+    """Of 16 pictures, 2 are clothing, 2 emoji and 6 scenes with their twins, or with the next
+    scene."""
+    twins, given = [], []
+    make_twin = make_tiny.twin
+    monkeypatch.setattr(make_tiny, "twin", lambda *x: twins.append(make_twin(*x)) or twins[-1])
+    batches = make_tiny.ClipBatches(corpus, TOKENIZERS, 16)
+    tokenize = batches.tokenize_l
+    batches.tokenize_l = lambda texts, length: given.append(texts) or tokenize(texts, length)
+    images, ids_l, ids_g, same = batches(3)
     assert images.shape == (16, 3, 64, 64)
     assert ids_l.shape == ids_g.shape == (16 + 16 * 4, 20)
     sources = [source_of(image) for image in images]
-    assert [i for i, (name, _) in enumerate(sources) if name != "scene"] == [0, 4, 8, 12]
-    assert [sources[i][0] for i in (0, 4, 8, 12)] == ["clothing", "emoji", "clothing", "emoji"]
-    for i in (1, 2, 3, 15):
+    assert [name for name, _ in sources] == 2 * (["clothing", "emoji"] + 6 * ["scene"])
+    scenes = [i for i in range(0, 16, 2) if i % 8]
+    assert len(twins) == 6 and None in twins and any(twins)
+    for i, twin in zip(scenes, twins):
         assert torch.equal(images[i], to_tensor(draw_scene(make_scene(1, 3 * 16 + i))))
-    texts = texts_of(ids_l)
-    for i in (4, 12):
-        assert texts[i] == f"emoji {sources[i][1]}"
-    for i, (name, _) in enumerate(sources):
-        for text in texts[16 + 4 * i : 20 + 4 * i]:
-            assert text.startswith("emoji") == (name == "emoji")
-            assert (text == "a photo of a hat") == (name == "clothing")
-    expected = torch.eye(16)
-    expected[0, 8] = expected[8, 0] = 1
-    if sources[4] == sources[12]:
-        expected[4, 12] = expected[12, 4] = 1
-    assert torch.equal(same, expected)
+        twin = twin or make_scene(1, 3 * 16 + i + 1)
+        assert torch.equal(images[i + 1], to_tensor(draw_scene(twin)))
+        assert given[0][i + 1] in scene_captions(twin)
+    captions, texts = given[0][:16], texts_of(ids_l)
+    for i, (name, number) in enumerate(sources):
+        misses = given[0][16 + 4 * i : 20 + 4 * i]
+        assert captions[i] not in misses
+        if name == "emoji":
+            assert texts[i] == captions[i] == f"emoji {number}"
+            assert all(text.startswith("emoji ") for text in misses)
+        if name == "clothing":
+            assert captions[i] == CLOTHES[number % 2] and misses == 4 * [CLOTHES[1 - number % 2]]
+    for i, j in np.ndindex(16, 16):
+        assert same[i, j] == (captions[i] == captions[j])
 
 
 def test_clip_l_pads_with_the_end_token_and_clip_g_with_zeros(corpus):
@@ -239,14 +324,20 @@ def test_clip_l_pads_with_the_end_token_and_clip_g_with_zeros(corpus):
     assert (ids_l[:, 0] == 2046).all()
 
 
-def test_three_scenes_in_four_come_with_their_full_caption(corpus):
-    batches, rng = make_tiny.ClipBatches(corpus, TOKENIZERS, 1), np.random.default_rng(0)
+def test_three_times_in_four_a_scene_and_its_twin_both_have_their_full_captions(
+        corpus, monkeypatch):
+    twins = []
+    make_twin = make_tiny.twin
+    monkeypatch.setattr(make_tiny, "twin", lambda *x: twins.append(make_twin(*x)) or twins[-1])
+    batches, rng = make_tiny.ClipBatches(corpus, TOKENIZERS, 2), np.random.default_rng(0)
     full = 0
-    for index in range(1, 1600, 4):
-        short_and_full = scene_captions(make_scene(1, index))
-        caption = batches.sample(index, rng)[1]
-        assert caption in short_and_full
-        full += caption == short_and_full[1]
+    for index in range(400):
+        first, second = batches.scenes(index, rng)
+        scene, twin = make_scene(1, index), twins[-1] or make_scene(1, index + 1)
+        given = first[1], second[1]
+        short, long = zip(scene_captions(scene), scene_captions(twin))
+        assert given in (short, long)
+        full += given == long
     assert full / 400 == pytest.approx(0.75, abs=0.06)                # a short one can be as long
 
 
@@ -295,30 +386,40 @@ def test_clip_loss_adds_both_clips_and_its_scale_ends_at_100():
     """Radford et al. 2021, Sec. 2.5: logits are not scaled by more than 100."""
     def model(image, ids_l, ids_g):
         return contrastive_example(), contrastive_example()
-    batch = None, None, None, torch.eye(2)
+    model.parameters = weights
+    nothing = torch.zeros(0)
+    batch = nothing, nothing, nothing, torch.eye(2)
     model.temperature = torch.tensor(math.log(math.log(3)))
     second = -math.log(3 / 12) - math.log(3 / 6)
     assert make_tiny.clip_loss(model, batch)[1].item() == pytest.approx(second)
     model.temperature = torch.tensor(10.0)
-    batch = None, None, None, torch.eye(2).flip(0)                    # text 2 for picture 1
+    batch = nothing, nothing, nothing, torch.eye(2).flip(0)           # text 2 for picture 1
     expected = math.log(2) + 100
     assert make_tiny.clip_loss(model, batch)[0].item() == pytest.approx(expected)
 
 
 def test_swap_tests_score_one_for_who_finds_the_caption_and_zero_for_who_never_does(corpus):
-    """CLIP-L gives a picture the vector of its caption, CLIP-G that of the near miss."""
+    """CLIP-L gives a picture the vector of its caption, CLIP-G that of the near miss. Pictures of
+    twins, which come behind the pictures for the relation, get the other one of these."""
     table = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
-    seen, texts = [], []
+    seen, twins, texts = [], [], []
 
     def oracle(images, ids_l, ids_g):
-        seen.extend(images)
+        seen.extend(images[:8])
+        twins.extend(images[8:])
         texts.extend(texts_of(ids_l))
         text = torch.nn.functional.normalize(table[ids_l].flatten(1), dim=1)
         right, miss = text.chunk(2)
-        return (right, text), (miss, text)
+        large, huge = torch.cat([right, miss]), torch.cat([miss, right])
+        return (large[: len(images)], text), (huge[: len(images)], text)
 
     scores = make_tiny.swap_tests(oracle, make_tiny.ClipBatches(corpus, TOKENIZERS, 1), count=8)
-    assert scores == {"clip_l": dict.fromkeys(KINDS, 1.0), "clip_g": dict.fromkeys(KINDS, 0.0)}
+    names = [*KINDS, "picture by relation"]
+    assert scores == {"clip_l": dict.fromkeys(names, 1.0), "clip_g": dict.fromkeys(names, 0.0)}
+    related = [scene for scene in (make_scene(2, index) for index in range(64)) if scene.relation]
+    assert len(twins) == 8
+    for image, scene in zip(twins, related):
+        assert torch.equal(image, to_tensor(draw_scene(make_tiny.mirrored(scene))))
     training = [to_tensor(draw_scene(make_scene(1, index))) for index in range(64)]
     assert not any(torch.equal(image, other) for image in seen[:8] for other in training)
     complete = 0
@@ -426,8 +527,9 @@ def test_t5_loss_averages_over_the_tokens_of_each_sample():
         logits = torch.zeros(*target.shape, 4)
         logits[..., 2] = math.log(4)
         return logits
+    model.parameters = weights
     target = torch.tensor([[2, 3, 1, 0], [2, 0, 0, 0]])
-    loss = make_tiny.t5_loss(model, (None, target))
+    loss = make_tiny.t5_loss(model, (target, target))
     expected = torch.tensor([(math.log(7 / 4) + 2 * math.log(7)) / 3, math.log(7 / 4)])
     torch.testing.assert_close(loss, expected)
 
@@ -478,27 +580,31 @@ def test_a_small_picture_is_enlarged_to_fill_its_square():
     assert (square[104, 64, 0] - square[24, 64, 0]) / 80 == pytest.approx(1.25, abs=0.03)
 
 
-def test_squares_are_five_scenes_two_emoji_and_one_photograph_in_eight(corpus):
-    """Every fourth step has 2 squares of 128 px. Four of these go through the same eight places."""
-    batches = make_tiny.Squares(corpus, 100)
-    mixture = ["scene"] * 5 + ["emoji"] * 2 + ["clothing"]
+@pytest.mark.parametrize("size", [8, 16])
+def test_squares_are_five_scenes_two_emoji_and_one_photograph_in_eight(corpus, size):
+    """Every fourth step has a quarter as many, of 128 px. Four of these go through the same places.
+    No scene comes twice."""
+    batches = make_tiny.Squares(corpus, 100, size)
+    mixture = size // 8 * (["scene"] * 5 + ["emoji"] * 2 + ["clothing"])
     large = []
     for step in range(16):
         image, noise, _ = batches(step)
         names = [source_of(square)[0] for square in image]
         if step % 4 == 0:
-            assert image.shape == (2, 3, 128, 128) and noise.shape == (2, 16, 16, 16)
+            assert image.shape == (size // 4, 3, 128, 128)
+            assert noise.shape == (size // 4, 16, 16, 16)
             large += names
         else:
-            assert image.shape == (8, 3, 64, 64) and noise.shape == (8, 16, 8, 8)
+            assert image.shape == (size, 3, 64, 64) and noise.shape == (size, 16, 8, 8)
             assert names == mixture
-            first = to_tensor(draw_scene(make_scene(1, 16 * step)))
-            assert torch.equal(image[0], first)
+            for i in (0, 4, size - 4):
+                scene = make_scene(1, 2 * size * step + i)
+                assert torch.equal(image[i], to_tensor(draw_scene(scene)))
     assert large == mixture
 
 
 def test_noise_of_squares_is_standard_normal_and_another_one_at_each_step(corpus):
-    batches = make_tiny.Squares(corpus, 100)
+    batches = make_tiny.Squares(corpus, 100, 8)
     noise = torch.stack([batches(step)[1] for step in (1, 2, 3, 5)])
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
@@ -508,7 +614,7 @@ def test_noise_of_squares_is_standard_normal_and_another_one_at_each_step(corpus
 
 
 def test_the_last_tenth_of_the_steps_weighs_kl_ten_times_as_much(corpus):
-    batches = make_tiny.Squares(corpus, 40)
+    batches = make_tiny.Squares(corpus, 40, 8)
     weights = [batches(step)[2] for step in (0, 1, 20, 35, 36, 39)]
     assert weights == [5e-4] * 4 + [5e-3] * 2
 
@@ -571,6 +677,21 @@ def work(tmp_path, folder):
     return tmp_path
 
 
+def test_losses_compute_where_the_model_is(corpus, few_texts, monkeypatch):
+    """"meta" stands for a GPU: a tensor on it cannot meet one that stayed on the CPU."""
+    monkeypatch.setattr(make_tiny, "autocast", lambda *given: nullcontext())
+    for model, loss, batches in (
+            (make_tiny.Clips(), make_tiny.clip_loss, make_tiny.ClipBatches(corpus, TOKENIZERS, 8)),
+            (small_t5(), make_tiny.t5_loss, make_tiny.SpanBatches(corpus, TOKENIZERS, 8)),
+            (VAE(make_tiny.AUTOENCODER), make_tiny.autoencoder_loss,
+             make_tiny.Squares(corpus, 100, 8))):
+        losses = loss(model.to("meta"), batches(1))
+        losses.mean().backward()
+        assert losses.shape == (8,) and losses.device.type == "meta"
+        for parameter in model.parameters():
+            assert parameter.grad.device.type == "meta"
+
+
 def test_stage_t5_keeps_the_encoder_alone(work, folder, few_texts, monkeypatch):
     run(monkeypatch, "--data", folder, "--stage", "t5", "--steps", 1, "--work", work)
     T5Encoder(make_tiny.T5_CONFIG).load_state_dict(load_file(work / "t5.safetensors"))
@@ -579,20 +700,29 @@ def test_stage_t5_keeps_the_encoder_alone(work, folder, few_texts, monkeypatch):
 
 
 def test_stage_clip_trains_both_from_the_loss_of_chance(work, folder, monkeypatch):
-    """Among 4 texts and 4 near misses, and among 4 pictures, with logits all alike."""
-    make_batches = make_tiny.ClipBatches
-    monkeypatch.setattr(make_tiny, "ClipBatches", lambda *places: make_batches(*places[:2], 4))
+    """Among 8 texts and 4 near misses, and among 8 pictures, with logits all alike."""
     monkeypatch.setattr(make_tiny, "swap_tests", lambda clips, batches: {})
-    run(monkeypatch, "--data", folder, "--stage", "clip", "--steps", 1, "--work", work)
+    run(monkeypatch, "--data", folder, "--stage", "clip", "--steps", 1, "--work", work,
+        "--batch-size", 8)
     make_tiny.Clips().load_state_dict(load_file(work / "clip.safetensors"))
     log = json.loads((work / "clip-run" / "log.jsonl").read_text().splitlines()[0])
-    assert log["loss"] == pytest.approx(math.log(8) + math.log(4), rel=0.35)
+    assert log["loss"] == pytest.approx(math.log(12) + math.log(8), rel=0.35)
 
 
 def test_stage_vae_writes_an_autoencoder_of_sixteen_channels(work, folder, monkeypatch):
+    """It is the same one when other processes prepare the batches."""
     monkeypatch.setattr(make_tiny, "vae_quality", lambda vae, corpus: {})
-    run(monkeypatch, "--data", folder, "--stage", "vae", "--steps", 1, "--work", work)
-    VAE(make_tiny.AUTOENCODER).load_state_dict(load_file(work / "vae.safetensors"))
+    written = []
+    for workers in (0, 2):
+        run(monkeypatch, "--data", folder, "--stage", "vae", "--steps", 2, "--work", work,
+            "--workers", workers, "--device", "cpu")
+        written.append(load_file(work / "vae.safetensors"))
+        config = json.loads((work / "vae-run" / "config.json").read_text())["train"]
+        assert (config["steps"], config["batch_size"], config["device"]) == (2, 8, "cpu")
+        shutil.rmtree(work / "vae-run")
+    VAE(make_tiny.AUTOENCODER).load_state_dict(written[0])
+    for name, tensor in written[0].items():
+        torch.testing.assert_close(written[1][name], tensor)
     assert make_tiny.AUTOENCODER.latent_channels == 16
 
 
@@ -714,6 +844,8 @@ def test_assemble_keeps_the_autoencoder_of_another_model(work, folder, monkeypat
     (["--stage", "vae", "--data", "nowhere"], "--data nowhere: no such folder"),
     (["--stage", "vae", "--data", "."], "emoji does not exist or holds no picture"),
     (["--stage", "t5", "--data", "DATA", "--steps", "-1"], "steps"),
+    (["--stage", "vae", "--data", "DATA", "--batch-size", "12"], "12 is no multiple of 8"),
+    (["--stage", "vae", "--data", "DATA", "--device", "tpu"], "--device tpu is not on this"),
     (["--stage", "assemble", "--data", "DATA"], "safetensors"),
     (["--stage", "paint"], "invalid choice: 'paint'")])
 def test_what_a_user_gets_wrong_ends_in_one_sentence(
