@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import signal
 import tarfile
 import warnings
 from bisect import bisect
@@ -423,12 +424,18 @@ class Ahead:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else it warns of copies
             self.values = iter(DataLoader(
                 self, batch_size=None, sampler=range(step, 2**31), num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(), multiprocessing_context="fork"))
+                pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_ctrl_c,
+                multiprocessing_context="fork"))
         self.step = step + 1
         value = next(self.values)
         if isinstance(value, ValueError):
             raise value
         return value
+
+
+def outlive_ctrl_c(worker):
+    """Ctrl-C reaches all processes. This one goes on while the main one ends its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Batches:

@@ -8,6 +8,7 @@ Run         python encode.py --data PATH --out DIR --resolution 256 --buckets
             torchrun --nproc_per_node 8 encode.py ...  shared out; then train.py --data DIR
 """
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -238,8 +239,10 @@ class SceneBatches(Batches):
     """Batches of scenes that are drawn and encoded for their step, and never come again. With
     `buckets`, half of the batches are square. A GPU encodes faster than a CPU reads shards."""
     def __init__(self, vae, text, config, world):
-        self.vae, self.text, self.config, self.world = vae, text, config, world
+        self.text, self.config, self.world = text, config, world
         self.vae_config, self.text_config = vae.config, text.config
+        self.precision = pick_precision(config.precision, world.device)
+        self.vae = copy.deepcopy(vae).to(self.precision)              # faster than autocast
         self.ahead = Ahead(self.make, world.workers)
         self.resolution = config.resolution
         self.buckets = scene_buckets(config)
@@ -269,9 +272,9 @@ class SceneBatches(Batches):
     def inputs(self, stored, code_noise=None):
         """Pictures and tokens -> latent, context, pooled in fp32, on the device."""
         ids = dict(stored)
-        image = to_unit(ids.pop("pictures"), self.world.device)
-        with autocast(self.world.device, pick_precision(self.config.precision, self.world.device)):
-            mean, logvar = self.vae.encode_moments(image)             # (B, C, H, W) each
+        image = to_unit(ids.pop("pictures"), self.world.device).to(self.precision)
+        mean, logvar = self.vae.encode_moments(image)                 # (B, C, H, W) each
+        with autocast(self.world.device, self.precision):
             context, pooled = self.text.encode_ids(ids, len(image))
         code = sample_code(mean.float(), logvar.float(), code_noise)
         return normalize(code, self.vae_config), context.float(), pooled.float()

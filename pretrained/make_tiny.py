@@ -20,6 +20,7 @@ Not here    the MM-DiT, which train.py trains
 Run         python pretrained/make_tiny.py --data DATA --stage clip [--steps 3000] [--workers 8]
 """
 
+import copy
 import json
 import math
 import os
@@ -123,12 +124,12 @@ def scene_texts(count=8000):
 
 # ---- What the training of all networks has in common ---------------------------------------------
 def train(model, loss, batches, options, **settings):
-    """Trains the model of a stage, and returns its average on the CPU. settings: of TrainConfig."""
+    """Trains the model of a stage, and returns its average. settings: of TrainConfig."""
     config = TrainConfig(steps=options.steps, batch_size=options.batch_size, optimizer="adamw",
                          device=options.device, **settings)
     model = model.to(pick_device(options.device))
     run = Run(Path(options.work) / f"{options.stage}-run", config)
-    return fit(model, loss, Ahead(batches, options.workers), config, run).cpu()
+    return fit(model, loss, Ahead(batches, options.workers), config, run)
 
 
 def on_device(model, *tensors):
@@ -413,7 +414,7 @@ def swap_tests(clips, batches, count=500):
                     twins.append(to_tensor(draw_scene(mirrored(scene))))
         ids_l, _ = batches.tokenize_l(captions + wrong, TEXT.clip_length)
         ids_g, _ = batches.tokenize_g(captions + wrong, TEXT.clip_length)
-        vectors = clips(torch.stack(images + twins), ids_l, ids_g)
+        vectors = clips(*on_device(clips, torch.stack(images + twins), ids_l, ids_g))
         for name, (image, text) in zip(scores, vectors):
             right, miss = text.chunk(2)
             image, twin_image = image[: len(right)], image[len(right) :]
@@ -626,7 +627,7 @@ def vae_quality(vae, corpus, count=64):
     for name, pictures in sets.items():
         values = []
         for picture in pictures:
-            image = to_tensor(picture)[None]
+            image, = on_device(vae, to_tensor(picture)[None])
             values.append(psnr(image, vae.decode(vae.encode(image))).item())
         quality[name] = round(float(np.mean(values)), 2)
     return quality
@@ -652,8 +653,8 @@ def train_decoder(corpus, work, model, out, options):
     it is. So do the latents, and what the MM-DiT has learned of them."""
     parts = load_components(model)
     parts.vae.decoder.requires_grad_(True)
-    before = parts.vae.encoder.state_dict()             # It stays on the CPU.
-    parts.vae = fit_vae(parts.vae, corpus, options, 5e-4)
+    before = copy.deepcopy(parts.vae.encoder.state_dict())
+    parts.vae = fit_vae(parts.vae, corpus, options, 5e-4).cpu()
     for name, tensor in parts.vae.encoder.state_dict().items():
         if not torch.equal(tensor, before[name]):
             raise ValueError(f"{work / 'decoder-run'} is of another autoencoder; remove it or "
@@ -673,7 +674,7 @@ def latent_statistics(vae, count=2048):
     codes = []
     for start in range(0, count, 64):
         pictures = [to_tensor(draw_scene(make_scene(TRAIN_SEED, start + i))) for i in range(64)]
-        codes.append(vae.encode_moments(torch.stack(pictures))[0])
+        codes.append(vae.encode_moments(*on_device(vae, torch.stack(pictures)))[0])
     codes = torch.cat(codes)
     return codes.mean().item(), codes.std().item()
 
@@ -685,7 +686,7 @@ def load(network, file):
     return network.eval()
 
 
-def assemble(corpus, work, out, vae_from):
+def assemble(corpus, work, out, vae_from, device):
     """Writes everything but the MM-DiT into one bf16 file. Only metrics need the image towers, so
     they go into a second file. results/tiny-frozen.json says how good the networks are.
 
@@ -697,7 +698,7 @@ def assemble(corpus, work, out, vae_from):
         vae = load_components(vae_from, ("vae",)).vae
     else:
         vae = load(VAE(AUTOENCODER), work / "vae.safetensors")
-    mean, std = latent_statistics(vae)
+    mean, std = latent_statistics(vae.to(device))
     vae.config = replace(vae.config, vae_scale=1 / std, vae_shift=mean)
     out.mkdir(parents=True, exist_ok=True)
     networks = {"vae": vae, "clip_l": clips.clip_l, "clip_g": clips.clip_g, "t5": t5}
@@ -710,6 +711,7 @@ def assemble(corpus, work, out, vae_from):
     if out / "tokenizers" != work / "tokenizers":
         shutil.copytree(work / "tokenizers", out / "tokenizers", dirs_exist_ok=True)
     batches = ClipBatches(corpus, work / "tokenizers", 64)
+    clips = clips.to(device)
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "latents": {"mean": mean, "std": std},
@@ -795,7 +797,7 @@ def main():
     elif options.stage == "decoder":
         train_decoder(corpus, work, Path(options.encoders), out, options)
     else:
-        assemble(corpus, work, out, options.vae_from)
+        assemble(corpus, work, out, options.vae_from, pick_device(options.device))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import tarfile
 import time
@@ -747,6 +748,15 @@ def test_ahead_makes_values_in_other_processes_and_begins_anew_at_any_step():
     assert steps == (5, 6, 7, 8, 2, 3)
     assert os.getpid() not in processes and len(set(processes)) == 4          # two, twice
     assert Ahead(lambda step: (step, os.getpid()), workers=0)(5) == (5, os.getpid())
+
+
+def test_processes_that_make_batches_outlive_ctrl_c():
+    """It reaches them as well, while the main process still ends its step."""
+    made = Ahead(lambda step: os.getpid(), workers=1)
+    worker = made(0)
+    os.kill(worker, signal.SIGINT)
+    time.sleep(0.2)
+    assert [made(step) for step in range(1, 9)] == 8 * [worker]
 
 
 def test_an_error_in_another_process_keeps_its_sentence():
