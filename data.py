@@ -1,9 +1,8 @@
-"""data.py: pictures, captions, encoded shards, batches (SD3, arXiv:2403.03206v1, App. E.1).
+"""data.py: pictures, captions, encoded shards (SD3, arXiv:2403.03206v1, App. E.1).
 
-Read with   App. E.1 (resize, crop at the centre, encode once), Sec. 5.3.2 (batches of one size)
-Not here    the networks (vae.py, text_encoders.py), the making of shards (encode.py)
-Shapes      B batch   C latent channels   H W latent height, width   L CLIP tokens   L' T5 tokens
-            Pictures are uint8 RGB (height, width, 3); tensors are (3, height, width) in [-1, 1].
+Read with   App. E.1 (resize, crop at the centre, encode once), Sec. 5.3.2 (sizes of pictures)
+Not here    the making of shards (encode.py), batches (batches.py)
+Shapes      Pictures are uint8 RGB (height, width, 3); tensors are (3, height, width) in [-1, 1].
 Run         python encode.py --data PATH --out DIR     counts the pictures that cannot be used
 """
 
@@ -14,7 +13,6 @@ import json
 import math
 import os
 import re
-import signal
 import tarfile
 import warnings
 from bisect import bisect
@@ -28,11 +26,8 @@ import numpy as np
 import torch
 from PIL import ContainerIO, Image, ImageOps
 from safetensors import safe_open
-from torch.utils.data import DataLoader
 
 from options import MAX_TEXT, read_lines
-from text_encoders import combine, drop_encoders
-from vae import normalize, sample_code
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")          # Pillow tries no other decoder.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -385,143 +380,3 @@ class EncodedFolder:
             if share < len(group):
                 rest.groups.append(group[share:])
         return rest, first
-
-
-# ---- Batches (Sec. 5.3.2, App. B.3) --------------------------------------------------------------
-
-@dataclass
-class Batch:
-    """This process's share of one step, on its device."""
-    latent: torch.Tensor        # (B, C, H, W) clean, drawn from the VAE's Gaussian
-    context: torch.Tensor       # (B, L + L', context_dim)
-    pooled: torch.Tensor        # (B, pooled_dim)
-    noise: torch.Tensor         # (B, C, H, W)
-    uniform: torch.Tensor       # (B,) in (0, 1), on the CPU: becomes t by the density's quantile
-
-    def split(self, parts):
-        """Equal parts, one after the other."""
-        pieces = [tensor.chunk(parts) for tensor in vars(self).values()]
-        return [Batch(*piece) for piece in zip(*pieces)]
-
-
-class Ahead:
-    """make(step) for one step after the other. With `workers`, that many processes make the values
-    of the next steps in advance. They are copies of this process, so make must not touch a GPU."""
-    def __init__(self, make, workers):
-        self.make, self.workers = make, workers
-        self.step = None                                # the next one of the workers
-
-    def __getitem__(self, step):
-        try:
-            return self.make(step)
-        except ValueError as problem:                   # It crosses over as a value, in one piece.
-            return problem
-
-    def __call__(self, step):
-        if self.workers == 0:
-            return self.make(step)
-        if step != self.step:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else it warns of copies
-            self.values = iter(DataLoader(
-                self, batch_size=None, sampler=range(step, 2**31), num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_ctrl_c,
-                multiprocessing_context="fork"))
-        self.step = step + 1
-        value = next(self.values)
-        if isinstance(value, ValueError):
-            raise value
-        return value
-
-
-def outlive_ctrl_c(worker):
-    """Ctrl-C reaches all processes. This one goes on while the main one ends its step and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class Batches:
-    """batches(step) is this process's share of a batch. Every draw is keyed by (seed, step, index
-    in the whole batch), so there is no state. config: train.TrainConfig. world: devices.World."""
-    def __init__(self, folder, vae_config, text_config, config, world):
-        self.folder, self.config, self.world = folder, config, world
-        self.vae_config, self.text_config = vae_config, text_config
-        self.ahead = Ahead(self.make, world.workers)
-        self.epochs = {}
-        self.per_epoch = len(self.epoch(0))
-
-    def epoch(self, number):
-        """The batches of an epoch, (B,) sample numbers each. Fewer than B pictures repeat."""
-        if number not in self.epochs:
-            rng = np.random.default_rng((self.config.seed, 1, number))
-            batches = []
-            for group in self.folder.groups:
-                count = max(1, len(group) // self.config.batch_size)
-                batches.extend(np.resize(rng.permutation(group), (count, self.config.batch_size)))
-            order = rng.permutation(len(batches))
-            self.epochs = {number: [batches[i] for i in order]}
-        return self.epochs[number]
-
-    def indices(self, step):
-        """The sample numbers of this process's share of a step."""
-        epoch, place = divmod(step, self.per_epoch)
-        share = self.config.batch_size // self.world.size
-        first = self.world.rank * share
-        return self.epoch(epoch)[place][first : first + share].tolist()
-
-    def make(self, step):
-        """What the CPU does for a step: (samples as `inputs` wants them, draws, noise)."""
-        indices = self.indices(step)
-        shard, _ = self.folder.find(indices[0])
-        draws, noise = self.draw(step, shard["moments"].shape[1:])
-        rows = []
-        for index, draw in zip(indices, draws):
-            captions = self.folder.caption_rows(index)
-            rows.append(pick_caption(captions, draw[1], self.config.full_captions))
-        return self.folder.read(indices, rows), draws, noise
-
-    def draw(self, step, shape):
-        """(B, 5) numbers in [0, 1) for t, caption, three encoders; noise (B, *shape)."""
-        share = self.config.batch_size // self.world.size
-        draws, noise = [], []
-        for number in range(self.world.rank * share, (self.world.rank + 1) * share):
-            rng = np.random.default_rng((self.config.seed, 2, step, number))
-            draws.append(rng.random(5))
-            noise.append(rng.standard_normal(shape, np.float32))
-        return torch.from_numpy(np.stack(draws)), torch.from_numpy(np.stack(noise))
-
-    def __call__(self, step):
-        """The Batch of a step: samples, one caption each, noise, dropped encoders."""
-        stored, draws, noise = self.ahead(step)
-        noise, code_noise = noise.to(self.world.device).chunk(2, dim=1)       # (B, C, H, W) each
-        latent, context, pooled = self.inputs(stored, code_noise)
-        draws = draws.float()
-        keep = (draws[:, 2:] >= self.config.encoder_dropout).to(self.world.device)     # (B, 3)
-        context, pooled = drop_encoders(context, pooled, keep, self.text_config)
-        return Batch(latent, context, pooled, noise, draws[:, 0].clamp(1e-6, 1 - 1e-6))
-
-    def inputs(self, stored, code_noise=None):
-        """What `read` gives -> latent, context, pooled in fp32, on the device."""
-        tensors = {name: part.to(self.world.device).float() for name, part in stored.items()}
-        mean, logvar = tensors.pop("moments").chunk(2, dim=1)         # (B, C, H, W) each
-        code = sample_code(mean, logvar, code_noise)
-        context, pooled = combine(**tensors)
-        return normalize(code, self.vae_config), context, pooled
-
-    def validation(self, count):
-        """Yield (latent, context, pooled, noise) of `count` samples in batches of one size, no
-        larger than those of training, which fit into memory."""
-        _, chosen = self.folder.split(count)
-        together = self.config.batch_size // self.world.size // self.config.accumulate
-        for group in chosen.groups:
-            rng = torch.Generator().manual_seed(self.config.seed)
-            for start in range(0, len(group), together):
-                part = group[start : start + together]
-                rows = [self.folder.caption_rows(index)[-1] for index in part]
-                latent, context, pooled = self.inputs(self.folder.read(part, rows))
-                yield latent, context, pooled, torch.randn(latent.shape, generator=rng).to(latent)
-
-
-def pick_caption(captions, draw, full_share):
-    """(short, full): full with chance `full_share` (Sec. 5.2.2). Else each is equally likely."""
-    if len(captions) == 2:
-        return captions[int(draw < full_share)]
-    return captions[int(draw * len(captions))]

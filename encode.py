@@ -8,7 +8,6 @@ Run         python encode.py --data PATH --out DIR --resolution 256 --buckets
             torchrun --nproc_per_node 8 encode.py ...  shared out; then train.py --data DIR
 """
 
-import copy
 import fcntl
 import hashlib
 import json
@@ -28,19 +27,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import scenes
+from batches import scene_buckets, to_unit
 from checkpoints import FROZEN, SHIPPED, find_model_file, fingerprint, load_components, portable
 from data import (
-    Ahead, Batches, EncodedFolder, ImageFiles, aspect_buckets, check_problems, nearest_bucket,
-    pick_caption, readable, shard_hash)
+    EncodedFolder, ImageFiles, aspect_buckets, check_problems, nearest_bucket, readable, shard_hash)
 from devices import World, autocast, command, pick_precision
 from options import check_options, option, read_options, write_atomically, write_json
-from scenes import HELD_OUT_SEED, Scenes, draw_scene, make_scene, scene_captions
-from vae import normalize, sample_code
-
-
-def to_unit(pictures, device):
-    """uint8 (n, height, width, 3) -> (n, 3, height, width) in [-1, 1], on the device."""
-    return (pictures.to(device).float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+from scenes import HELD_OUT_SEED, Scenes
 
 
 def encode_images(images, vae, device, precision):
@@ -233,58 +226,6 @@ def encode_folder(source, folder, encoders_file, resolution, world, buckets=(), 
             write_index(index, lines, folder, source)
         world.gather(None)                              # The index is there.
         return EncodedFolder(folder, frozen)            # before another run can write its index
-
-
-class SceneBatches(Batches):
-    """Batches of scenes that are drawn and encoded for their step, and never come again. With
-    `buckets`, half of the batches are square. A GPU encodes faster than a CPU reads shards."""
-    def __init__(self, vae, text, config, world):
-        self.text, self.config, self.world = text, config, world
-        self.vae_config, self.text_config = vae.config, text.config
-        self.precision = pick_precision(config.precision, world.device)
-        self.vae = copy.deepcopy(vae).to(self.precision)              # faster than autocast
-        self.ahead = Ahead(self.make, world.workers)
-        self.resolution = config.resolution
-        self.buckets = scene_buckets(config)
-        self.sizes = [f"{height}x{width}" for height, width in self.buckets]         # px
-        self.longest_side = max(max(size) for size in self.buckets)
-
-    def __len__(self):
-        return 0
-
-    def make(self, step):
-        """What the CPU does for a step: (pictures and tokens, draws, noise)."""
-        rng = np.random.default_rng((self.config.seed, 3, step))
-        height, width = rng.choice([self.buckets[0], *self.buckets]).tolist()
-        f = self.vae_config.downsampling
-        shape = (2 * self.vae_config.latent_channels, height // f, width // f)
-        draws, noise = self.draw(step, shape)
-        first = step * self.config.batch_size + self.world.rank * len(draws)
-        pictures, texts = [], []
-        for index, draw in enumerate(draws, first):
-            scene = make_scene(self.config.seed, index, height, width)
-            pictures.append(draw_scene(scene))
-            texts.append(pick_caption(scene_captions(scene), draw[1], self.config.full_captions))
-        stored = self.text.tokenize(texts) | {"pictures": torch.from_numpy(np.stack(pictures))}
-        return stored, draws, noise
-
-    @torch.no_grad()
-    def inputs(self, stored, code_noise=None):
-        """Pictures and tokens -> latent, context, pooled in fp32, on the device."""
-        ids = dict(stored)
-        image = to_unit(ids.pop("pictures"), self.world.device).to(self.precision)
-        mean, logvar = self.vae.encode_moments(image)                 # (B, C, H, W) each
-        with autocast(self.world.device, self.precision):
-            context, pooled = self.text.encode_ids(ids, len(image))
-        code = sample_code(mean.float(), logvar.float(), code_noise)
-        return normalize(code, self.vae_config), context.float(), pooled.float()
-
-
-def scene_buckets(config):
-    """The sizes (height, width) of scenes, the square one first."""
-    S = config.resolution
-    wide = S * 3 // 2
-    return ((S, S), (S, wide), (wide, S)) if config.buckets else ((S, S),)
 
 
 def encoded(config, world, count, until=np.inf):

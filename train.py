@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 import devices
+from batches import Batches, SceneBatches
 from checkpoints import (
     FROZEN, SHIPPED, find_model_file, fingerprint, load_components, portable, run_encoders)
-from data import Batches
 from devices import World, pick_precision, whole
-from encode import SceneBatches, encoded
+from encode import encoded
 from flow import density, rectified_flow_loss, shift_time, validate
 from geneval import format_scores, geneval
 from mmdit import MMDiT, MMDiTConfig, count_parameters, load_weights, model_sizes

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from batches import Batch, Batches
 from checkpoints import SHIPPED, load_components
-from data import Batch, Batches
 from devices import World, autocast, pick_device, pick_precision
 from encode import encode_folder
 from flow import density

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from data import Batches, EncodedFolder, shard_hash
+from batches import Batches
+from data import EncodedFolder, shard_hash
 from text_encoders import TextConfig
 from vae import VAEConfig
 

@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoints import SHIPPED, find_model_file, portable
-from data import Batches
+from batches import Batches
 from devices import World, command, pick_precision
 from flow import density
 from geneval import GENEVAL_TASKS, geneval_cases, success_rates

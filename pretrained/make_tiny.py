@@ -44,8 +44,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from batches import Ahead
 from checkpoints import SHIPPED, load_components, save_networks
-from data import Ahead, ImageFiles, read_image, read_lines, resize_and_crop, to_tensor
+from data import ImageFiles, read_image, read_lines, resize_and_crop, to_tensor
 from devices import autocast, command, pick_device
 from metrics import CLIPImageConfig, CLIPImageEncoder, psnr
 from options import check_options, option, read_options

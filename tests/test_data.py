@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import data
+from batches import Ahead, Batches, pick_caption
 from data import (
-    MAX_TEXT, Ahead, Batches, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
-    clean_captions, from_tensor, nearest_bucket, pick_caption, read_image, read_lines, readable,
-    resize_and_crop, to_tensor)
+    MAX_TEXT, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
+    clean_captions, from_tensor, nearest_bucket, read_image, read_lines, readable,
+    resize_and_crop, shard_hash, to_tensor)
 from flow import LogitNormal
 from text_encoders import TextConfig
 from vae import VAEConfig
@@ -651,7 +651,7 @@ def write_shards(folder, sizes, captions=("short", "full")):
         tensors["caption_start"] = torch.arange(0, rows + 1, len(captions))
         texts = [f"{text} {number}.{i}" for i in range(count) for text in captions]
         file = folder / f"shard-{number:05}.safetensors"
-        about = {"captions": texts, "hash": data.shard_hash(tensors, texts)}
+        about = {"captions": texts, "hash": shard_hash(tensors, texts)}
         save_file(tensors, file, {"shard": json.dumps(about)})
         lines.append({"file": file.name, "height": 8 * H, "width": 8 * W, "count": count})
     index = {"encoders": {"path": "some/model", "fingerprint": "abc"}, "resolution": 32,
@@ -827,8 +827,8 @@ def test_t_and_the_caption_and_each_dropped_encoder_are_independent(tmp_path, mo
         keeps.append(keep)
         return context, pooled
 
-    monkeypatch.setattr(data, "pick_caption", pick)
-    monkeypatch.setattr(data, "drop_encoders", drop)
+    monkeypatch.setattr("batches.pick_caption", pick)
+    monkeypatch.setattr("batches.drop_encoders", drop)
     batches = make_batches(EncodedFolder(write_shards(tmp_path / "a", [(64, 4, 4)])), batch_size=64,
                            encoder_dropout=0.5)
     for step in range(40):
@@ -850,7 +850,7 @@ def test_t_is_never_quite_0_or_1(mixed, monkeypatch, draw):
 
     batches = make_batches(EncodedFolder(mixed))
     batches.epoch(0)
-    monkeypatch.setattr(data.np.random, "default_rng", Extreme)
+    monkeypatch.setattr(np.random, "default_rng", Extreme)
     uniform = batches(0).uniform
     assert abs(uniform - draw).tolist() == pytest.approx([1e-6] * 4, rel=0.05)
     t = LogitNormal().quantile(uniform)

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import encode
+from batches import SceneBatches
 from checkpoints import SHIPPED, load_components, save_networks
 from data import EncodedFolder, ImageFiles, aspect_buckets, from_tensor, nearest_bucket, to_tensor
-from encode import EncodeConfig, SceneBatches, encode_folder, encode_shard, encoded
+from encode import EncodeConfig, encode_folder, encode_shard, encoded
 from scenes import HELD_OUT_SEED, Scenes
 from text_encoders import TextConfig
 from vae import VAE, VAEConfig

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(ROOT.glob("*.py"))
 LAYERS = [{"flow", "mmdit", "vae", "text_encoders", "scenes", "devices", "options"},
-          {"formulations", "data", "checkpoints"},
+          {"formulations", "data", "checkpoints", "batches"},
           {"convert", "encode", "recipe", "run_folder", "metrics"},
           {"sample", "report"},
           {"geneval"},

@@ -27,7 +27,7 @@ import devices
 import run_folder
 import train
 from checkpoints import FROZEN, SHIPPED, fingerprint
-from data import Batch, Batches
+from batches import Batch, Batches
 from encode import encoded
 from flow import density
 from mmdit import MMDiT, MMDiTConfig
