@@ -208,7 +208,7 @@ class Ahead:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else it warns of copies
             self.values = iter(DataLoader(
                 self, batch_size=None, sampler=range(step, 2**31), num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_ctrl_c,
+                pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,
                 multiprocessing_context="fork"))
         self.step = step + 1
         value = next(self.values)
@@ -223,6 +223,7 @@ def stop_workers(ahead):
         ahead().values = None
 
 
-def outlive_ctrl_c(worker):
+def outlive_signals(worker):
     """Ctrl-C reaches all processes. This one goes on while the main one ends its step and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -4,8 +4,9 @@ import io
 import json
 import os
 import re
-import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import warnings
@@ -750,13 +751,23 @@ def test_ahead_makes_values_in_other_processes_and_begins_anew_at_any_step():
     assert Ahead(lambda step: (step, os.getpid()), workers=0)(5) == (5, os.getpid())
 
 
-def test_processes_that_make_batches_outlive_ctrl_c():
-    """It reaches them as well, while the main process still ends its step."""
-    made = Ahead(lambda step: os.getpid(), workers=1)
-    worker = made(0)
-    os.kill(worker, signal.SIGINT)
-    time.sleep(0.2)
-    assert [made(step) for step in range(1, 9)] == 8 * [worker]
+AHEAD = """
+import os, signal, time
+from batches import Ahead
+ahead = Ahead(lambda step: os.getpid(), workers=1)
+worker = ahead(0)
+os.kill(worker, signal.SIGINT)
+os.kill(worker, signal.SIGTERM)
+time.sleep(0.2)
+print([ahead(step) for step in range(1, 9)] == 8 * [worker])
+"""
+
+
+def test_processes_that_make_batches_outlive_signals_but_not_the_program():
+    """Ctrl-C reaches them as well, while the main process still ends its step."""
+    ended = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, capture_output=True, text=True,
+                           timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
 
 
 def test_an_error_in_another_process_keeps_its_sentence():
