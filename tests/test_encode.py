@@ -582,3 +582,14 @@ def test_ranks_share_a_drawn_batch_and_a_step_is_the_same_whenever_it_comes():
     for name, tensor in vars(whole).items():
         joined = torch.cat([getattr(half, name) for half in halves])
         torch.testing.assert_close(joined, tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_draw_picks_the_caption_of_a_new_scene():
+    """The first one becomes t, which must not depend on the caption."""
+    batches = scene_batches(full_captions=0.5, batch_size=32)
+    texts = []
+    batches.text.tokenize = lambda found: texts.extend(found) or {}
+    _, draws, _ = batches.make(0)
+    for index in range(32):
+        captions = Scenes(32, 5).captions(index)
+        assert texts[index] == captions[int(draws[index, 1] < 0.5)]
