@@ -764,7 +764,7 @@ class Options:
     vae_from: str = option("", "assemble: keep the autoencoder of this model")
     run: str = option("", "ship: a run folder of train.py")
     encoders: str = option(str(SHIPPED), "ship, decoder: the model with the frozen networks")
-    guidance_scale: float = option(2.5, "ship: that which evaluate.py scores best")
+    guidance_scale: float = option(3.0, "ship: that which evaluate.py scores best")
     out: str = option(str(SHIPPED), "assemble, ship, decoder: folder of the model")
 
     def __post_init__(self):
