@@ -50,7 +50,7 @@ class Batches:
         self.per_epoch = len(self.epoch(0))
 
     def epoch(self, number):
-        """The batches of an epoch, (B,) sample numbers each. Fewer than B pictures repeat."""
+        """The batches of an epoch, (B,) sample numbers each. Fewer than B of a size repeat."""
         if number not in self.epochs:
             rng = np.random.default_rng((self.config.seed, 1, number))
             batches = []
@@ -80,7 +80,8 @@ class Batches:
         return self.folder.read(indices, rows), draws, noise
 
     def draw(self, step, shape):
-        """(B, 5) numbers in [0, 1) for t, caption, three encoders; noise (B, *shape)."""
+        """For each sample of this process, five numbers in [0, 1) for t, caption and encoders,
+        and noise of this shape: C channels for Eq. 1, then C for the VAE's code."""
         share = self.config.batch_size // self.world.size
         draws, noise = [], []
         for number in range(self.world.rank * share, (self.world.rank + 1) * share):
@@ -130,8 +131,8 @@ def pick_caption(captions, draw, full_share):
 
 # ---- From new scenes -----------------------------------------------------------------------------
 class SceneBatches(Batches):
-    """Batches of scenes that are drawn and encoded for their step, and never come again. With
-    `buckets`, half of the batches are square. A GPU encodes faster than a CPU reads shards."""
+    """Batches of scenes that are drawn and encoded for their step. In a run no scene comes twice.
+    With `buckets`, half of the batches are square. Nothing waits on a disk: this is for GPUs."""
     def __init__(self, vae, text, config, world):
         self.text, self.config, self.world = text, config, world
         self.vae_config, self.text_config = vae.config, text.config
@@ -192,20 +193,21 @@ class Ahead:
     of the next steps in advance. They are copies of this process, so make must not touch a GPU."""
     def __init__(self, make, workers):
         self.make, self.workers = make, workers
-        self.values = self.step = None                  # of the workers; the next one of them
+        self.values = None                              # iterates over what the workers make
+        self.step = None                                # of the next value
         atexit.register(stop_workers, weakref.ref(self))
 
     def __getitem__(self, step):
         try:
             return self.make(step)
-        except ValueError as problem:                   # It crosses over as a value, in one piece.
+        except ValueError as problem:                   # A worker returns it, the loop raises it.
             return problem
 
     def __call__(self, step):
         if self.workers == 0:
             return self.make(step)
         if step != self.step:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # else it warns of copies
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # Else it warns.
             self.values = iter(DataLoader(
                 self, batch_size=None, sampler=range(step, 2**31), num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,
@@ -218,7 +220,7 @@ class Ahead:
 
 
 def stop_workers(ahead):
-    """Ends the processes of an Ahead, a weak reference, before Python ends and they are killed."""
+    """Stops the workers before Python ends. ahead: a weak reference to an Ahead."""
     if ahead() is not None:
         ahead().values = None
 

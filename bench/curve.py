@@ -3,7 +3,7 @@
 Each point is a run of its own, from scratch, because the rate falls over the last 80 % of any run,
 however long. Cached encodings are thrown away first, so that the minutes count everything.
 
-Run         python bench/curve.py --minutes 2.5 5 10     writes results/curve.json and curve.png
+Run         python bench/curve.py --minutes 2.5 5 10     writes results/curve.json, curve.png
 """
 
 import argparse
@@ -84,8 +84,9 @@ def main():
         folder = ROOT / options.folder / f"{minutes:g}-minutes"
         points.append(train(minutes, folder))
         write_json(options.out, {"points": points})
-        picture = Path(options.out).with_suffix(".png")
-        write_atomically(picture, partial(draw(points).savefig, format="png", dpi=120))
+        if len(points) > 1:
+            picture = Path(options.out).with_suffix(".png")
+            write_atomically(picture, partial(draw(points).savefig, format="png", dpi=120))
     for point in points:
         print(f"{point['minutes']:g} minutes, {point['pictures']} pictures: validation "
               f"{point['validation']:.3f}, strict {point['strict']:.3f}, lax {point['lax']:.3f}")

@@ -125,7 +125,7 @@ def scene_texts(count=8000):
 
 # ---- What the training of all networks has in common ---------------------------------------------
 def train(model, loss, batches, options, **settings):
-    """Trains the model of a stage, and returns its average. settings: of TrainConfig."""
+    """Trains the model of a stage, and returns the average of its weights over time."""
     config = TrainConfig(steps=options.steps, batch_size=options.batch_size, optimizer="adamw",
                          device=options.device, **settings)
     model = model.to(pick_device(options.device))
@@ -274,7 +274,7 @@ def mirrored(scene):
 
 def twin(scene, rng):
     """A scene that differs from this one in one respect and can be drawn. Half of the time it is
-    the relation, if there is one. None if training never draws that scene.
+    the relation, if there is one. None if that scene is held out of training.
 
     Size and count are left out. For another size or number, things would need other places.
     """
@@ -294,9 +294,9 @@ class ClipBatches:
     ids (B + B * NEAR_MISSES, L): the B captions, then the near misses of each picture. They differ
     in their padding. same: 1 where two captions are equal, otherwise 0.
 
-    Of eight pictures one shows clothing and one is an emoji. Their near misses are captions of
-    others. Then come three scenes, each with its twin. A picture chooses between its caption and
-    its near misses; a caption chooses between its picture and that of its twin.
+    Of eight samples the first shows clothing, the second an emoji, and the others are three scenes
+    with their twins. Near misses of clothing and emoji are captions of other pictures. A picture
+    chooses among the B captions and its own near misses, a caption among the B pictures.
     """
     def __init__(self, corpus, tokenizers, size):
         self.corpus = corpus
@@ -305,7 +305,7 @@ class ClipBatches:
         self.tokenize_g = CLIPTokenizer(tokenizers / "clip", padding=0)
 
     def scenes(self, index, rng):
-        """[(picture, caption, near misses)] of a scene and its twin, or of two scenes if there is
+        """[(picture, caption, near misses)] of a scene and its twin, or of another scene if it has
         none. Three times in four both have their full captions."""
         first = make_scene(TRAIN_SEED, index)
         second = twin(first, rng) or make_scene(TRAIN_SEED, index + 1)
@@ -399,7 +399,7 @@ def clip_loss(model, batch):
 @torch.no_grad()
 def swap_tests(clips, batches, count=500):
     """{clip: {respect: share of held-out scenes that prefer their full caption to a near miss}}.
-    "picture by relation" is the share of captions that prefer their picture to that of the twin."""
+    "picture by relation": captions that prefer their picture to that of the mirrored scene."""
     scores = {"clip_l": {}, "clip_g": {}}
     for respect in RESPECTS:
         images, twins, captions, wrong = [], [], [], []
