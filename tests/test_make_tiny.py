@@ -876,8 +876,8 @@ def test_the_commands_of_the_readme_are_options(folder, monkeypatch, tmp_path):
     text = (SHIPPED / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     for line in text.splitlines():
-        for part in line.split("&&"):
-            if part.strip().startswith("$make"):
-                run(monkeypatch, "--data", folder, *shlex.split(part)[1:])
-    assert stages == ["train_tokenizers", "train_clips", "train_t5", "assemble", "ship", "ship",
+        if line.startswith("$make"):
+            line = line.split(" &")[0]                       # Some go on in the background.
+            run(monkeypatch, "--data", folder, *shlex.split(line)[1:])
+    assert stages == ["train_tokenizers", "train_clips", "train_t5", "train_vae", "assemble",
                       "ship", "train_decoder"]

@@ -347,7 +347,7 @@ def test_t5_length_is_an_argument_of_load(pipeline):
     ({"skip_layers": [7, 99]}, "this model's blocks are 0 to"),
     ({"height": 40}, "multiples of 16 px"),
     ({"width": 70}, "multiples of 16 px"),
-    ({"height": 1024, "width": 1024}, "at most 256x256 px")])
+    ({"height": 1024, "width": 1024}, "at most 128x128 px")])
 def test_impossible_settings_are_named(pipeline, wrong, words):
     with pytest.raises(ValueError, match=words):
         generate(pipeline, PROMPT, **wrong)
