@@ -145,7 +145,7 @@ class SceneBatches(Batches):
         self.longest_side = max(max(size) for size in self.buckets)
 
     def __len__(self):
-        return 0
+        return 0                                                      # Nothing is stored.
 
     def make(self, step):
         """What the CPU does for a step: (pictures and tokens, draws, noise)."""
@@ -207,7 +207,7 @@ class Ahead:
         if self.workers == 0:
             return self.make(step)
         if step != self.step:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # Else it warns.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # or it warns of copies
             self.values = iter(DataLoader(
                 self, batch_size=None, sampler=range(step, 2**31), num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,

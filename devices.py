@@ -52,7 +52,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
-        self.workers = 0                         # processes that prepare its batches (data.Ahead)
+        self.workers = 0                         # processes that make batches (batches.Ahead)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)

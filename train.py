@@ -53,7 +53,7 @@ class TrainConfig:
     init: str = option("", "a model whose MM-DiT a new run starts from (fine-tuning)")
     data: str = option("", "captioned pictures, or the --out of encode.py; empty: drawn scenes")
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
-    num_scenes: int = option(16384, "scenes to encode, at most; 0: none comes twice", 0, 10**8)
+    num_scenes: int = option(16384, "scenes to encode, at most; 0: new ones each step", 0, 10**8)
     resolution: int = option(64, "px per side, a multiple of 16", 16, 4096)
     buckets: bool = option(False, "scenes of 2:3 and 3:2 as well, as encode.py (Sec. 5.3.2)")
     depth: int = option(4, "the size of MM-DiT; its width is 64 * depth (Sec. 4)", 1, 128)
@@ -183,7 +183,7 @@ Inputs = namedtuple("Inputs", "batches unseen training held_out vae text sizes p
 def read_inputs(config, world, start=None) -> Inputs:
     """Encodes what no earlier run has encoded, and opens it. start: the model of --init."""
     count = (config.steps * config.batch_size) or int(2000 * config.minutes)
-    count = min(config.num_scenes, max(64, count))               # no more than the run needs
+    count = min(config.num_scenes, max(64, count))               # No more than the run needs.
     until = math.inf if config.steps else STARTED + 15 * config.minutes     # a quarter of all
     training, held_out = encoded(config, world, count, until)
     config = replace(config, resolution=held_out.resolution)

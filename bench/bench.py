@@ -152,6 +152,8 @@ def main():
     options = parser.parse_args()
     if min(options.depth, options.batch_size, options.trials, *options.text_tokens) < 1:
         parser.error("--depth, --batch-size, --text-tokens and --trials must be 1 or more")
+    if options.resolution < 16 or options.resolution % 16:
+        parser.error(f"--resolution {options.resolution} is not a multiple of 16 px")
     device = pick_device()
     precision = pick_precision("auto", device)
     peak = matmul_peak(device, precision)

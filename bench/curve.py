@@ -3,7 +3,8 @@
 Each point is a run of its own, from scratch, because the rate falls over the last 80 % of any run,
 however long. Cached encodings are thrown away first, so that the minutes count everything.
 
-Run         python bench/curve.py --minutes 2.5 5 10     writes results/curve.json, curve.png
+Run         python bench/curve.py --minutes 2.5 5 10     writes results/curve.json and, from two
+            points on, curve.png
 """
 
 import argparse

@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, find_model_file, portable
 from batches import Batches
+from checkpoints import SHIPPED, find_model_file, portable
 from data import ImageFiles
 from devices import World, command, pick_precision
 from evaluate import draw_paths

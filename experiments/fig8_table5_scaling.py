@@ -37,8 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import FROZEN, SHIPPED, find_model_file, fingerprint, portable
 from batches import Batches
+from checkpoints import FROZEN, SHIPPED, find_model_file, fingerprint, portable
 from devices import World, command, pick_precision
 from evaluate import draw_paths
 from flow import density, validate

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, find_model_file, load_components, portable, save_networks
 from batches import Batches
+from checkpoints import SHIPPED, find_model_file, load_components, portable, save_networks
 from data import ImageFiles, from_tensor, to_tensor
 from devices import World, command, pick_precision
 from flow import density

@@ -31,8 +31,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, find_model_file, portable
 from batches import Batches
+from checkpoints import SHIPPED, find_model_file, portable
 from devices import World, command, pick_precision
 from flow import density
 from geneval import GENEVAL_TASKS, geneval_cases, success_rates

@@ -633,11 +633,11 @@ def test_autoencoder_loss_is_l1_and_weighted_kl_for_each_picture():
 
 class Pretended:
     """An autoencoder whose code is the picture and which makes it darker by 0.2, where it can."""
-    def parameters(self):
-        return iter([torch.zeros(1)])
-
     def __init__(self):
         self.sizes = set()
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
 
     def encode(self, image):
         self.sizes.add(tuple(image.shape))

@@ -26,8 +26,8 @@ from torch import nn
 import devices
 import run_folder
 import train
-from checkpoints import FROZEN, SHIPPED, fingerprint
 from batches import Batch, Batches
+from checkpoints import FROZEN, SHIPPED, fingerprint
 from encode import encoded
 from flow import density
 from mmdit import MMDiT, MMDiTConfig
