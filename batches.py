@@ -9,9 +9,9 @@ Shapes      B batch   C latent channels   H W latent height, width   L CLIP toke
 import atexit
 import copy
 import os
-import signal
 import weakref
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Batches:
     def __init__(self, folder, vae_config, text_config, config, world):
         self.folder, self.config, self.world = folder, config, world
         self.vae_config, self.text_config = vae_config, text_config
-        self.ahead = Ahead(self.make, world.workers)
+        self.ahead = Ahead(weakly(self.make), world.workers)
         self.epochs = {}
         self.per_epoch = len(self.epoch(0))
 
@@ -138,7 +138,7 @@ class SceneBatches(Batches):
         self.vae_config, self.text_config = vae.config, text.config
         self.precision = pick_precision(config.precision, world.device)
         self.vae = copy.deepcopy(vae).to(self.precision)              # faster than autocast
-        self.ahead = Ahead(self.make, world.workers)
+        self.ahead = Ahead(weakly(self.make), world.workers)
         self.resolution = config.resolution
         self.buckets = scene_buckets(config)
         self.sizes = [f"{height}x{width}" for height, width in self.buckets]         # px
@@ -190,7 +190,8 @@ def to_unit(pictures, device):
 # ---- In advance ----------------------------------------------------------------------------------
 class Ahead:
     """make(step) for one step after the other. With `workers`, that many processes make the values
-    of the next steps in advance. They are copies of this process, so make must not touch a GPU."""
+    of the next steps in advance. They are copies of this process, so make must not touch a GPU.
+    They end with the Ahead, if it is freed by its reference count: make should not refer to it."""
     def __init__(self, make, workers):
         self.make, self.workers = make, workers
         self.values = None                              # iterates over what the workers make
@@ -209,14 +210,20 @@ class Ahead:
         if step != self.step:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # or it warns of copies
             self.values = iter(DataLoader(
-                self, batch_size=None, sampler=range(step, 2**31), num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_signals,
-                multiprocessing_context="fork"))
+                weakref.proxy(self), batch_size=None, sampler=range(step, 2**31),
+                num_workers=self.workers, pin_memory=torch.cuda.is_available(),
+                worker_init_fn=leave_session, multiprocessing_context="fork"))
         self.step = step + 1
         value = next(self.values)
         if isinstance(value, ValueError):
+            self.values = self.step = None
             raise value
         return value
+
+
+def weakly(method):
+    """The method of an object, without a reference that keeps the object alive."""
+    return partial(method.__func__, weakref.proxy(method.__self__))
 
 
 def stop_workers(ahead):
@@ -225,7 +232,7 @@ def stop_workers(ahead):
         ahead().values = None
 
 
-def outlive_signals(worker):
-    """Ctrl-C reaches all processes. This one goes on while the main one ends its step and saves."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_session(worker):
+    """Ctrl-C and the end of a terminal reach all processes of a session. A worker has its own, and
+    goes on while the main process ends its step and saves. Without a main process it ends."""
+    os.setsid()

@@ -1,7 +1,9 @@
 """Tests of data.py: pictures of every kind, captions in every layout, buckets, batches."""
 
+import gc
 import io
 import json
+import multiprocessing
 import os
 import re
 import struct
@@ -22,7 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from batches import Ahead, Batches, pick_caption
+from batches import Ahead, Batches, pick_caption, weakly
 from data import (
     MAX_TEXT, EncodedFolder, ImageFiles, aspect_buckets, check_problems,
     clean_captions, from_tensor, nearest_bucket, read_image, read_lines, readable,
@@ -673,8 +675,8 @@ def make_batches(folder, world=CPU, **settings):
     return Batches(folder, VAE, TEXT, SimpleNamespace(**settings), world)
 
 
-def rank(number, size):
-    return SimpleNamespace(rank=number, size=size, device=torch.device("cpu"), workers=0)
+def rank(number, size, workers=0):
+    return SimpleNamespace(rank=number, size=size, device=torch.device("cpu"), workers=workers)
 
 
 def test_every_batch_has_one_size_and_an_epoch_has_every_whole_batch(mixed):
@@ -736,7 +738,7 @@ def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(mixed):
 
 def test_processes_that_make_the_next_batches_change_nothing(mixed):
     ahead, plain = make_batches(EncodedFolder(mixed)), make_batches(EncodedFolder(mixed))
-    ahead.ahead = Ahead(ahead.make, workers=2)
+    ahead.ahead = Ahead(weakly(ahead.make), workers=2)
     for step in (0, 1, 2, 7, 8, 3):
         batch = ahead(step)
         for name, tensor in vars(plain(step)).items():
@@ -751,23 +753,61 @@ def test_ahead_makes_values_in_other_processes_and_begins_anew_at_any_step():
     assert Ahead(lambda step: (step, os.getpid()), workers=0)(5) == (5, os.getpid())
 
 
-AHEAD = """
-import os, signal, time
+def ended(processes):
+    """Whether none of these processes is left. They may take a second to end."""
+    for _ in range(100):
+        left = [number for number in processes if Path(f"/proc/{number}").exists()]
+        if not left:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
+def test_processes_that_make_batches_end_with_their_batches(mixed):
+    """At once, by the reference count: the garbage collector would leave them waiting."""
+    gc.disable()
+    try:
+        batches = make_batches(EncodedFolder(mixed), rank(0, 1, workers=2))
+        batches(0)
+        processes = [process.pid for process in multiprocessing.active_children()]
+        assert len(processes) == 2 and not ended(processes)
+        del batches
+        assert ended(processes)
+    finally:
+        gc.enable()
+
+
+SIGNALS = """
+import os, signal
 from batches import Ahead
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
 ahead = Ahead(lambda step: os.getpid(), workers=1)
 worker = ahead(0)
-os.kill(worker, signal.SIGINT)
-os.kill(worker, signal.SIGTERM)
-time.sleep(0.2)
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.killpg(0, number)
 print([ahead(step) for step in range(1, 9)] == 8 * [worker])
 """
 
+CIRCLE = """
+import gc
+from batches import Ahead
+circle = []
+ahead = Ahead(lambda step, circle=circle: step * len(circle), workers=1)
+circle.append(ahead)                      # make refers to its Ahead
+print(ahead(3))
+del ahead, circle
+gc.collect()
+"""
 
-def test_processes_that_make_batches_outlive_signals_but_not_the_program():
+
+@pytest.mark.parametrize("program, printed", [(SIGNALS, "True\n"), (CIRCLE, "3\n")])
+def test_processes_that_make_batches_outlive_signals_but_not_the_program(program, printed):
     """Ctrl-C reaches them as well, while the main process still ends its step."""
-    ended = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, capture_output=True, text=True,
-                           timeout=120)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                         timeout=120, start_new_session=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, printed, "")
 
 
 def test_an_error_in_another_process_keeps_its_sentence():
