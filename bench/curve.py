@@ -1,19 +1,26 @@
-"""curve.py: what `python train.py` has learned after so many minutes.
+"""curve.py: what `python train.py` has learned after so many minutes, and with other settings.
 
 Each point is a run of its own, from scratch, because the rate falls over the last 80 % of any run,
-however long. Cached encodings are thrown away first, so that the minutes count everything.
+however long. The results of other commands that the file already holds stay.
 
 Run         python bench/curve.py --minutes 2.5 5 10     writes results/curve.json and, from two
-            points on, curve.png
+            lengths of runs on, curve.png. Cached encodings are thrown away before each run, so
+            that the minutes count everything.
+            python bench/curve.py --trials "--depth 3" "--lr 1e-3" --out results/trials.json
+            compares settings. Cached encodings stay, so that all trials train equally long.
 """
 
 import argparse
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,7 +28,7 @@ from checkpoints import portable
 from devices import command
 from geneval import GENEVAL_TASKS
 from metrics import wilson
-from options import write_atomically, write_json
+from options import read_json, write_atomically, write_json
 
 
 def last(entries, name):
@@ -32,11 +39,10 @@ def last(entries, name):
     return found[-1]
 
 
-def train(minutes, folder):
-    """One run of train.py, and what its log says at its end."""
+def train(minutes, settings, folder):
+    """One run of train.py, and what its log says at its end. settings: more words for it."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(folder.parent / "cache", ignore_errors=True)
-    words = ["train.py", "--minutes", f"{minutes:g}", "--out", portable(folder)]
+    words = ["train.py", "--minutes", f"{minutes:g}", "--out", portable(folder), *settings]
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     lines = (folder / "log.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
@@ -44,7 +50,9 @@ def train(minutes, folder):
     n = scores["n"] * len(GENEVAL_TASKS)
     return {
         "minutes": minutes,
-        "command": " ".join(["python", *words]),
+        "settings": shlex.join(settings),
+        "command": shlex.join(["python", *words]),
+        "threads": torch.get_num_threads(),
         "steps": entries[-1]["step"],
         "pictures": last(entries, "images_seen"),
         "validation": last(entries, "validation"),
@@ -55,6 +63,17 @@ def train(minutes, folder):
         "tasks_lax": scores["lax"],
         "prompts_per_task": scores["n"],
     }
+
+
+def store(point, out):
+    """Puts a point into the file, in place of an older one of the same command. Returns all."""
+    points = []
+    if Path(out).exists():
+        points = read_json(out, {"points": list})["points"]
+    points = [other for other in points if other["command"] != point["command"]]
+    points = sorted([*points, point], key=lambda point: point["minutes"])
+    write_json(out, {"points": points})
+    return points
 
 
 def draw(points):
@@ -76,21 +95,26 @@ def draw(points):
 def main():
     """Train, read the logs, and write both files after each run."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--minutes", type=float, nargs="+", default=[2.5, 5, 10])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10])
+    parser.add_argument("--trials", nargs="*", default=[], help="options of train.py, in quotes")
     parser.add_argument("--folder", default="runs/curve", help="holds the runs; is emptied")
     parser.add_argument("--out", default=str(ROOT / "results" / "curve.json"))
     options = parser.parse_args()
-    points = []
     for minutes in sorted(options.minutes):
-        folder = ROOT / options.folder / f"{minutes:g}-minutes"
-        points.append(train(minutes, folder))
-        write_json(options.out, {"points": points})
-        if len(points) > 1:
-            picture = Path(options.out).with_suffix(".png")
-            write_atomically(picture, partial(draw(points).savefig, format="png", dpi=120))
-    for point in points:
-        print(f"{point['minutes']:g} minutes, {point['pictures']} pictures: validation "
-              f"{point['validation']:.3f}, strict {point['strict']:.3f}, lax {point['lax']:.3f}")
+        for settings in options.trials or [""]:
+            words = shlex.split(settings)
+            name = re.sub(r"[^\w.]+", "-", f"{minutes:g}-minutes {settings}").strip("-")
+            folder = ROOT / options.folder / name
+            if not options.trials:
+                shutil.rmtree(folder.parent / "cache", ignore_errors=True)
+            point = train(minutes, words, folder)
+            points = store(point, options.out)
+            losses = f"validation {point['validation']:.3f}"
+            scores = f"strict {point['strict']:.3f}, lax {point['lax']:.3f}"
+            print(f"{name}: {point['pictures']} pictures, {losses}, {scores}", flush=True)
+    if len(options.minutes) > 1:
+        picture = Path(options.out).with_suffix(".png")
+        write_atomically(picture, partial(draw(points).savefig, format="png", dpi=120))
 
 
 if __name__ == "__main__":

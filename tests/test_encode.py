@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import encode
-from batches import SceneBatches
 from checkpoints import SHIPPED, load_components, save_networks
 from data import EncodedFolder, ImageFiles, aspect_buckets, from_tensor, nearest_bucket, to_tensor
 from encode import EncodeConfig, encode_folder, encode_shard, encoded
@@ -530,66 +529,3 @@ def test_the_cache_lies_beside_the_run(cache, tmp_path):
     elsewhere = tmp_path / "disk" / "run"
     encoded(SimpleNamespace(**CONFIG | {"out": str(elsewhere)}), WORLD, 64)
     assert scenes_made(elsewhere.parent / "cache") == 128 and not cache.exists()
-
-
-# ---- Scenes that never come again ----------------------------------------------------------------
-def scene_batches(rank=0, size=1, **options):
-    parts = load_components(SHIPPED, ("vae", "text"))
-    config = {"seed": 5, "batch_size": 4, "resolution": 32, "buckets": True, "precision": "fp32",
-              "encoder_dropout": 0.0, "full_captions": 1.0} | options
-    world = SimpleNamespace(rank=rank, size=size, device=torch.device("cpu"), workers=0)
-    return SceneBatches(parts.vae, parts.text, SimpleNamespace(**config), world)
-
-
-def test_drawn_batches_hold_new_scenes_each_step_as_they_would_be_encoded():
-    """Sample n of step s is scene 4 s + n. Its code is drawn from its moments (App. B.2)."""
-    batches = scene_batches()
-    parts = load_components(SHIPPED, ("vae", "text"))
-    seen = set()
-    for step in range(8):
-        batch = batches(step)
-        height, width = (8 * side for side in batch.latent.shape[2:])
-        seen.add((height, width))
-        for number in range(4):
-            source = Scenes(100, 5)
-            index = 4 * step + number
-            image = to_tensor(source.image(index, height, width))[None]
-            with torch.no_grad():
-                mean, logvar = parts.vae.encode_moments(image)
-                context, pooled = parts.text([source.captions(index)[1]])
-            code = batch.latent[number] / parts.vae.config.vae_scale + parts.vae.config.vae_shift
-            noise = (code - mean[0]) / torch.exp(logvar[0] / 2)
-            assert 0.6 < noise.std() < 1.4 and noise.abs().max() < 5.5
-            torch.testing.assert_close(batch.context[number], context[0], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(batch.pooled[number], pooled[0], rtol=1e-4, atol=1e-4)
-    assert seen == {(32, 32), (32, 48), (48, 32)}
-    assert batches.sizes == ["32x32", "32x48", "48x32"] and batches.longest_side == 48
-
-
-def test_half_of_the_drawn_batches_are_square_and_without_buckets_all():
-    sizes = Counter()
-    batches = scene_batches(batch_size=1)
-    for step in range(400):
-        sizes[batches.make(step)[0]["pictures"].shape[1:3]] += 1
-    assert 170 < sizes[32, 32] < 230 and min(sizes.values()) > 70                # 3 deviations
-    square = scene_batches(batch_size=1, buckets=False)
-    assert {square.make(step)[0]["pictures"].shape[1:3] for step in range(9)} == {(32, 32)}
-
-
-def test_ranks_share_a_drawn_batch_and_a_step_is_the_same_whenever_it_comes():
-    whole = scene_batches()(7)
-    halves = [scene_batches(rank, 2)(7) for rank in range(2)]
-    for name, tensor in vars(whole).items():
-        joined = torch.cat([getattr(half, name) for half in halves])
-        torch.testing.assert_close(joined, tensor, rtol=1e-4, atol=1e-4)
-
-
-def test_the_second_draw_picks_the_caption_of_a_new_scene():
-    """The first one becomes t, which must not depend on the caption."""
-    batches = scene_batches(full_captions=0.5, batch_size=32)
-    texts = []
-    batches.text.tokenize = lambda found: texts.extend(found) or {}
-    _, draws, _ = batches.make(0)
-    for index in range(32):
-        captions = Scenes(32, 5).captions(index)
-        assert texts[index] == captions[int(draws[index, 1] < 0.5)]
