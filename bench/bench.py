@@ -13,6 +13,7 @@ Run         python bench/bench.py           writes results/bench-DEVICE.json
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -138,8 +139,8 @@ def write_result(rows, peak, device, precision, options):
     print(f"a large matrix product: {peak / 1e9:.0f} GFLOP/s in {precision}; see {file.name}")
 
 
-def main():
-    """Measure, print, write."""
+def read_options():
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -154,11 +155,11 @@ def main():
         parser.error("--depth, --batch-size, --text-tokens and --trials must be 1 or more")
     if options.resolution < 16 or options.resolution % 16:
         parser.error(f"--resolution {options.resolution} is not a multiple of 16 px")
-    device = pick_device()
-    precision = pick_precision("auto", device)
-    peak = matmul_peak(device, precision)
-    parts = load_components(SHIPPED, ("vae", "text"))
-    text = parts.text.config
+    return options
+
+
+def make_model(options, text, device):
+    """An MM-DiT for these text encoders, compiled if that is asked for."""
     sizes = MMDiTConfig(options.depth, context_dim=text.t5_width,
                         pooled_dim=text.clip_l_width + text.clip_g_width,
                         pos_embed_max_size=max(16, options.resolution // 16))
@@ -167,34 +168,48 @@ def main():
     if options.compile:
         for block in model.joint_blocks:
             block.forward = torch.compile(block.forward)
-    config = TrainConfig(batch_size=options.batch_size, optimizer="adamw", depth=options.depth)
+    return model
+
+
+def time_training(name, model, batches, config, peak, trials):
+    """A row of the result: images per second of training steps on batches(0), batches(1), ..."""
+    device = next(model.parameters()).device
     optimizers = make_optimizers(model, config)
     loss = partial(flow_loss, density=density("lognorm(0, 1)"), timestep_shift=1.0)
-    rows = []
+    flops = training_flops(model, batches(0))
+    torch._dynamo.reset()                                             # It compiles from here on.
+    steps = itertools.count()
 
-    def measure(name, batches):
-        """One row: images per second of training steps on batches(0), batches(1), ..."""
-        flops = training_flops(model, batches(0))
-        torch._dynamo.reset()                                         # It compiles from here on.
-        steps = iter(range(10**9))
+    def step():
+        train_step(model, optimizers, loss, batches(next(steps)), config)
+    rate = config.batch_size / seconds_per_call(step, device, trials)
+    tokens = batches(0).context.shape[1]
+    mfu = rate * flops / peak
+    print(f"{name:14} {tokens:3} text tokens: {rate:7.1f} images/s, MFU {mfu:.0%}")
+    return {"what": name, "text_tokens": tokens, "images_per_second": round(rate, 1),
+            "mfu": round(mfu, 3)}
 
-        def step():
-            train_step(model, optimizers, loss, batches(next(steps)), config)
-        rate = options.batch_size / seconds_per_call(step, device, options.trials)
-        tokens = batches(0).context.shape[1]
-        mfu = rate * flops / peak
-        rows.append({"what": name, "text_tokens": tokens, "images_per_second": round(rate, 1),
-                     "mfu": round(mfu, 3)})
-        print(f"{name:14} {tokens:3} text tokens: {rate:7.1f} images/s, MFU {mfu:.0%}")
 
+def main():
+    """Measure, print, write."""
+    options = read_options()
+    device = pick_device()
+    precision = pick_precision("auto", device)
+    peak = matmul_peak(device, precision)
+    parts = load_components(SHIPPED, ("vae", "text"))
     vae = parts.vae.to(device)
+    model = make_model(options, parts.text.config, device)
+    config = TrainConfig(batch_size=options.batch_size, optimizer="adamw", depth=options.depth)
+    rows = []
     for tokens in options.text_tokens:
-        seconds = seconds_to_draw(model, vae, sizes, options.resolution, tokens, device, precision)
+        seconds = seconds_to_draw(model, vae, model.config, options.resolution, tokens, device,
+                                  precision)
         rows.append({"what": "drawing a picture, 28 steps with guidance", "text_tokens": tokens,
                      "seconds": round(seconds, 3)})
         print(f"drawing, 28 steps with guidance, {tokens} text tokens: {seconds:.3f} s a picture")
-        batch = random_batch(sizes, options.batch_size, options.resolution, tokens, device)
-        measure("network alone", lambda step, batch=batch: batch)
+        batch = random_batch(model.config, options.batch_size, options.resolution, tokens, device)
+        rows.append(time_training("network alone", model, lambda step, batch=batch: batch, config,
+                                  peak, options.trials))
     world = World(str(device), "ddp")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -202,7 +217,8 @@ def main():
         rate = 1024 / (time.perf_counter() - start)
         rows.append({"what": "drawing and encoding scenes", "images_per_second": round(rate, 1)})
         print(f"drawing and encoding scenes: {rate:.0f} images/s")
-        measure("end to end", Batches(encoded, parts.vae.config, text, config, world))
+        batches = Batches(encoded, parts.vae.config, parts.text.config, config, world)
+        rows.append(time_training("end to end", model, batches, config, peak, options.trials))
     write_result(rows, peak, device, precision, options)
     if options.all:
         measure_everything(device)

@@ -1,4 +1,4 @@
-"""Tests of data.py: pictures of every kind, captions in every layout, buckets, batches."""
+"""Tests of data.py: pictures of every kind, captions in every layout, buckets."""
 
 import io
 import json
