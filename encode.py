@@ -41,7 +41,8 @@ def encode_images(images, vae, device, precision):
     image = to_unit(torch.from_numpy(np.stack(images)), device)       # (n, 3, height, width)
     with autocast(device, precision):
         means, logvars = vae.encode_moments(image)                    # (n, C, H, W) each
-    return torch.cat([means, logvars], dim=1).half().cpu()
+    moments = torch.cat([means, logvars], dim=1)
+    return moments.half().contiguous().cpu()
 
 
 def encode_texts(captions, text, device, precision):
