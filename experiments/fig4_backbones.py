@@ -381,7 +381,8 @@ def main(arguments=None):
     config = TrainConfig(
         data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
         resolution=RESOLUTION, depth=options.depth, steps=options.steps, every=options.steps // 4,
-        batch_size=options.batch_size, optimizer="adamw", lr=1e-3, cooldown=0.4)
+        batch_size=options.batch_size, optimizer="adamw", lr=1e-3, cooldown=0.4,
+        encoder_dropout=0.464)
     world = World(config.device)
     inputs = read_inputs(config, world)
     file = find_model_file(options.encoders)

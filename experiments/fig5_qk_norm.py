@@ -144,7 +144,8 @@ def training_config(options, seed, epsilon, doubled):
         data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
         resolution=options.resolution, depth=options.depth, qk_norm=epsilon == 1e-15,
         steps=options.base_steps, batch_size=options.batch_size, optimizer="adamw",
-        lr=options.base_lr, cooldown=0.0, precision="bf16", seed=seed, device=options.device)
+        lr=options.base_lr, cooldown=0.0, encoder_dropout=0.464, precision="bf16", seed=seed,
+        device=options.device)
     if not doubled:
         return config
     return replace(config, resolution=2 * options.resolution, steps=options.steps, lr=options.lr)

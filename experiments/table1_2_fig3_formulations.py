@@ -202,7 +202,8 @@ class Study:
         self.config = TrainConfig(
             data=options.data, encoders=options.encoders, num_scenes=options.num_scenes,
             depth=options.depth, steps=options.steps, batch_size=options.batch_size,
-            optimizer="adamw", lr=1e-3, cooldown=0.4, seed=seed, device=options.device)
+            optimizer="adamw", lr=1e-3, cooldown=0.4, encoder_dropout=0.464, seed=seed,
+            device=options.device)
         self.inputs = read_inputs(self.config, world)
         source = Scenes(options.samples, HELD_OUT_SEED)
         if options.data:
