@@ -125,7 +125,7 @@ def run_seed(seed, options, world):
     config = TrainConfig(
         encoders=options.encoders, num_scenes=options.num_scenes, resolution=options.resolution,
         depth=options.depth, steps=options.base_steps, batch_size=options.batch_size, seed=seed,
-        encoder_dropout=0.464, device=options.device)
+        lr=6e-4, encoder_dropout=0.464, device=options.device)
     base = base_model(options, config, world)
     size = 2 * options.resolution
     cases = geneval_cases(options.num_prompts, height=size, width=size)

@@ -181,7 +181,7 @@ def train_all(options):
     config = TrainConfig(
         encoders=options.encoders, num_scenes=options.num_scenes, resolution=RESOLUTION,
         steps=options.steps, every=options.steps // options.points, batch_size=options.batch_size,
-        cooldown=0.0, encoder_dropout=0.464)
+        lr=6e-4, cooldown=0.0, encoder_dropout=0.464)
     world = World(config.device)
     inputs = read_inputs(config, world)
     precision = pick_precision(config.precision, world.device)

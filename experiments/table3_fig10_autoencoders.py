@@ -298,7 +298,7 @@ def flow_fids(vae, channels, test, captions, options, world):
     folder = save_model(vae, f"{channels}-channels", options)
     config = TrainConfig(data=options.data, encoders=str(folder), steps=options.flow_steps,
                          every=options.flow_steps, num_scenes=max(64, options.num_train),
-                         encoder_dropout=0.464)
+                         lr=6e-4, encoder_dropout=0.464)
     inputs = read_inputs(config, world)
     pipeline = Pipeline(None, inputs.vae, inputs.text, SAMPLING, world.device,
                         pick_precision(config.precision, world.device))

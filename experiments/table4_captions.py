@@ -209,7 +209,8 @@ def main(arguments=None):
     options = read_options(Options, __doc__.split("\n")[0], arguments, quick=QUICK, full=FULL)
     config = TrainConfig(
         encoders=options.encoders, depth=options.depth, steps=options.steps, every=options.steps,
-        batch_size=options.batch_size, num_scenes=options.num_scenes, encoder_dropout=0.464)
+        batch_size=options.batch_size, num_scenes=options.num_scenes, lr=6e-4,
+        encoder_dropout=0.464)
     world = World(config.device)
     inputs = read_inputs(config, world)
     pipeline = Pipeline(None, inputs.vae, inputs.text, SAMPLING, world.device,
