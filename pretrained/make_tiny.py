@@ -579,11 +579,13 @@ class Squares:
 
     Three batches in four have B = batch_size squares of 64 px, the fourth has a quarter as many of
     128 px. In the last tenth of the steps KL weighs ten times as much. The decoder is good by then,
-    and smoother codes cost it .1 dB.
+    and smoother codes cost it .1 dB. gray: every second scene is on gray, which is as bright as
+    some colours: there small stars became pentagons.
     """
-    def __init__(self, corpus, steps, batch_size):
+    def __init__(self, corpus, steps, batch_size, gray=False):
         self.corpus = corpus
         self.steps = steps
+        self.gray = gray
         self.mixture = batch_size // 8 * (5 * ["scene"] + 2 * ["emoji"] + ["clothing"])
 
     def __call__(self, step):
@@ -597,7 +599,7 @@ class Squares:
         for i, name in enumerate(names):
             if name == "scene":
                 index = step * 2 * len(self.mixture) + i
-                square = draw_scene(make_scene(TRAIN_SEED, index, size, size))
+                square = draw_scene(self.scene(index, size))
             else:
                 picture, _ = self.corpus.draw(name, rng)
                 square = random_crop(picture, size, rng)
@@ -607,6 +609,15 @@ class Squares:
         noise = torch.randn(shape, generator=noise_rng)
         kl_weight = 5e-4 if step < 0.9 * self.steps else 5e-3
         return torch.stack(squares), noise, kl_weight
+
+    def scene(self, index, size):
+        """The training scene of this index; one on gray in place of an odd one, if asked for."""
+        wanted = self.gray and index % 2 == 1
+        scene = make_scene(TRAIN_SEED, index, size, size)
+        while wanted and scene.background != "gray":
+            index += 1_000_003
+            scene = make_scene(TRAIN_SEED, index, size, size)
+        return scene
 
 
 def autoencoder_loss(vae, batch):
@@ -634,9 +645,9 @@ def vae_quality(vae, corpus, count=64):
     return quality
 
 
-def fit_vae(vae, corpus, options, lr):
+def fit_vae(vae, corpus, options, lr, gray=False):
     """Trains an autoencoder, without an adversary: later stages need fidelity."""
-    batches = Squares(corpus, options.steps, options.batch_size)
+    batches = Squares(corpus, options.steps, options.batch_size, gray)
     return train(vae, autoencoder_loss, batches, options, lr=lr, warmup_steps=200, cooldown=1.0,
                  ema=0.999)
 
@@ -655,7 +666,7 @@ def train_decoder(corpus, work, model, out, options):
     parts = load_components(model)
     parts.vae.decoder.requires_grad_(True)
     before = copy.deepcopy(parts.vae.encoder.state_dict())
-    parts.vae = fit_vae(parts.vae, corpus, options, 5e-4).cpu()
+    parts.vae = fit_vae(parts.vae, corpus, options, 5e-4, gray=True).cpu()
     for name, tensor in parts.vae.encoder.state_dict().items():
         if not torch.equal(tensor, before[name]):
             raise ValueError(f"{work / 'decoder-run'} is of another autoencoder; remove it or "

@@ -604,6 +604,17 @@ def test_squares_are_five_scenes_two_emoji_and_one_photograph_in_eight(corpus, s
     assert large == mixture
 
 
+def test_every_second_scene_is_on_gray_if_that_is_asked_for(corpus):
+    plain, gray = make_tiny.Squares(corpus, 100, 16), make_tiny.Squares(corpus, 100, 16, gray=True)
+    gray_pixel = to_tensor(np.full((1, 1, 3), 128, np.uint8)).flatten()
+    for step in (1, 2, 3):
+        for i, (before, after) in enumerate(zip(plain(step)[0][:5], gray(step)[0][:5])):
+            if i % 2 == 1:
+                assert torch.equal(after[:, 0, 0], gray_pixel)
+            else:
+                assert torch.equal(after, before)
+
+
 def test_noise_of_squares_is_standard_normal_and_another_one_at_each_step(corpus):
     batches = make_tiny.Squares(corpus, 100, 8)
     noise = torch.stack([batches(step)[1] for step in (1, 2, 3, 5)])
