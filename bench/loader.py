@@ -9,7 +9,7 @@ them in shuffled order, as training does. Each number is the median of passes th
   first pass   EncodedFolder.read with newly opened files: every page is mapped on the way
   later pass   the same files again, as from the second epoch on
 `whole batch` adds what Batches does on the device: noise, fp32, zero padding, encoder dropout. On a
-GPU machine that is done there, by other processes beside the step; here, on a CPU, all of it is counted.
+GPU machine other processes do that, beside the step; here, on a CPU, all of it is counted.
 
 Run         python bench/loader.py     writes results/loader-cpu.json
 """
