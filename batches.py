@@ -50,7 +50,7 @@ class Batches:
         self.per_epoch = len(self.epoch(0))
 
     def epoch(self, number):
-        """The batches of an epoch, (B,) sample numbers each. Fewer than B of a size repeat."""
+        """The batches of an epoch, (B,) sample numbers each. Groups smaller than B repeat."""
         if number not in self.epochs:
             rng = np.random.default_rng((self.config.seed, 1, number))
             batches = []
@@ -81,7 +81,7 @@ class Batches:
 
     def draw(self, step, shape):
         """For each sample of this process, five numbers in [0, 1) for t, caption and encoders,
-        and noise of this shape: C channels for Eq. 1, then C for the VAE's code."""
+        and noise of this shape: C channels for Eq. 13, then C for the VAE's code."""
         share = self.config.batch_size // self.world.size
         draws, noise = [], []
         for number in range(self.world.rank * share, (self.world.rank + 1) * share):
@@ -123,7 +123,7 @@ class Batches:
 
 
 def pick_caption(captions, draw, full_share):
-    """(short, full): full with chance `full_share` (Sec. 5.2.2). Else each is equally likely."""
+    """Of (short, full), full with chance `full_share` (Sec. 5.2.2). Of 1, 3 or more, any one."""
     if len(captions) == 2:
         return captions[int(draw < full_share)]
     return captions[int(draw * len(captions))]
@@ -192,7 +192,7 @@ def to_unit(pictures, device):
 class Ahead:
     """make(step) for one step after the other. With `workers`, that many processes make the values
     of the next steps in advance. They are copies of this process, so make must not touch a GPU.
-    They end with the Ahead, if it is freed by its reference count: make should not refer to it."""
+    They end when the Ahead is freed. That is at once only if make does not refer to it."""
     def __init__(self, make, workers):
         self.make, self.workers = make, workers
         self.values = None                              # iterates over what the workers make

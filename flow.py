@@ -297,7 +297,7 @@ def dpm_solver_step(velocity, z, t, t_next, before=None):
 
     z_next = t_next / t z + (1 - t_next / t) D is exact for a constant D, the predicted latent. D is
     extrapolated by half a step of log t, but not in the first step or the step to 0. Differs from
-    Lu et al.: their log-SNR is infinite at t = 1. Public SD3 code uses log t, too.
+    Lu et al.: log t, as in public SD3 code. Their log-SNR is infinite at t = 1.
     """
     v = velocity_at(velocity, z, t)
     latent = z - t * v

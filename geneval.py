@@ -42,8 +42,8 @@ TASKS = {"single object": ("single", ()),
 GENEVAL_TASKS = tuple(TASKS)[:6]          # the overall score is their mean, as in Table 5
 SPLITS = ("training wording", "reworded", "held-out combinations")
 MIN_OFFSET = 0.1        # of the two sizes' sum: how far apart centres must be (GenEval's threshold)
-MAX_REST = 0.004        # share of the pixels that may differ from the background for no reason
-MAX_UNEVEN = 15         # from the background, in YCbCr: pixels below that count as background
+MAX_REST = 0.004        # share of the pixels that may differ from background and things
+MAX_UNEVEN = 15         # from the background, in YCbCr: nearer pixels count as background
 MIN_WORD_FIT = 0.7      # correlation with a word as it is drawn
 
 
@@ -89,9 +89,9 @@ def geneval_cases(count_per_task, seed=HELD_OUT_SEED, height=64, width=64, split
 
 # ---- Recognise what a picture shows, from its pixels alone ---------------------------------------
 MIN_DIFFERENCE = 30     # of foreground from the background, in YCbCr; the colours differ by 63
-MIN_AREA = 0.01         # of a thing, in squares of the shorter side; the smallest ones have .04
+MIN_AREA = 0.01         # of a thing / (shorter side)^2; the smallest drawn thing has .04
 MIN_FIT = 0.94          # correlation with the best shape; drawn things reach .98
-MAX_STRANGE = 40        # of a pixel from the colour of the thing, in YCbCr; 1 in 10 may be further
+MAX_STRANGE = 40        # of a pixel from the thing's colour, in YCbCr; 1 in 10 may be further
 
 
 class View:
@@ -202,7 +202,7 @@ def normal_form(soft, grid=24):
     center_y = (weights * y).sum()
     squares = (x - center_x) ** 2 + (y - center_y) ** 2
     spread = np.sqrt((weights * squares).sum())
-    reach = np.linspace(-2.2, 2.2, grid) * spread                            # A triangle: 2
+    reach = np.linspace(-2.2, 2.2, grid) * spread                            # A triangle needs 2
     points = np.empty((1, grid, grid, 2), dtype=np.float32)
     points[..., 0] = (center_x + reach) / W * 2 - 1                          # -1 is the left edge
     points[..., 1] = (center_y + reach[:, None]) / H * 2 - 1
@@ -228,7 +228,7 @@ def shape_forms() -> np.ndarray:
 
 # ---- Is that what was asked? ---------------------------------------------------------------------
 def fits(case, things) -> bool:
-    """Are the things that were found, in this order, those of the case in all that it says?
+    """Has each thing, in this order, every property that the prompt names for it?
     Differs from GenEval: "left of" holds at any angle, even far below, as it does in the scenes."""
     for thing, wanted in zip(things, case.scene.things):
         for part in ("shape", "color", "size"):
@@ -246,8 +246,8 @@ def fits(case, things) -> bool:
 
 
 def score(case, image) -> tuple[bool, bool]:
-    """(strict, lax): does the picture show what the case asks for? Strict: and nothing else before
-    an even background. Lax, as GenEval: other things too, but exact counts."""
+    """(strict, lax): does the picture show what the case asks for? Strict: on
+    an even background, and nothing else. Lax, as GenEval: other things too, but exact counts."""
     view = View(np.asarray(image))
     wanted = case.scene.things
     shapes = {thing.shape for thing in wanted}

@@ -35,7 +35,7 @@ class MMDiTConfig:
     dual_attention_layers: int = 0   # SD3.5-medium: its first 13 blocks have a second attention
 
     @property
-    def hidden_size(self):           # Sec. 4: 64 * depth; with num_heads = depth, a head has 64
+    def hidden_size(self):           # Sec. 4; with num_heads = depth, a head has 64 channels
         return 64 * self.depth
 
     @property
@@ -145,7 +145,7 @@ def joint_attention(context_qkv, x_qkv):
 
 
 def merge_heads(x):
-    """(B, heads, n, 64) -> (B, n, D). Not contiguous, F.linear would copy its weight per sample."""
+    """(B, heads, n, 64) -> (B, n, D). If not contiguous, F.linear copies its weight per sample."""
     return x.transpose(1, 2).contiguous().flatten(2)
 
 
@@ -226,27 +226,27 @@ class JointBlock(nn.Module):
 
     def forward(self, context, x, cond):
         """context (B, L, D), x (B, N, D), cond (B, D) -> context, x. The last context is None."""
-        text, image = self.context_block, self.x_block
-        c_mod = text.modulation(cond)
-        x_mod = image.modulation(cond)
+        c_block, x_block = self.context_block, self.x_block
+        c_mod = c_block.modulation(cond)
+        x_mod = x_block.modulation(cond)
 
         c_in = modulate(context, c_mod.shift_attn, c_mod.scale_attn)   # beta_c, alpha_c
         x_in = modulate(x, x_mod.shift_attn, x_mod.scale_attn)         # beta_x, alpha_x
-        c_qkv = text.attn.queries_keys_values(c_in)
-        x_qkv = image.attn.queries_keys_values(x_in)
+        c_qkv = c_block.attn.queries_keys_values(c_in)
+        x_qkv = x_block.attn.queries_keys_values(x_in)
         c_out, x_out = joint_attention(c_qkv, x_qkv)
 
-        if image.attn2 is not None:                                    # SD3.5-medium only
-            x = add_gated(x, x_mod.gate_attn2, image.second_attention(x, x_mod))
-        x = add_gated(x, x_mod.gate_attn, image.attn.proj(x_out))      # gamma_x
+        if x_block.attn2 is not None:                                  # SD3.5-medium only
+            x = add_gated(x, x_mod.gate_attn2, x_block.second_attention(x, x_mod))
+        x = add_gated(x, x_mod.gate_attn, x_block.attn.proj(x_out))    # gamma_x
         x_in = modulate(x, x_mod.shift_mlp, x_mod.scale_mlp)           # epsilon_x, delta_x
-        x = add_gated(x, x_mod.gate_mlp, image.mlp(x_in))              # zeta_x
+        x = add_gated(x, x_mod.gate_mlp, x_block.mlp(x_in))            # zeta_x
         if self.last:
             return None, x
 
-        context = add_gated(context, c_mod.gate_attn, text.attn.proj(c_out))      # gamma_c
+        context = add_gated(context, c_mod.gate_attn, c_block.attn.proj(c_out))  # gamma_c
         c_in = modulate(context, c_mod.shift_mlp, c_mod.scale_mlp)     # epsilon_c, delta_c
-        context = add_gated(context, c_mod.gate_mlp, text.mlp(c_in))   # zeta_c
+        context = add_gated(context, c_mod.gate_mlp, c_block.mlp(c_in))  # zeta_c
         return context, x
 
 
@@ -367,7 +367,7 @@ def model_sizes(config, vae, text, longest_side, start=None):
 
     config: resolution in px, depth, qk_norm. longest_side: of all pictures, in px. start: the model
     of --init. If its positions begin at 0, as in released models, the new model has the same."""
-    longest = max(2 * config.resolution, longest_side) // 16           # tokens; 2 S: a 4:1 bucket
+    longest = max(2 * config.resolution, longest_side) // 16           # tokens; a 4:1 bucket is 2 S
     first, second, *_ = paper_positions(config.resolution, longest).tolist()
     grid = MMDiTConfig(
         pos_embed_max_size=longest, position_start=first, position_step=second - first)
@@ -380,7 +380,7 @@ def model_sizes(config, vae, text, longest_side, start=None):
 
 @torch.no_grad()
 def load_weights(model, weights, assign=torch.Tensor.copy_):
-    """Copies another model's weights. A QK-norm it lacks stays 1. ValueError if sizes differ."""
+    """Copies another model's weights. A QK-norm it has not stays 1. ValueError if sizes differ."""
     theirs = dict(weights.named_parameters())
     for name, parameter in model.named_parameters():
         if name in theirs or ".ln_" not in name:
@@ -396,8 +396,8 @@ def load_weights(model, weights, assign=torch.Tensor.copy_):
 
 # ---- Faster in bf16 on a CPU ---------------------------------------------------------------------
 def attend(q, k, v):
-    """softmax(q k^T / 8) v for each head, (B, heads, n, 64) each. Torch's own backward pass is slow
-    in bf16 on a CPU. With this one training is 3 times (70 tokens) to 1.3 (1,180) as fast."""
+    """softmax(q k^T / 8) v for each head, (B, heads, n, 64) each. In bf16 on a CPU torch's backward
+    pass is slow. With the loop below training is 3 (70 tokens) to 1.3 times (1,180) as fast."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v)
     at_once = max(1, 2**21 // (q.shape[2] * k.shape[2]))               # scores that fit the cache

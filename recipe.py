@@ -1,4 +1,4 @@
-"""recipe.py: what sample.py can be told, and the PNG that says what it was told.
+"""recipe.py: the settings of sample.py, and the PNG that stores them.
 
 Read with   App. B.3 for steps, guidance and the unconditional side; Eq. 23 for the shift
 Not here    what the settings do (sample.py, flow.py), how options are checked (options.py)
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """What a PNG says of itself."""
+    """What a PNG stores: its settings, and what they were used for."""
     prompt: tuple[str, ...] = option((), "one or more texts, each in quotes")
     seed: int = option(0, "seed of the first picture", 0, 2**63 - 1)
     precision: str = option("auto", "of matrix products", choices=("auto", *PRECISIONS))

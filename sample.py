@@ -2,7 +2,7 @@
 
 Read with   Eq. 1; App. B.3 for Euler's method; Sec. 5.3.2 for the shift; Sec. 5.3.3 for `without`
 Not here    the formulae of a step (flow.py), networks and their files (checkpoints.py), the
-            settings and what a PNG says of itself (recipe.py)
+            settings, and the PNG that stores them (recipe.py)
 Shapes      B batch   C latent channels   H W latent height, width   L text tokens   P pooled_dim
 Run         python sample.py --prompt "a red circle left of a blue square"
             python sample.py --from-png out/PICTURE.png     draws the picture again, bit for bit
@@ -33,11 +33,11 @@ from scenes import captioned_grid
 
 @dataclass
 class Pipeline:
-    """The three networks, and how they want to be used."""
+    """The three networks and their default settings."""
     mmdit: torch.nn.Module
     vae: torch.nn.Module
     text: torch.nn.Module
-    defaults: dict                     # the Settings that the model wants
+    defaults: dict                     # the model's default Settings
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
     parts: Components | None = None    # what else is known of the model
@@ -62,7 +62,7 @@ def load(checkpoint=SHIPPED, device="auto", precision="auto", t5_length=0,
 
 @torch.no_grad()
 def encode(pipeline, prompts, settings):
-    """B prompts -> context (B, L, D), pooled (B, P). With guidance, B more: without the prompt."""
+    """B prompts -> context (B, L, D), pooled (B, P). With guidance, B unconditional rows more."""
     text, precision = pipeline.text, pipeline.precision
     if precision == torch.float16:
         precision = torch.bfloat16                                    # T5-XXL overflows fp16.
@@ -81,10 +81,10 @@ def encode(pipeline, prompts, settings):
 def guided_velocity(mmdit, context, pooled, guidance_scale, skip_layers, z, t):
     """The velocity at z (B, C, H, W) and t (B,). context, pooled: from `encode`."""
     B = len(z)
-    rows = len(context) // B                                          # 2 with guidance, 1 without
-    found = mmdit(z.repeat(rows, 1, 1, 1), t.repeat(rows), context, pooled).float()
+    copies = len(context) // B                                        # 2 with guidance, 1 without
+    found = mmdit(z.repeat(copies, 1, 1, 1), t.repeat(copies), context, pooled).float()
     v_cond = found[:B]                                                # (B, C, H, W)
-    v_uncond = found[-B:]                                             # v_cond without guidance
+    v_uncond = found[-B:]                                             # the same without guidance
     v = flow.guide(v_cond, v_uncond, guidance_scale)
     if skip_layers:
         skipped = mmdit(z, t, context[:B], pooled[:B], skip_layers=skip_layers).float()

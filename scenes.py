@@ -101,8 +101,8 @@ def make_scene(seed: int, index: int, height=64, width=64, held_out=False) -> Sc
         scene = compose(rng, height, width)
         shapes = [thing.shape for thing in scene.things]
         colors = [thing.color for thing in scene.things]
-        twins = scene.kind == "pair" and len(set(zip(shapes, colors))) == 1      # That is a count.
-        if not twins and is_held_out(shapes, colors, scene.relation) == held_out:
+        equal = scene.kind == "pair" and len(set(zip(shapes, colors))) == 1      # That is a count.
+        if not equal and is_held_out(shapes, colors, scene.relation) == held_out:
             return scene
 
 
@@ -161,7 +161,7 @@ def shape_mask(shape: str, diameter: int) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def word_mask(word: str, relation: str, height: int, width: int) -> np.ndarray:
-    """Coverage of a word in a picture (height, width). `relation` is that of a thing to it."""
+    """Coverage of a word in a picture (height, width). relation: where a thing is to it."""
     size = round(0.3 * min(height, width))
     room = round(0.92 * width)
     font = ImageFont.load_default(4 * size)
@@ -259,7 +259,7 @@ def caption(scene: Scene, said, forms, rng) -> str:
         else:
             words = [choose("article"), *words, shape]
         phrase = " ".join(words).strip()
-        phrases.append("an" + phrase[1:] if phrase.startswith("a o") else phrase)      # orange
+        phrases.append(re.sub("^a o", "an o", phrase))       # orange
     if scene.word:
         phrases.append(choose("word").format(scene.word))
     text = phrases[0]
@@ -267,9 +267,9 @@ def caption(scene: Scene, said, forms, rng) -> str:
         row = "joint"
         if "relation" in said:
             row = "beside" if scene.relation in ("left of", "right of") else "stacked"
-        a, b = first, second = phrases
-        if scene.relation in ("right of", "below"):
-            first, second = b, a
+        a, b = phrases
+        swapped = scene.relation in ("right of", "below")
+        first, second = (b, a) if swapped else (a, b)
         sentence = choose(row)
         text = sentence.format(a=a, b=b, relation=scene.relation, first=first, second=second)
     if "background" in said:

@@ -329,7 +329,7 @@ def fit_length(rows, length, start, end, padding):
 class CLIPTokenizer:
     """CLIP's byte-level BPE. SD3 does not repair text with ftfy; OpenAI's own code does.
     folder: has vocab.json and merges.txt, or only tokenizer.json, as transformers 5 writes it.
-    padding: the id that fills up a row. None is the end token, for CLIP-L; SD3's CLIP-G has 0.
+    padding: the id that fills up a row: the end token by default (CLIP-L), 0 for SD3's CLIP-G.
     "<|endoftext|>" in a prompt is the end token. "!" is a word, not padding as in SD3's config."""
     def __init__(self, folder, padding=None):
         folder = Path(folder)

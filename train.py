@@ -49,13 +49,13 @@ SAMPLING = {"num_steps": 28, "guidance_scale": 2.5, "schedule": "shifted", "unco
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a run. The command line is made from it."""
-    out: str = option("", "run folder, beside cache/; give only your own: resuming unpickles")
+    out: str = option("", "run folder; give only your own, because resuming unpickles its files")
     init: str = option("", "a model whose MM-DiT a new run starts from (fine-tuning)")
     data: str = option("", "captioned pictures, or the --out of encode.py; empty: drawn scenes")
     encoders: str = option(str(SHIPPED), "model with the frozen VAE and text encoders")
-    num_scenes: int = option(16384, "scenes to encode, at most; 0: new ones each step", 0, 10**8)
+    num_scenes: int = option(-1, "to encode; -1: as the run needs; 0: new each step", -1, 10**8)
     resolution: int = option(64, "px per side, a multiple of 16", 16, 4096)
-    buckets: bool = option(False, "scenes of 2:3 and 3:2 as well, as encode.py (Sec. 5.3.2)")
+    buckets: bool = option(False, "also draw scenes of 2:3 and 3:2 (Sec. 5.3.2)")
     depth: int = option(4, "the size of MM-DiT; its width is 64 * depth (Sec. 4)", 1, 128)
     qk_norm: bool = option(True, "RMSNorm on queries and keys (Sec. 5.3.2)")
     minutes: float = option(10.0, "length of the run, everything included", 0.01, 1e6)
@@ -101,7 +101,7 @@ def flow_loss(model, batch, density, timestep_shift):
 
 
 def train_step(model, optimizers, loss, batch, config):
-    """One update: losses (B,) and the gradient's norm. No weight changes if that is not finite."""
+    """One update: losses (B,) and the gradient's norm. No weight changes if it is not finite."""
     device = next(model.parameters()).device
     precision = pick_precision(config.precision, device)
     parts = batch.split(config.accumulate) if config.accumulate > 1 else [batch]
@@ -175,16 +175,18 @@ def fit(model, loss, batches, config, run):
 
 
 # --- A run of MM-DiT ------------------------------------------------------------------------------
-# batches(step); the Batches `unseen` to validate on; the EncodedFolders of both; the frozen
-# networks that made them; the MMDiTConfig that fits all that; the type of matrix products.
+# batches(step), and the Batches `unseen` to validate on; the data of both, EncodedFolders if not
+# drawn for each step; the frozen networks; the new model's MMDiTConfig; the precision.
 Inputs = namedtuple("Inputs", "batches unseen training held_out vae text sizes precision")
 
 
 def read_inputs(config, world, start=None) -> Inputs:
     """Encodes what no earlier run has encoded, and opens it. start: the model of --init."""
-    count = (config.steps * config.batch_size) or int(2000 * config.minutes)
-    count = min(config.num_scenes, max(64, count))               # No more than the run needs.
-    until = math.inf if config.steps else STARTED + 15 * config.minutes     # a quarter of all
+    pictures = config.steps * config.batch_size or int(6400 * config.minutes)
+    count = min(config.num_scenes, max(64, pictures))            # No more than the run needs.
+    if config.num_scenes < 0:
+        count = max(64, min(2**16, pictures // 4))               # Each comes four times or more.
+    until = math.inf if config.steps else STARTED + 60 * config.minutes / 4
     training, held_out = encoded(config, world, count, until)
     config = replace(config, resolution=held_out.resolution)
     precision = pick_precision(config.precision, world.device)
@@ -374,10 +376,10 @@ def conclude(run, pipeline, prompt):
         scores = geneval(pipeline, count, height=size, width=size)
         run.log(geneval=scores, num_prompts=count)
         run.say(f"{format_scores(scores)}, {count} prompts for each task")
-    ended = "has done its {} steps; to go on, give more --steps or --minutes"
+    ended = f"has done its {run.done} steps; to go on, give more --steps or --minutes"
     if run.stopping:
-        ended = f"was stopped after {{}} steps; python train.py --out {run.folder} goes on"
-    run.say(f"{run.folder} {ended.format(run.done)}. Next:\n"
+        ended = f"was stopped after {run.done} steps; python train.py --out {run.folder} goes on"
+    run.say(f"{run.folder} {ended}. Next:\n"
             f'python sample.py --checkpoint {run.folder} --prompt "{prompt}"')
     run.world.close()
 

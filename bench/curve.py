@@ -1,10 +1,11 @@
 """curve.py: what `python train.py` has learned after so many minutes, and with other settings.
 
 Each point is a run of its own, from scratch, because the rate falls over the last 80 % of any run,
-however long. The results of other commands that the file already holds stay.
+however long. The file keeps the results of other commands and of other processors. How many
+pictures fit into the minutes depends on the processor, so its speed stands beside them.
 
-Run         python bench/curve.py --minutes 2.5 5 10     writes results/curve.json and, from two
-            lengths of runs on, curve.png. Cached encodings are thrown away before each run, so
+Run         python bench/curve.py --minutes 2.5 5 10     writes results/curve.json and, for two or
+            more lengths, curve.png. Cached encodings are thrown away before each run, so
             that the minutes count everything.
             python bench/curve.py --trials "--depth 3" "--lr 1e-3" --out results/trials.json
             compares settings. Cached encodings stay, so that all trials train equally long.
@@ -24,6 +25,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from bench import matmul_peak
 from checkpoints import portable
 from devices import command
 from geneval import GENEVAL_TASKS
@@ -40,7 +42,7 @@ def last(entries, name):
 
 
 def train(minutes, settings, folder):
-    """One run of train.py, and what its log says at its end. settings: more words for it."""
+    """One run of train.py, and what its log says at its end. settings: more options."""
     shutil.rmtree(folder, ignore_errors=True)
     words = ["train.py", "--minutes", f"{minutes:g}", "--out", portable(folder), *settings]
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
@@ -53,6 +55,8 @@ def train(minutes, settings, folder):
         "settings": shlex.join(settings),
         "command": shlex.join(["python", *words]),
         "threads": torch.get_num_threads(),
+        "processor": torch.cpu.get_capabilities().get("cpu_name", ""),
+        "matmul_peak_gflops": round(matmul_peak(torch.device("cpu"), torch.bfloat16) / 1e9),
         "steps": entries[-1]["step"],
         "pictures": last(entries, "images_seen"),
         "validation": last(entries, "validation"),
@@ -66,18 +70,21 @@ def train(minutes, settings, folder):
 
 
 def store(point, out):
-    """Puts a point into the file, in place of an older one of the same command. Returns all."""
+    """Puts a point into the file, in place of an older one of the same command and processor.
+    Returns all."""
+    def source(run):
+        return run["command"], run.get("processor", "")
     points = []
     if Path(out).exists():
         points = read_json(out, {"points": list})["points"]
-    points = [other for other in points if other["command"] != point["command"]]
+    points = [other for other in points if source(other) != source(point)]
     points = sorted([*points, point], key=lambda point: point["minutes"])
     write_json(out, {"points": points})
     return points
 
 
 def draw(points):
-    """curve.png: the loss, and both scores, against minutes."""
+    """curve.png: the loss, and both scores, against minutes. points: of one processor."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -112,6 +119,7 @@ def main():
             losses = f"validation {point['validation']:.3f}"
             scores = f"strict {point['strict']:.3f}, lax {point['lax']:.3f}"
             print(f"{name}: {point['pictures']} pictures, {losses}, {scores}", flush=True)
+    points = [other for other in points if other.get("processor") == point["processor"]]
     if len(options.minutes) > 1:
         picture = Path(options.out).with_suffix(".png")
         write_atomically(picture, partial(draw(points).savefig, format="png", dpi=120))

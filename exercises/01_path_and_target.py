@@ -9,7 +9,7 @@ functions below, then run
 
     python exercises/01_path_and_target.py
 
-Think first: why does the target not depend on t? Where does sampling start, at t = 1?
+Think first: why does the target not depend on t? Does sampling start at t = 0 or at t = 1?
 """
 
 import sys

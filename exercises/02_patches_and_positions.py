@@ -37,7 +37,7 @@ def embed_positions(positions, size):
 
 
 def crop_center(grid, height, width):
-    """(M, M, D) -> (height, width, D): the middle. An odd rest leaves less at the top and left."""
+    """(M, M, D) -> (height, width, D): the middle. Of an odd margin, top and left get less."""
     raise NotImplementedError
 
 

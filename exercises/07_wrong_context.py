@@ -12,7 +12,7 @@ its final norm. The channels are CLIP-L, CLIP-G, zeros. The tokens are CLIP's, t
 stays. The pooled vector is the last state after the final norm at the first end token: CLIP-L's,
 then CLIP-G's.
 
-Think first: which of these mistakes could a network get used to that is trained with them?
+Think first: which mistakes could a network that is trained with them get used to?
 """
 
 import sys

@@ -33,7 +33,7 @@ def released(num_steps, alpha):
 
 
 def effective_shift(num_steps, alpha):
-    """One shift of num_steps even times from 1 to 1/1000 that gives about `released`: its alpha.
+    """The alpha with which num_steps even times, 1 to 1/1000, shifted once, are about `released`.
 
     The smallest entry of the table is so near to 0 that it may be taken for 1/1000.
     """

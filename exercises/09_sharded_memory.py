@@ -101,7 +101,7 @@ def check_sent(answers):
     for shards in (8, 2):
         right = (2 * 2 + 4) * TOTAL * (shards - 1) / shards
         hints = {
-            8 * TOTAL: "what a GPU has itself it need not be sent: (S - 1) / S",
+            8 * TOTAL: "a GPU does not send what it keeps: (S - 1) / S",
             right * 6 / 8: "weights come twice: the backward pass needs them again",
         }
         hint = compare(answers["sent_bytes"](TOTAL, shards), right, hints, 1e9, "GB")

@@ -273,8 +273,8 @@ def mirrored(scene):
 
 
 def twin(scene, rng):
-    """A scene that differs from this one in one respect and can be drawn. Half of the time it is
-    the relation, if there is one. None if that scene is held out of training.
+    """A scene that differs from this one in one respect and can be drawn. If it has a relation,
+    that differs half of the time. None if the twin is held out of training.
 
     Size and count are left out. For another size or number, things would need other places.
     """
@@ -291,8 +291,8 @@ def twin(scene, rng):
 class ClipBatches:
     """Batches (image (B, 3, 64, 64), ids of CLIP-L, ids of CLIP-G, same (B, B)).
 
-    ids (B + B * NEAR_MISSES, L): the B captions, then the near misses of each picture. They differ
-    in their padding. same: 1 where two captions are equal, otherwise 0.
+    ids (B + B * NEAR_MISSES, L): the B captions, then the near misses of each picture. L's and G's
+    padding differ. same: 1 where two captions are equal, otherwise 0.
 
     Of eight samples the first shows clothing, the second an emoji, and the others are three scenes
     with their twins. Near misses of clothing and emoji are captions of other pictures. A picture
@@ -391,9 +391,9 @@ def clip_loss(model, batch):
     """The sum of the losses of both CLIPs, (B,)."""
     image, ids_l, ids_g, same = on_device(model, *batch)
     scale = model.temperature.exp().clamp_max(100)
-    large, huge = model(image, ids_l, ids_g)
+    clip_l, clip_g = model(image, ids_l, ids_g)
     with autocast(image.device, torch.float32):         # bf16 would round a logit of 100 by .25
-        return contrastive_loss(*large, same, scale) + contrastive_loss(*huge, same, scale)
+        return contrastive_loss(*clip_l, same, scale) + contrastive_loss(*clip_g, same, scale)
 
 
 @torch.no_grad()
@@ -486,7 +486,7 @@ class T5DecoderLayer(nn.Module):
 
 
 class T5(nn.Module):
-    """The encoder, and a decoder of two layers that gives it something to do.
+    """The encoder, and a decoder of two layers that only its training needs.
 
     The first weights are drawn as T5's are. Queries begin small, as T5's attention does not divide
     by sqrt(64).
@@ -611,7 +611,7 @@ class Squares:
         return torch.stack(squares), noise, kl_weight
 
     def scene(self, index, size):
-        """The training scene of this index; one on gray in place of an odd one, if asked for."""
+        """The training scene of this index. With gray, odd ones are on gray."""
         wanted = self.gray and index % 2 == 1
         scene = make_scene(TRAIN_SEED, index, size, size)
         while wanted and scene.background != "gray":
@@ -775,7 +775,7 @@ class Options:
     vae_from: str = option("", "assemble: keep the autoencoder of this model")
     run: str = option("", "ship: a run folder of train.py")
     encoders: str = option(str(SHIPPED), "ship, decoder: the model with the frozen networks")
-    guidance_scale: float = option(3.0, "ship: that which evaluate.py scores best")
+    guidance_scale: float = option(3.0, "ship: the scale that scores best")
     out: str = option(str(SHIPPED), "assemble, ship, decoder: folder of the model")
 
     def __post_init__(self):

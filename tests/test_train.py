@@ -994,6 +994,23 @@ def test_what_a_run_is_made_of_is_what_was_asked_for(tmp_path, monkeypatch):
         TrainConfig(seed=1_000_003)
 
 
+@pytest.mark.parametrize("words, count", [
+    ("--minutes 10", 16_000), ("--minutes 30", 48_000), ("--minutes 600", 65_536),
+    ("--minutes 0.01", 64), ("--steps 900", 14_400), ("--steps 3", 64),
+    ("--steps 900 --num-scenes 0", 0), ("--steps 900 --num-scenes 99", 99),
+    ("--steps 3 --num-scenes 5000", 192), ("--minutes 1 --num-scenes 9000", 6400)])
+def test_a_longer_run_encodes_more_scenes(words, count, tmp_path, monkeypatch):
+    """Without --num-scenes a scene comes four times: 900 steps of 64 pictures have 14,400 scenes.
+    Ten minutes on two cores have 57,000 to 110,000 pictures, which is four to seven times."""
+    def encoded(config, world, found, until):
+        assert found == count
+        raise Killed
+
+    monkeypatch.setattr(train, "encoded", encoded)
+    with pytest.raises(Killed):
+        train.main(["--device", "cpu", *words.split(), "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize("words, least, most", [
     (["--minutes", "8"], 120, 120), (["--steps", "5"], math.inf, math.inf)])
 def test_encoding_takes_a_quarter_of_the_minutes(words, least, most, tmp_path, monkeypatch):
