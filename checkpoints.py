@@ -222,12 +222,12 @@ def portable(file):
 
 def find_model_file(path, hub=True):
     """The file of a model or run folder, a diffusers folder, or a file; a hub name is fetched. A
-    relative path is also looked up beside the code."""
+    relative path that does not exist here is looked up beside the code."""
     path = Path(path).expanduser()
-    for place in (path, ROOT / path):
-        for file in (place / "model.safetensors", place):
-            if file.is_file():
-                return file
+    place = path if path.exists() else ROOT / path
+    for file in (place / "model.safetensors", place):
+        if file.is_file():
+            return file
     return importlib.import_module("convert").find_foreign(path, hub)
 
 
@@ -325,7 +325,8 @@ class Components:
 
 
 def released_sampling(model, path):
-    """Stability's settings for SD3.5 (sd3_infer.py). Only the name of a file tells a turbo."""
+    """Stability's settings for SD3.5: of the model card for large, else of sd3_infer.py. Only the
+    name of a file tells a turbo."""
     names = model.networks.get("mmdit", {})
     depth = count_layers(names, "joint_blocks.")
     if depth == 24 and count_layers(names, "joint_blocks.", ".x_block.attn2."):      # medium

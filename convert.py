@@ -121,7 +121,6 @@ def describe_unreadable(file, problem):
 
 
 # ---- What a path means ---------------------------------------------------------------------------
-
 def find_foreign(path, hub=True):
     """The diffusers folder that `path` is, here or on the hub."""
     if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
@@ -138,9 +137,10 @@ def from_hub(name):
     """Download (or find in the cache) the diffusers folder of a hub repository "owner/name"."""
     from huggingface_hub import snapshot_download      # comes with `tokenizers`
     files = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    spared = ["*.fp16*", "text_encoders/*"]            # copies
     try:
         for patterns in (files[:1], files):            # the small file first
-            found = snapshot_download(name, allow_patterns=patterns, ignore_patterns="*.fp16*")
+            found = snapshot_download(name, allow_patterns=patterns, ignore_patterns=spared)
             if not Path(found, "model_index.json").is_file():
                 raise FileNotFoundError
         return Path(found)
@@ -186,6 +186,8 @@ def take(model, file, names):
     if not found:
         raise ValueError(f"{file} holds no {' or '.join(names)}; give a file that does")
     for name in found:
+        if name in model.networks:
+            raise ValueError(f"{file} is a second {name}; CLIP-L is known by its name, clip_l*")
         model.networks[name] = networks[name]
         if name in config:
             model.config[name] = config[name]
@@ -200,7 +202,8 @@ def networks_alone(file):
                 raise ValueError(f"{file} is {family}, not SD3 or SD3.5: it has a {key}")
     signs = {"joint_blocks.0.": "mmdit", "decoder.conv_in.": "vae", "encoder.block.": "t5",
              "text_model.": "clip_l"}
-    if "text_projection.weight" in tensors and "clip_l" not in file.name:
+    is_l = "clip_l" in file.name or file.parent.name == FOLDERS["clip_l"]
+    if "text_projection.weight" in tensors and not is_l:
         signs["text_model."] = "clip_g"
     prefix = ""
     for sign, name in signs.items():
@@ -225,15 +228,15 @@ def fit_widths(model):
     widths.setdefault("t5", context_dim)
     widths.setdefault("clip_g", pooled_dim - widths.get("clip_l", 0))
     widths.setdefault("clip_l", pooled_dim - widths["clip_g"])
-    if widths["t5"] != context_dim or widths["clip_l"] + widths["clip_g"] != pooled_dim:
+    both = widths["clip_l"] + widths["clip_g"]
+    if widths["t5"] != context_dim or both != pooled_dim or widths["clip_l"] > widths["clip_g"]:
         raise ValueError(f"{model.path}: the text encoders are {widths} wide, but its MM-DiT needs "
-                         f"{pooled_dim} of both CLIP together and {context_dim} of T5")
+                         f"{pooled_dim} of both CLIP, of clip_g most, and {context_dim} of T5")
     found = {f"{name}_width": width for name, width in widths.items()}
     model.config["text"] = model.config.get("text", {}) | found
 
 
 # ---- Diffusers folders ---------------------------------------------------------------------------
-
 def open_diffusers(model):
     """What the tensors cannot tell comes from the folder's JSON files, or from our own metadata."""
     folder = model.path
@@ -323,7 +326,6 @@ def to_diffusers(name, tensors):
 
 
 # ---- Exports -------------------------------------------------------------------------------------
-
 def diffusers_config(name, config):
     """The config.json of one network."""
     values = dict(EXPECTED[name])
@@ -355,8 +357,8 @@ def tokenizer_config(name, text):
 
 def save_diffusers(out, parts, networks, dtype):
     """Write a folder that diffusers' StableDiffusion3Pipeline.from_pretrained opens."""
-    metadata = make_metadata(
-        networks, parts.text.config, parts.sampling, parts.words, parts.sizes)
+    about = parts.text.config, parts.sampling, parts.words, parts.sizes
+    metadata = make_metadata(networks, *about)
     index = {"_class_name": "StableDiffusion3Pipeline",
              "scheduler": ["diffusers", EXPECTED["scheduler"]["_class_name"]],
              "text_encoder_3": ABSENT, "tokenizer_3": ABSENT}
@@ -397,8 +399,8 @@ def export(path, out, layout, dtype=torch.float32):
             save_diffusers(partial, parts, networks, dtype)
         else:
             for name, file in parts.tokenizers.items():
-                folder = partial / "tokenizers" / HOMES[name][0]
-                shutil.copytree(file.parent, folder, dirs_exist_ok=True)
+                home = partial / "tokenizers" / HOMES[name][0]
+                shutil.copytree(file.parent, home, dirs_exist_ok=True)
             save_networks(partial / "model.safetensors", networks, parts.text.config,
                           parts.sampling, dtype, parts.words, parts.sizes)
         partial.rename(out)

@@ -184,6 +184,8 @@ class ImageFiles:
                     part = Part(f"{name}/{inner}", path, member.offset_data, member.size)
                     if part.name in files:
                         self.problems.append(f"{part.name}: a second file of this name")
+                    elif not member.isreg() and not member.isdir():
+                        self.problems.append(f"{part.name}: a link or no regular file")
                     elif member.isreg() and tar.offset <= path.stat().st_size:    # not cut off
                         files[part.name] = part
             # tarfile reads an unreadable header as the end. A real end is all zeros.

@@ -131,7 +131,7 @@ def save_state(state, folder):
 
 
 def load_state(state, folder):
-    """Reads `state` in place. OSError for a damaged one. It unpickles metadata: read your own."""
+    """Reads `state` in place. OSError if it is cut off. It unpickles metadata: read your own."""
     try:
         dcp.load(state, checkpoint_id=folder)
     except (Exception, dcp.CheckpointException) as problem:

@@ -235,23 +235,25 @@ def geneval_rows(pipeline, options):
 
 
 def sources(pipeline, options):
-    """(unseen pictures, their captions, PictureMeasures of them, pictures of the training). These
-    are scenes. With --data all are pictures from there, whether the model has seen them or not."""
+    """(unseen pictures, their captions, PictureMeasures of them, name and set of other pictures):
+    those that a run was trained on, as far as they are scenes. With --data, all are from there."""
     folder = pipeline.parts.file.parent
     tower = options.tower or folder
-    training = Scenes(512)
+    known, training = "scenes", Scenes(512)
     encoders = run_encoders(folder)
     if encoders:                                             # The folder is that of a run.
         tower = options.tower or encoders.parent
         config = read_json(folder / "config.json", {"train": dict})["train"]
         check_value(f"{folder / 'config.json'}: seed", config.get("seed"), int, 0, 2**31)
-        training = Scenes(512, config["seed"])
-        if config.get("data") and not options.data:
+        if not config.get("data"):
+            known, training = "training pictures", Scenes(512, config["seed"])
+        elif not options.data:
             print(f"note: scenes are new to this model; {config['data']} trained it; see --data",
                   file=sys.stderr)
     unseen = Scenes(options.num_pictures, HELD_OUT_SEED)
     if options.data:
         unseen = training = ImageFiles(options.data)
+        known = "pictures of --data"
     if len(unseen) < 8:
         raise ValueError(f"--data {options.data} holds {len(unseen)} pictures; give at least 8")
     pictures = []
@@ -260,7 +262,7 @@ def sources(pipeline, options):
         pictures.append(unseen.image(index, options.height, options.width))
         captions.append(unseen.captions(index)[-1])
     measure = PictureMeasures(pictures, captions, pipeline.text, tower, pipeline.device)
-    return pictures, captions, measure, training
+    return pictures, captions, measure, known, training
 
 
 def measure_model(pipeline, options, record, pictures, captions, measure):
@@ -287,7 +289,7 @@ def measure_model(pipeline, options, record, pictures, captions, measure):
 def measure_all(pipeline, options, record):
     """All of it: GenEval with its controls, losses, measures, the report."""
     if pipeline:
-        pictures, captions, measure, training = sources(pipeline, options)
+        pictures, captions, measure, known, training = sources(pipeline, options)
     if not options.data:
         print(f"{options.num_prompts} prompts a task, strict scores with 95 % intervals")
         for name, rates in geneval_rows(pipeline, options):
@@ -300,7 +302,7 @@ def measure_all(pipeline, options, record):
     log = read_log(pipeline.parts.file.with_name("log.jsonl"), math.inf)
     if log:                                                  # It is a run.
         file = pipeline.parts.file.with_name("report.html")
-    write_report(file, record, log, drawn[:64], captions, measure, training)
+    write_report(file, record, log, drawn[:64], captions, measure, known, training)
     print(f"{file} shows all of it")
 
 

@@ -160,11 +160,12 @@ def frechet_distance(features_a, features_b):
     return shift.square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 
-def kernel_distance(features_a, features_b):
+def kernel_distance(features_a, features_b, paired=False):
     """Kernel distance (KID; Binkowski et al. 2018) of two sets of features (N, d), (M, d).
 
     It is the squared maximum mean discrepancy with the kernel (x y / d + 1)^3. The estimate is
-    unbiased: it can be below 0, and small sets are no worse on average.
+    unbiased: it can be below 0, and small sets are no worse on average. paired: the vectors i of
+    both sets belong together, as pictures of one caption do, and are not compared.
     """
     N, d = features_a.shape
     M = len(features_b)
@@ -173,6 +174,9 @@ def kernel_distance(features_a, features_b):
     both = torch.cat([features_a, features_b]).cpu().double()
     kernel = (both @ both.T / d + 1) ** 3                                        # (N + M, N + M)
     between = kernel[:N, N:].mean()
+    if paired:
+        others = kernel[:N, N:] * (1 - torch.eye(N))
+        between = others.sum() / (N * (N - 1))
     kernel.fill_diagonal_(0)                                # No vector is paired with itself.
     within_a = kernel[:N, :N].sum() / (N * (N - 1))
     within_b = kernel[N:, N:].sum() / (M * (M - 1))
@@ -236,7 +240,7 @@ class PictureMeasures:
         return {"clip_score": cosines.mean().item(),
                 "clip_error": cosines.std().item() / len(cosines) ** 0.5,
                 "fid": frechet_distance(drawn, self.real).item(),
-                "kid": kernel_distance(drawn, self.real).item()}
+                "kid": kernel_distance(drawn, self.real, paired=True).item()}
 
 
 def wilson(share, n):

@@ -99,18 +99,14 @@ def nearest_pictures(pictures, measure, training):
     return shown, texts
 
 
-def write_report(file, record, log, pictures, prompts, measure, training):
+def write_report(file, record, log, pictures, prompts, measure, known, training):
     """One page: what was printed, curves, pictures, and what resembles a training picture.
 
     record: the numbers of evaluate.py. log: entries of a run's log.jsonl, or none. pictures: drawn
-    from prompts, which begin those of `measure`, a PictureMeasures. training: a set of pictures.
-    With --data, nobody knows whether its pictures were seen in training: they are called by it.
+    from prompts, which begin those of `measure`, a PictureMeasures. known: what the page calls the
+    pictures of the set `training`. With --data, nobody knows whether they were seen in training.
     """
-    measured = "unseen pictures"
-    known = "training pictures"
-    if record["data"]:
-        measured = "pictures of --data"
-        known = measured
+    measured = "pictures of --data" if record["data"] else "unseen pictures"
     title = html.escape(record["checkpoint"])
     printed = html.escape("\n".join(record["printed"]))
     page = (f'<!DOCTYPE html><meta charset="utf-8"><title>{title}</title>'

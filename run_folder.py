@@ -96,7 +96,7 @@ class Run:
             half.unlink()
 
     def resume(self, model, average, optimizers):
-        """Loads the newest whole checkpoint. OSError if all that exist are damaged."""
+        """Loads the newest whole checkpoint. OSError if none can be read."""
         found = self.world.same(checkpoints_of(self.folder))
         for folder in reversed(found):
             state = self.state(model, average, optimizers)
@@ -176,7 +176,8 @@ class Run:
         self.check_numbers(model, grad_norm)
         period = self.config.every or max(1, self.steps // 10)
         ended = self.stopping or self.done == self.steps
-        self.due = self.skipped == 0 and (ended or self.done >= self.last_due + period)
+        regular = self.skipped == 0 and self.done >= self.last_due + period
+        self.due = ended or regular
 
     def check_numbers(self, model, grad_norm):
         """Ends the run when its numbers stop being finite, before they are averaged or saved."""

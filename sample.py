@@ -25,7 +25,7 @@ from tqdm import tqdm
 import flow
 from checkpoints import SHIPPED, Components, fingerprint, load_components
 from data import from_tensor, read_image, resize_and_crop, to_tensor
-from devices import autocast, command, pick_device, pick_precision
+from devices import PRECISIONS, autocast, command, pick_device, pick_precision
 from options import add_options, read_lines
 from recipe import Options, Recipe, Settings, read_record, save_png
 from scenes import captioned_grid
@@ -261,6 +261,9 @@ def main():
     record = {}
     for item in fields(Recipe):
         record[item.name] = getattr(options, item.name)
+    for name, precision in PRECISIONS.items():
+        if precision == pipeline.precision:
+            record["precision"] = name                                # not "auto"
     record["made_from"] = hash_sources(pipeline.parts, options)
     if options.made_from not in ("", record["made_from"]):
         raise ValueError(f"{options.from_png} was made with another model, --image or --mask, or "

@@ -201,6 +201,16 @@ def read_inputs(config, world, start=None) -> Inputs:
     return Inputs(batches, unseen, training, held_out, vae, text, sizes, precision)
 
 
+def read_start(config):
+    """The MM-DiT of --init. ValueError if it is a run with other frozen networks than this one."""
+    start = load_components(config.init, ("mmdit",))
+    theirs = run_encoders(start.file.parent)                     # None: it is no run
+    if theirs and fingerprint(theirs, FROZEN) != fingerprint(config.encoders, FROZEN):
+        raise ValueError(f"--init {config.init} has latents and texts of other networks; give "
+                         f"--encoders {portable(theirs)}")
+    return start.mmdit
+
+
 def make_model(sizes, config, world, trained):
     """An MM-DiT without numbers yet, whole or as shards. Depth 38 is never whole on a GPU."""
     checkpoint = torch.utils.checkpoint.checkpoint
@@ -255,7 +265,7 @@ def read_config(arguments=None):
     names = {path.name for path in folder.glob("*") if path.suffix != ".partial"}
     if names - {"lock", "checkpoints"} and "config.json" not in names:
         raise ValueError(f"--out {folder} is no run folder; choose another")
-    if "model.safetensors" in names and "checkpoints" not in names:
+    if "model.safetensors" in names and not any(folder.glob("checkpoints/*")):
         raise ValueError(f"--out {folder} has a model, but no checkpoints; choose another")
     default = "paper" if given.get("depth", 0) >= 15 else "tiny"
     return TrainConfig(**PRESETS[options.preset or default] | given)
@@ -325,7 +335,7 @@ def main(arguments=None):
     try:
         start = None
         if config.init and not goes_on:
-            start = load_components(config.init, ("mmdit",)).mmdit
+            start = read_start(config)
         inputs = read_inputs(config, world, start)
     except BaseException:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""claims.py: which of the paper's claims held here? The table at the end of READING.md.
+"""claims.py: which of the paper's claims held here? The table "What held" of READING.md.
 
 Every experiment writes its claims into its results/*.json: what the paper reports, what came out
 here, the interval of that, and a verdict by a rule that the experiment states. This file only

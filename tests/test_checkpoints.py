@@ -451,6 +451,10 @@ def test_paths_in_records_are_found_from_every_working_folder(tmp_path, monkeypa
     assert find_model_file("pretrained/tiny") == SHIPPED / "model.safetensors"
     monkeypatch.setenv("HOME", str(model_folder.parent))
     assert find_model_file("~/model") == model_folder / "model.safetensors"
+    (tmp_path / "pretrained" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="pretrained/tiny has no model.safetensors yet"):
+        find_model_file("pretrained/tiny")               # not another model of this name
 
 
 def test_the_model_cards_of_sd35_decide_what_their_files_do_not_say():

@@ -16,8 +16,8 @@ from test_checkpoints import TABLE, TEXT, equal, five_networks, read, resave
 import checkpoints
 import convert
 from checkpoints import (
-    PREFIXES, SHIPPED, find_model_file, load_components, make_metadata, open_model, read_network,
-    released_tensors, save_networks)
+    PREFIXES, SHIPPED, Model, find_model_file, load_components, make_metadata, open_model,
+    read_network, released_tensors, save_networks)
 
 ROOT = Path(__file__).parents[1]
 CONV = PREFIXES["vae"] + "decoder.conv_in.weight"
@@ -267,6 +267,27 @@ def test_a_clip_l_file_is_known_by_its_name_even_if_it_has_a_projection(networks
     tensors["text_projection.weight"] = torch.eye(64)
     save_file(tensors, tmp_path / "clip" / "clip_l.safetensors")
     assert equal(load_components(file, ("text",)).text.encoders["clip_l"], networks["clip_l"])
+
+
+def test_both_clips_of_a_diffusers_folder_can_be_named(networks, saved, tmp_path):
+    """Its CLIP-L has a projection and no telling name, but lies in text_encoder/. Elsewhere it is
+    taken for CLIP-G, and that is refused."""
+    convert.export(saved, tmp_path / "folder", "diffusers")
+    save_networks(tmp_path / "m.safetensors", {"mmdit": networks["mmdit"]}, TEXT)
+    clip_l = tmp_path / "folder" / "text_encoder" / "model.safetensors"
+    clip_g = tmp_path / "folder" / "text_encoder_2" / "model.safetensors"
+    found = open_model(tmp_path / "m.safetensors", [clip_g, clip_l]).networks
+    assert {"clip_l", "clip_g"} <= found.keys()
+    assert found["clip_l"]["token_embedding.weight"].shape[1] == 64
+    moved = clip_l.rename(tmp_path / "first.safetensors")
+    with pytest.raises(ValueError, match="first.safetensors is a second clip_g"):
+        open_model(tmp_path / "m.safetensors", [clip_g, moved])
+    mmdit = {"context_embedder.weight": torch.empty(1, 4096),
+             "y_embedder.mlp.0.weight": torch.empty(1, 2048)}
+    for name, width in (("clip_g", 768), ("clip_l", 1280)):          # each the other one's
+        lone = {name: {"token_embedding.weight": torch.empty(1, width)}}
+        with pytest.raises(ValueError, match="of clip_g most"):
+            convert.fit_widths(Model(tmp_path, lone | {"mmdit": mmdit}, {}, None))
 
 
 def test_explicit_files_come_before_those_that_lie_about(networks, saved, tmp_path):

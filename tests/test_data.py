@@ -376,6 +376,19 @@ def test_shards_go_before_a_table_beside_them(tmp_path):
     assert ImageFiles(tmp_path).captions(0) == ("number 0",)
 
 
+def test_links_in_a_tar_are_named(tmp_path):
+    """Their bytes lie elsewhere. A folder is no problem."""
+    write_files(tmp_path / "set", {"a.png": solid(1), "a.txt": "one"})
+    os.link(tmp_path / "set" / "a.png", tmp_path / "set" / "hard.png")
+    (tmp_path / "set" / "soft.png").symlink_to("a.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "set", "set")
+    source = ImageFiles(tmp_path / "x.tar")
+    assert len(source) == 1 and sorted(source.problems) == [
+        "x.tar/set/hard.png: a link or no regular file",
+        "x.tar/set/soft.png: a link or no regular file"]
+
+
 def test_a_tar_of_a_whole_folder_is_read(tmp_path):
     """`tar cf x.tar .` begins all names with "./", which is not the dot of a hidden file."""
     members = [("./a.png", solid(1)), ("./a.txt", b"a"), ("./.b.png", solid(2)), ("./.b.txt", b"b")]

@@ -181,8 +181,9 @@ def test_a_run_is_compared_with_the_scenes_of_its_own_training(tmp_path, capsys)
         config = {"train": {"seed": 5, "data": data}, "encoders": encoders}
         (tmp_path / "config.json").write_text(json.dumps(config))
         options = evaluate.Options(num_pictures=8, height=32, width=32)
-        pictures, captions, measure, training = evaluate.sources(pipeline, options)
-        assert training.seed == 5 and len(pictures) == len(measure.real) == 8
+        pictures, captions, measure, known, training = evaluate.sources(pipeline, options)
+        assert (known, training.seed) == (("scenes", 0) if data else ("training pictures", 5))
+        assert len(pictures) == len(measure.real) == 8
         unseen = Scenes(8, HELD_OUT_SEED)
         assert captions == [unseen.captions(i)[1] for i in range(8)]
         assert (pictures[7] == unseen.image(7, 32, 32)).all()

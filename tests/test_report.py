@@ -49,7 +49,7 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("data, measured, known", [
-    ("", "unseen pictures", "training pictures"),
+    ("", "unseen pictures", "training pictures"), ("", "unseen pictures", "scenes"),
     ("photos", "pictures of --data", "pictures of --data")])
 def test_the_report_of_a_run_has_the_curves_of_its_log(tmp_path, data, measured, known):
     """By hand: steps to 4 over 600 px, losses to 2 over 200 px; entries without a loss are left."""
@@ -60,7 +60,8 @@ def test_the_report_of_a_run_has_the_curves_of_its_log(tmp_path, data, measured,
     measure = SimpleNamespace(text_features=torch.eye(4), features=lambda x: torch.eye(4)[: len(x)])
     record = {"checkpoint": "a <b>", "data": data, "printed": ["1 < 2"],
               "losses": {"validation_by_t": [1] * 8}}
-    write_report(tmp_path / "report.html", record, log, pictures, list("abcd"), measure, training)
+    write_report(tmp_path / "report.html", record, log, pictures, list("abcd"), measure, known,
+                 training)
     page = Page(tmp_path / "report.html")
     assert page.curves[1:] == [" 150.0,0.0 600.0,100.0", " 600.0,0.0"]
     assert "1 < 2" in page.text and "a <b>" in page.text and len(page.sources) == 4

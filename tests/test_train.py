@@ -27,7 +27,7 @@ import devices
 import run_folder
 import train
 from batches import Batch, Batches
-from checkpoints import FROZEN, SHIPPED, fingerprint
+from checkpoints import FROZEN, SHIPPED, fingerprint, load_components, save_networks
 from encode import encoded
 from flow import density
 from mmdit import MMDiT, MMDiTConfig
@@ -329,6 +329,17 @@ def test_one_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
     assert model.weight.isfinite().all() and average.weight.isfinite().all()
     assert [entry["skipped"] for entry in log_of(tmp_path / "run")] == [0] * 5 + [1] + [0] * 6
     assert log_of(tmp_path / "run")[5]["loss"] is None
+
+
+def test_ctrl_c_saves_also_after_a_step_that_was_left_out(tmp_path):
+    def batches(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        x, y = line_batches(step)
+        return x, y * (math.inf if step == 5 else 1)
+
+    experiment(tmp_path / "run", batches=batches, every=50)
+    assert steps_of(tmp_path / "run") == [6]
 
 
 def test_ruined_weights_are_neither_averaged_nor_saved(tmp_path):
@@ -1036,10 +1047,29 @@ def test_automatic_restarts_need_a_folder_to_go_on_with(monkeypatch):
         train.main([*SMALL])
 
 
+def test_init_from_a_run_with_other_frozen_networks_is_refused(tmp_path):
+    """Its latents and texts would mean something else."""
+    frozen = load_components(SHIPPED)
+    networks = {"mmdit": frozen.mmdit, "vae": frozen.vae, **frozen.text.encoders}
+    networks["vae"].encoder.conv_in.bias.data.add_(1)
+    other = tmp_path / "other" / "model.safetensors"
+    other.parent.mkdir()
+    save_networks(other, networks, frozen.text.config)
+    run = tmp_path / "run"
+    run.mkdir()
+    save_networks(run / "model.safetensors", {"mmdit": frozen.mmdit})
+    encoders = {"path": str(other), "fingerprint": fingerprint(other, FROZEN)}
+    (run / "config.json").write_text(json.dumps({"encoders": encoders}))
+    config = TrainConfig(init=str(run))
+    with pytest.raises(ValueError, match=f"give --encoders {other}"):
+        train.read_start(config)
+    start = train.read_start(dataclasses.replace(config, encoders=str(other)))
+    assert start.config.depth == frozen.mmdit.config.depth
+
+
 def test_a_run_that_goes_on_no_longer_needs_the_file_of_init(tmp_path):
     """Its weights are in the checkpoint. Its positions, those of the released files here, are not
     what a run without --init would have."""
-    from checkpoints import load_components, save_networks
     parts = load_components(SHIPPED)
     parts.mmdit.config = dataclasses.replace(parts.mmdit.config, position_start=0.0)
     networks = {"mmdit": parts.mmdit, "vae": parts.vae, **parts.text.encoders}
