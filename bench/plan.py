@@ -16,6 +16,7 @@ Run         python bench/plan.py --depth 38 --world 64 --strategy fsdp --recompu
 import argparse
 import functools
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,8 +55,8 @@ class Plan:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and value <= 0:
-                raise ValueError(f"{field.name} is {value}; it must be above 0")
+            if field.type in (int, float) and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} is {value}; it must be above 0, and finite")
         choices = {"strategy": STRATEGIES, "precision": ("bf16", "fp32"), "device": ("cuda", "cpu")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -84,6 +84,8 @@ def check_drop(answers):
         B = len(tensors[0])
         keep = torch.rand(B, 3, generator=torch.Generator().manual_seed(seed)) < 0.5
         dropped = answers["drop"](*tensors, keep)
+        if len(dropped) != len(tensors):
+            return f"{len(dropped)} tensors, it should be all {len(tensors)}, the pooled ones too"
         encoders = (0, 1, 2, 0, 1)                                    # which one each tensor is of
         for ours, before, encoder in zip(dropped, tensors, encoders):
             if ours.shape != before.shape:

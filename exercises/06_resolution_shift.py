@@ -83,7 +83,7 @@ def check_log_snr(answers):
         right = math.log(n / m)
         if abs(ours + right) < 1e-6:
             return "the sign: more noise is less signal"
-        if abs(ours - right) > 1e-6:
+        if not abs(ours - right) < 1e-6:                              # also of nan
             return "log(t / (1 - t)) rises by log(alpha), and the log-SNR has a factor of -2"
     return ""
 
@@ -93,7 +93,7 @@ def check_density(answers):
         ours = answers["shifted_logit_mean"](0.3, n, m)
         if abs(ours - 0.3 - math.log(m / n)) < 1e-6:
             return "that is the log-SNR's shift; the logit moves by half of it"
-        if abs(ours - 0.3 - math.log(m / n) / 2) > 1e-6:
+        if not abs(ours - 0.3 - math.log(m / n) / 2) < 1e-6:
             return "logit(t_m) = logit(t_n) + log(alpha)"
     return ""
 

@@ -59,12 +59,16 @@ def check_draw(answers):
     for changed, key in (("seed", (1, 5, 3)), ("step", (0, 6, 3)), ("index", (0, 5, 4))):
         if np.array_equal(first, draw(*key)):
             return f"the {changed} does not matter, but it must"
-    for key in ((0, 3, 5), (0, 4, 4), (0, 6, 2), (3, 5, 0), (5, 3, 0)):
-        if np.array_equal(first, draw(*key)):
+    others = [((0, 5, 3), key) for key in ((0, 3, 5), (0, 4, 4), (0, 6, 2), (3, 5, 0), (5, 3, 0))]
+    for key, other in (*others, ((0, 5, 100), (0, 6, 0)), ((0, 5, 1000), (0, 6, 0))):
+        if np.array_equal(draw(*key), draw(*other)):
             return ("two samples share their noise: a sum of seed, step and index is the same for "
                     "many; give default_rng all three")
     if np.shape(first) != (4,):
         return f"shape {np.shape(first)}, it should be (4,)"
+    many = np.concatenate([draw(0, 0, index) for index in range(100)])
+    if abs(many.mean()) > 0.2 or abs(many.std() - 1) > 0.2:
+        return f"mean {many.mean():.2f}, deviation {many.std():.2f}: normal numbers have 0 and 1"
     return ""
 
 
@@ -80,6 +84,8 @@ def check_batch(answers):
     for batch in batches[1:]:
         if not np.array_equal(batch, batches[0]):
             return "more ranks draw different noise: that run could not go on with another number"
+    if not check_draw(answers) and not np.array_equal(batches[0][3], answers["draw"](0, 5, 3)):
+        return "row i must be the noise of sample i, as `draw` makes it"
     return ""
 
 

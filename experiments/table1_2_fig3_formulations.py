@@ -13,9 +13,9 @@ Differs from the paper: AdamW's rate is 1e-3 and falls at the end. Scores are th
 lies beside the encoders. With --data, FID compares with the first pictures there. Few ranks are not
 ranks among 61: compare the order. What is done is stored, and the same command goes on from there.
 
-Run   python experiments/table1_2_fig3_formulations.py --quick     four minutes on one CPU core:
-                                                                   too few steps, see below
-      python experiments/table1_2_fig3_formulations.py --full      a GPU
+Run   python experiments/table1_2_fig3_formulations.py --quick --out runs/table1.json
+          four minutes on one CPU core: too few steps, see below
+      python experiments/table1_2_fig3_formulations.py --full --out runs/table1-full.json    a GPU
       python experiments/table1_2_fig3_formulations.py --formulations "rf/lognorm(0.00, 1.00)" rf \
           eps/linear "rf/lognorm(0.50, 0.60)" "edm(-1.20, 1.20)" --steps 800 --batch-size 32 \
           --depth 2 --num-scenes 4096 --samples 64 --seeds 2       35 minutes on one CPU core
@@ -39,7 +39,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoints import SHIPPED, find_model_file, portable
+from checkpoints import FROZEN, SHIPPED, find_model_file, fingerprint, portable
 from data import ImageFiles, from_tensor
 from devices import World, autocast, command, pick_precision
 from flow import validate
@@ -385,7 +385,8 @@ def main(arguments=None):
     if out.is_file():
         record = json.loads(out.read_text())
     settings = {name: getattr(options, name) for name in EQUAL}
-    settings["encoders"] = portable(find_model_file(options.encoders))
+    file = find_model_file(options.encoders)
+    settings |= {"encoders": portable(file), "frozen": fingerprint(file, FROZEN)}
     if record.setdefault("settings", settings) != settings:
         raise ValueError(f"{out} was made with {record['settings']}, which is not {settings}. "
                          f"Give the same numbers or another --out")

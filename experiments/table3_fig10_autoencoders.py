@@ -76,6 +76,9 @@ class Options:
 
     def __post_init__(self):
         check_options(self)
+        object.__setattr__(self, "channels", tuple(sorted(set(self.channels))))
+        if len(self.channels) < 2:
+            raise ValueError("--channels needs two numbers or more, to compare them")
         if self.crop % 8:
             raise ValueError(f"--crop {self.crop} must be a multiple of the VAE's 8 px")
 
@@ -379,7 +382,7 @@ def few_channels_claim(fids, channels):
         here.append(f"{statistics.mean(fids[count][depth]):.3g}")
     names = ", ".join(map(str, channels))
     claim = f"FID of samples at depth {depth} rises with the channels: {names}"
-    return judge(claim, "yes, Fig. 10", " / ".join(here), leads)
+    return judge(claim, "16 need capacity, Fig. 10", " / ".join(here), leads)
 
 
 def depth_claim(fids, few, many):

@@ -32,7 +32,8 @@ from checkpoints import find_model_file, run_encoders
 from devices import command
 from evaluate import draw_paths
 from metrics import PictureMeasures
-from options import check_options, option, read_options, write_atomically, write_json
+from options import (
+    check_options, option, read_json, read_options, write_atomically, write_json)
 from scenes import HELD_OUT_SEED, Scenes
 
 STEPS = (5, 10, 20, 50)
@@ -167,6 +168,13 @@ def find_checkpoints(options):
     if not found:
         raise ValueError("runs/fig8 holds no models; run experiments/fig8_table5_scaling.py first, "
                          "or name models with --checkpoints")
+    budgets = set()
+    for folder in found:
+        trained = read_json(Path(folder, "config.json"), {"train": dict})["train"]
+        budgets.add((trained.get("steps"), trained.get("batch_size")))
+    if len(budgets) > 1:
+        raise ValueError("runs/fig8 holds models of several commands, with other steps or batches; "
+                         "remove it and run experiments/fig8_table5_scaling.py again")
     return found
 
 

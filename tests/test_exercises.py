@@ -111,6 +111,7 @@ WRONG = {
     "03_text_context": [
         ("combine", t5_first, "before T5"), ("drop", pooled_kept, "zero too"),
         ("drop", lambda l, g, t, pl, pg, keep: (l, g, t, pl, pg), "its own choice"),
+        ("drop", lambda *given: answers("03_text_context")["drop"](*given)[:3], "pooled ones too"),
         ("first_end", lambda ids: torch.tensor([4, 3, 4]), "the last one"),
         ("first_end", lambda ids: ids.argmax(dim=1) + 1, "from 0")],
     "04_density_or_weight": [
@@ -136,7 +137,9 @@ WRONG = {
         ("shift", lambda t, n, m: shift(t, math.sqrt(n / m)), "the other way"),
         ("shift_of_log_snr", lambda n, m: math.log(m / n), "less signal"),
         ("shift_of_log_snr", lambda n, m: math.log(n / m) / 2, "a factor of -2"),
-        ("shifted_logit_mean", lambda mean, n, m: mean + math.log(m / n), "half of it")],
+        ("shift_of_log_snr", lambda n, m: math.nan, "a factor of -2"),
+        ("shifted_logit_mean", lambda mean, n, m: mean + math.log(m / n), "half of it"),
+        ("shifted_logit_mean", lambda mean, n, m: math.nan, "log(alpha)")],
     "07_wrong_context": [
         ("clip_context", last_states, "last but one"),
         ("pooled_vector", pooled_at_the_last, "look for the first one"),
@@ -156,14 +159,20 @@ WRONG = {
         ("block_parameters", lambda depth: BLOCK(depth) - 30 * 64 * depth, "biases are missing"),
         ("state_bytes", lambda parameters, shards: 20 * parameters / shards, "between steps"),
         ("state_bytes", lambda parameters, shards: 12 * parameters / shards, "two moments"),
+        ("state_bytes", lambda parameters, shards: 2 * parameters, "it should be"),
         ("gathered_bytes", lambda block, outside: 4 * (2 * block + outside), "2 bytes"),
-        ("sent_bytes", lambda parameters, shards: 8 * parameters, "has itself"),
+        ("sent_bytes", lambda parameters, shards: 8 * parameters, "does not send"),
         ("sent_bytes", lambda parameters, shards: 6 * parameters * (shards - 1) / shards, "twice")],
     "10_seeds_and_ranks": [
         ("my_indices", lambda rank, size, batch: list(range(rank, batch, size)), "stay together"),
         ("my_indices", lambda rank, size, batch: list(range(batch)), "has 8 of 8"),
         ("draw", lambda seed, step, i: np.random.default_rng(seed + step + i).random(4), "a sum"),
         ("draw", lambda seed, step, i: np.random.default_rng((step, i)).random(4), "seed does not"),
+        ("draw", lambda *key: np.random.default_rng(key).random(4), "normal numbers"),
+        ("draw", lambda seed, step, i: np.random.default_rng(1000 * seed + 100 * step + i)
+         .standard_normal(4), "share their noise"),
+        ("global_batch", lambda seed, step, size, batch:
+         np.random.default_rng((seed, step)).standard_normal((batch, 4)), "row i must be"),
         ("global_batch", one_stream_per_rank, "could not go on")],
 }
 

@@ -82,13 +82,21 @@ def test_claims_about_m_and_s_follow_the_samples():
     assert [row[-1] for row in fig11.logit_normal_claims(found, 10**4)] == [True, False, False]
 
 
+def test_a_wrong_density_and_wrong_samples_are_told():
+    right = {"formula_error": 1e-8, "p_value": 0.5}
+    for wrong, holds in (({}, [True, True]), ({"formula_error": 0.1}, [False, True]),
+                         ({"p_value": 1e-6}, [True, False])):
+        found = {"a": right, "b": right | wrong}
+        assert [row[-1] for row in fig11.check_claims(found)] == holds
+
+
 def test_a_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["fig11_densities.py"])
     out = tmp_path / "fig11.json"
     fig11.main(["--quick", "--samples", "2000", "--out", str(out)])
     record = json.loads(out.read_text())
-    assert len(record["densities"]) == 13 and len(record["claims"]) == 7
+    assert len(record["densities"]) == 13 and len(record["claims"]) == 9
     assert {row["verdict"] for row in record["claims"]} == {"held"}
     assert record["densities"]["lognorm(0, 1)"]["mean"] == pytest.approx(0.5, abs=0.02)
     assert out.with_suffix(".png").read_bytes()[1:4] == b"PNG"

@@ -118,7 +118,7 @@ def seed(without, added, usual, normed=(8, 3.0, 1.0)):
     ([1.0, 4.0], "cannot be told"),                                   # mean 2.5, but 3 between them
     ([-1.0, -1.5], "did not hold at this size"),
     ([-0.1, 3.0], "cannot be told"),
-    ([2.0], "cannot be told"),
+    ([2.0], "cannot be told"), ([math.nan, math.nan], "cannot be told"),
 ])
 def test_seeds_must_agree_and_lie_closer_than_their_mean_is_large(gains, verdict):
     assert fig5.judge(gains) == verdict
@@ -130,13 +130,22 @@ def test_verdicts_by_hand():
              seed((128, 1.9, 1.6), (16, 3, 1.0), (8, 3, 1.1))]
     rows = fig5.claims(found)
     assert [row["interval"] for row in rows] == [[4, 5], [3, 4], [1, 1.1], [0.5, 0.6], [2, 3],
-                                                 [0.4, 0.5], [-0.1, 0.1]]
+                                                 [0.4, 0.6], [-0.1, 0.1]]
     assert [row["verdict"] for row in rows] == ["held"] * 6 + ["cannot be told"]
     assert rows[0]["here"] == "it doubles 4.50 times" and "0.01 %" in rows[6]["here"]
     calm = seed((7, 3.1, 0.9), (9, 3, 1.6), (8, 3, 1.3))
     verdicts = [row["verdict"] for row in fig5.claims([calm, calm])]
     assert verdicts == ["did not hold at this size"] * 6 + ["held"]
     assert {row["verdict"] for row in fig5.claims([calm])} == {"cannot be told"}
+
+
+def test_a_model_that_diverged_has_the_loss_of_predicting_nothing():
+    """Its last loss before that, .7, was lower than the 1.0 with QK-norm."""
+    diverged = seed((64, 2.0, 0.7), (16, 3, 1.1), (8, 3, 0.9))
+    assert fig5.claims([diverged] * 2)[3]["verdict"] == "did not hold at this size"
+    diverged["without"]["stopped"] = "not finite at step 95"
+    stability = fig5.claims([diverged] * 2)[3]
+    assert (stability["interval"], stability["verdict"]) == ([1, 1], "held")
 
 
 def test_a_tiny_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):

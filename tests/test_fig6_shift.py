@@ -34,12 +34,12 @@ def test_verdicts_by_hand():
         [3, 4.5], [6, 7],                   # 8 - 1 and 8 - 2
         [3, 4.5], [6, 7],
         [0, 0], [0, 0],
-        [2.5, 3.5]]                         # |5.5 - 1| - (6 - 5), and |5.5 - 2| - 1
+        [2.5, 3.5]]                         # 5.5 - 1 - (6 - 5), and 5.5 - 2 - 1
     assert [row["verdict"] for row in table] == [*["held"] * 4, *["cannot be told"] * 2, "held"]
     assert table[0]["here"] == "gain +3.7500"
     fallen = [rows((6, 5, 3, 1), (8, 7, 4, 2)), rows((6, 5, 3, 1), (1, 2, 3, 9))]
     verdicts = [row["verdict"] for row in fig6.claims(fallen)]
-    assert verdicts == [*["cannot be told"] * 6, "held"]              # 2 - 6 and 9 - 6
+    assert verdicts == [*["cannot be told"] * 6, "did not hold at this size"]      # 2 - 6 - 2
     fallen = [rows((6, 5, 3, 1), (8, 7, 4, 2))] * 2
     assert fig6.claims(fallen)[0]["verdict"] == "did not hold at this size"
     assert fig6.claims(seeds[:1])[0]["verdict"] == "held"        # two models with one seed

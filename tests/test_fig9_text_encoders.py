@@ -74,6 +74,14 @@ def test_claims_compare_what_they_say():
     assert (subsets["here"], subsets["verdict"]) == (round(7 / 8, 3), "held")
 
 
+def test_a_model_that_draws_nothing_tells_nothing():
+    cases = [case for case in geneval_cases(30) if case.task in (*fig9.GENEVAL_TASKS, "word")]
+    cases += [fig9.replace(case, task="detailed") for case in cases[:30]]
+    nothing = np.zeros(len(cases), bool)
+    rows = fig9.claims(cases, {"all": nothing, "no t5": nothing, "none": nothing})
+    assert {row["verdict"] for row in rows} == {"cannot be told"}
+
+
 def test_a_tiny_run_draws_every_subset_and_writes_its_record(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "fig9.json"

@@ -70,6 +70,13 @@ def saved_bytes(plan):
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("name, value", [
+    ("mfu", float("nan")), ("peak_tflops", float("inf")), ("world", 0), ("mfu", 1.1)])
+def test_numbers_that_plan_nothing_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}; it"):
+        Plan(**{name: value})
+
+
 @pytest.mark.parametrize("depth, billions", [(24, 2), (38, 8)])
 def test_parameters_are_those_of_the_papers_models(depth, billions):
     assert round(parameter_counts(Plan(depth=depth).sizes)["total"] / 1e9) == billions

@@ -47,7 +47,7 @@ def test_every_named_file_exists(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_named_function_exists(page):
-    for file, names in re.findall(r"`(\w+\.py): ([\w, ]+)`", (ROOT / page).read_text()):
+    for file, names in re.findall(r"`((?:\w+/)*\w+\.py): ([\w, ]+)`", (ROOT / page).read_text()):
         missing = set(names.split(", ")) - defined_in(file)
         assert not missing, f"{page} names {missing} of {file}"
 

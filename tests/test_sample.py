@@ -455,6 +455,7 @@ def test_the_png_says_how_it_was_made_and_names_no_file(tmp_path, photo, monkeyp
     assert file == tmp_path / "x.PNG"
     record = record_of(file)
     assert record["prompt"] == [PROMPT] and record["num_steps"] == 2
+    assert record["precision"] in ("bf16", "fp32")       # "auto" is another one elsewhere
     assert record.keys() == asdict(Settings()).keys() | {
         "prompt", "seed", "precision", "t5_length", "grid", "enlarge", "made_from"}
     text = json.dumps(record)

@@ -175,7 +175,10 @@ def test_latents_are_normalised_by_their_own_mean_and_deviation():
 
 def test_unseen_pictures_are_not_trained_on(tmp_path):
     """Scenes have two seeds; of a folder, the last pictures are kept apart."""
-    options = table3.Options(num_train=12, num_test=11)
+    options = table3.Options(num_train=12, num_test=11, channels=(16, 4, 8, 8))
+    assert options.channels == (4, 8, 16)
+    with pytest.raises(ValueError, match="--channels needs two numbers"):
+        table3.Options(channels=(16, 16))
     training, test, captions = table3.read_pictures(options)
     assert len(training) == 12 and len(test) == len(captions) == 11
     assert not (training[:11] == test).flatten(1).all(dim=1).any()

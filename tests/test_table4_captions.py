@@ -90,6 +90,15 @@ def test_each_claim_reads_its_own_tasks_and_wording():
     assert plain_fit["here"] == "0.000 -> 0.300" and fit["here"] == "0.000 -> 0.250"
 
 
+def test_helping_all_tasks_is_not_helping_two_of_them_most():
+    """Position and colour attribution gain .25, the other four gain .7."""
+    most = rates(0.9, **{"position": 0.45, "color attribution": 0.45})
+    scores = [{"short": dict.fromkeys(("plain", "full"), rates(0.2)),
+               "mix": dict.fromkeys(("plain", "full"), most)}]
+    assert [row["verdict"] for row in table4.claims(scores)[:2]] == [
+        "held", "did not hold at this size"]
+
+
 def test_a_tiny_run_trains_on_the_mix_that_it_names(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     shares = []

@@ -11,6 +11,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import table6_steps as table6
 
 
+def test_models_of_two_commands_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, steps in (("d1-0", 160), ("d2-0", 160), ("d12-0", 3000)):
+        folder = tmp_path / "runs" / "fig8" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        (folder / "config.json").write_text(json.dumps({"train": {"steps": steps}}))
+    with pytest.raises(ValueError, match="models of several commands"):
+        table6.find_checkpoints(table6.Options())
+    (folder / "model.safetensors").unlink()
+    assert table6.find_checkpoints(table6.Options()) == ["runs/fig8/d1-0", "runs/fig8/d2-0"]
+
+
 def test_columns_by_hand():
     """Scores .20, .24, .26, .25: 20 % and 4 % below the last, 4 % above it. A path of 12."""
     numbers = torch.tensor([0.20, 0.24, 0.26, 0.25, 12], dtype=torch.float64)

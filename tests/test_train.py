@@ -833,6 +833,11 @@ def test_a_folder_without_checkpoints_does_not_bind_the_next_command(tmp_path):
     (folder / "model.safetensors").touch()
     with pytest.raises(ValueError, match="has a model, but no checkpoints; choose another"):
         read_config(["--out", str(folder)])
+    (folder / "checkpoints").mkdir()                                   # Somebody saved space.
+    with pytest.raises(ValueError, match="has a model, but no checkpoints; choose another"):
+        read_config(["--out", str(folder)])
+    (folder / "checkpoints" / "00000003.partial").mkdir()              # killed in its first save
+    assert read_config(["--out", str(folder)]).out == str(folder)
 
 
 @pytest.mark.parametrize("text", [
