@@ -567,7 +567,9 @@ def test_a_tar_writes_nothing_and_follows_no_links(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     source = ImageFiles(tmp_path / "set")
     assert all_captions(source) == [("inside",)] and source.image(0, 4, 4).shape == (4, 4, 3)
-    assert source.problems[0].startswith("x.tar/b.png: there is no caption")
+    link, picture = source.problems
+    assert link == "x.tar/b.txt: a link or no regular file"
+    assert picture.startswith("x.tar/b.png: there is no caption")
     assert sorted(tmp_path.rglob("*")) == before
 
 

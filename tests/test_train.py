@@ -754,7 +754,7 @@ def test_help_says_what_going_on_with_a_run_does(capsys):
     with pytest.raises(SystemExit):
         read_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "give only your own: resuming unpickles" in text and "--timestep-shift" in text
+    assert "only your own, because resuming unpickles" in text and "--timestep-shift" in text
 
 
 def finished_run(folder, **train_values):
