@@ -105,7 +105,7 @@ def test_a_tiny_run_writes_both_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table7, "T5Config", lambda **given: T5Config(32000, 64, 64, num_heads=1)
                         if not given else T5Config(32000, 64, 64, given["num_layers"], 1))
     small = MMDiTConfig(depth=2, pos_embed_max_size=8)
-    monkeypatch.setattr(table7.step_seconds, "__defaults__", (small,))
+    monkeypatch.setattr(table7, "MMDiTConfig", lambda depth: small)
     out = tmp_path / "table7.json"
     table7.main(["--batch-size", "1", "--repeats", "2", "--num-scenes", "2", "--out", str(out)])
     record = json.loads(out.read_text())
