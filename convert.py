@@ -137,7 +137,7 @@ def from_hub(name):
     """Download (or find in the cache) the diffusers folder of a hub repository "owner/name"."""
     from huggingface_hub import snapshot_download      # comes with `tokenizers`
     files = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
-    spared = ["*.fp16*", "text_encoders/*"]            # copies
+    spared = ["*.fp16*", "text_encoders/*"]            # copies of them
     try:
         for patterns in (files[:1], files):            # the small file first
             found = snapshot_download(name, allow_patterns=patterns, ignore_patterns=spared)

@@ -261,9 +261,8 @@ def main():
     record = {}
     for item in fields(Recipe):
         record[item.name] = getattr(options, item.name)
-    for name, precision in PRECISIONS.items():
-        if precision == pipeline.precision:
-            record["precision"] = name                                # not "auto"
+    names = dict(zip(PRECISIONS.values(), PRECISIONS))
+    record["precision"] = names[pipeline.precision]                   # not "auto"
     record["made_from"] = hash_sources(pipeline.parts, options)
     if options.made_from not in ("", record["made_from"]):
         raise ValueError(f"{options.from_png} was made with another model, --image or --mask, or "

@@ -183,7 +183,7 @@ def mode_claims():
 
 def check_claims(found):
     """The same for all densities, from what `check` measured."""
-    error = max(row["formula_error"] for row in found.values())
+    error = max(row["formula_error"] for row in found.values())    # largest near the limit of s
     p_value = min(row["p_value"] for row in found.values())
     return [
         ("the printed densities are the slopes of the distributions", "Eq. 19, 21, 22",

@@ -12,6 +12,9 @@ higher. The share by which epsilon 1e-8 shortens AdamW's steps is measured, too.
 gradients shrink, and those of a large model are smaller than ours.
 
 A claim holds if all seeds agree and their mean is larger than what lies between them (`judge`).
+A model that diverged ends with the loss 2, which is what predicting nothing costs. Adding QK-norm
+helps if the loss then falls by more than without it. "Without" and "added later" have the epsilon
+of their row in ARMS, so the first five claims compare models whose epsilons differ as well.
 
 Run   python experiments/fig5_qk_norm.py --quick     three minutes on one CPU core
       python experiments/fig5_qk_norm.py --full      a GPU
@@ -222,8 +225,8 @@ def compare(found):
         values = []
         for seed in found:
             value = seed[arm]["points"][place][name]
-            if name == "validation" and seed[arm].get("stopped"):
-                value = 2.0                           # It diverged: as if it predicted nothing.
+            if name == "validation" and place == -1 and seed[arm].get("stopped"):
+                value = 2.0                           # It diverged.
             values.append(value)
         return torch.tensor(values, dtype=torch.float64)              # (seeds,)
 

@@ -16,8 +16,9 @@ of COCO; CLIP score stands in place of T2I-CompBench and human raters. After the
 
 Rules       The loss falls if it does at every comparison, in the mean over the seeds. A correlation
             held if Fisher's 95 % interval is below -.5; the points of one run depend on each other,
-            so it is too narrow. It cannot be told where the best and the worst GenEval differ by no
-            more than chance. A difference held if Newcombe's 95 % interval is above 0.
+            so it is too narrow. It cannot be told where two checkpoints, the first of the smallest
+            model and the last of the largest, differ in GenEval by no more than chance. A
+            difference held if Newcombe's 95 % interval is above 0.
 Output      also runs/fig8/dDEPTH-sSEED, the models, which table6_steps.py reads
 Run         python experiments/fig8_table5_scaling.py --quick     minutes on one CPU core
             python experiments/fig8_table5_scaling.py --full      for a GPU
@@ -269,7 +270,7 @@ def claims_of_quality(models):
         best, worst = scores.max().item(), scores.min().item()
         here, interval = f"{len(points)} checkpoints score from {worst:.3f} to {best:.3f}", None
         held = failed = False
-        # One pair that is named in advance: the best of many would differ from the worst by chance.
+        # Not the best and the worst: of many, these differ by chance.
         _, low, high = difference(scores[-1].item(), scores[0].item(), n)
         if name == "clip_score" or low > 0 or high < 0:
             r, low, high = correlation(column(points, "validation"), scores)

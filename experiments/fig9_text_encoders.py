@@ -10,8 +10,9 @@ Differs  The paper has human votes on PartiPrompts for 8B parameters with T5-XXL
 
 Verdicts: a drop is the share that passes with all encoders minus the share without T5, over the
 same prompts, with its paired 95 % interval. A claim that there is a drop holds if the interval is
-above 0. The claim that the drop is small holds if the interval is below .1. "Did not hold" has the
-interval on the other side.
+above 0. The claim that the drop is small holds if the interval is below .1, and needs a model that
+draws: with all encoders its share is at least .1 above that with none (the interval, too). "Did not
+hold" has the interval on the other side.
 
 Run   python experiments/fig9_text_encoders.py --quick                    the model that ships
       python experiments/fig9_text_encoders.py --full --checkpoint RUN    any model of scenes

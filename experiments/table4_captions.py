@@ -11,8 +11,9 @@ Differs  The paper trains depth 15 for 250k steps on photographs with synthetic 
 
 Verdicts: the gain is the share of the mix minus that of the short captions. It holds if every seed
 gains and the 95 % interval of the mean gain is above 0. It did not hold if no seed gains and the
-interval is below 0. The interval follows from the number of prompts: by Agresti and Coull for the
-shares, from the spread of the cosines for the CLIP score.
+interval is below 0. "Most" compares the gain of two tasks with that of the other four. The interval
+follows from the number of prompts: by Agresti and Coull for the shares, from the spread of the
+cosines for the CLIP score.
 
 Run   python experiments/table4_captions.py --quick     small models, one CPU core
       python experiments/table4_captions.py --full      one GPU

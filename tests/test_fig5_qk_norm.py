@@ -144,8 +144,9 @@ def test_a_model_that_diverged_has_the_loss_of_predicting_nothing():
     diverged = seed((64, 2.0, 0.7), (16, 3, 1.1), (8, 3, 0.9))
     assert fig5.claims([diverged] * 2)[3]["verdict"] == "did not hold at this size"
     diverged["without"]["stopped"] = "not finite at step 95"
-    stability = fig5.claims([diverged] * 2)[3]
+    stability, _, adapted = fig5.claims([diverged] * 2)[3:6]
     assert (stability["interval"], stability["verdict"]) == ([1, 1], "held")
+    assert adapted["interval"] == [0.9, 0.9]              # 1.5 - 1.1 - (1.5 - 2)
 
 
 def test_a_tiny_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):

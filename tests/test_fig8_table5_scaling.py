@@ -128,6 +128,9 @@ def test_a_correlation_cannot_be_told_where_scores_differ_by_chance():
     rows = fig8.claims_of_quality(made_up(losses, (1 / 120, 0)))
     assert verdicts(rows)[:2] == ["cannot be told"] * 2 and rows[0]["interval"] is None
     assert verdicts(fig8.claims_of_quality(made_up(losses, (0.5, 0.1))))[0].startswith("did not")
+    losses = [(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)] * 4           # r = 0
+    rows = fig8.claims_of_quality(made_up(losses, (0.2, 0.4, 0.1, 0.2)))      # .4 and .1 are luck.
+    assert verdicts(rows)[:2] == ["cannot be told"] * 2
 
 
 def test_main_trains_measures_and_leaves_models_that_can_be_loaded(tmp_path, monkeypatch, capsys):
