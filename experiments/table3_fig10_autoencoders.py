@@ -9,6 +9,7 @@ Differs   The paper's measures have other features (Inception, LPIPS), its data 
           only feature network here is the one that measures. With --warm, which --quick has, all
           start from the autoencoder of --encoders with its latent cut to principal components: so
           few channels begin with a loss, which they make up for in part.
+Saved     each autoencoder without the adversary, in runs/table3: train.py --encoders takes it
 
 Verdicts: "better" holds if it does in every pair of neighbours (4 and 8, 8 and 16 channels): for
 SSIM, PSNR and perceptual distance by the paired 95 % interval over pictures, for FID in every seed.
@@ -66,6 +67,7 @@ class Options:
     gan: tuple[float, ...] = option((0.0, 0.5), "weights of the adversary", 0.0, 1e3)
     steps: int = option(4000, "training steps of each autoencoder", 1, 10**8)
     crop: int = option(64, "px per side of the crops that it trains on", 16, SIZE)
+    kl_weight: float = option(2e-4, "of the KL term in its loss", 0.0, 1.0)
     batch_size: int = option(16, "crops in a step", 1, 4096)
     num_train: int = option(8192, "pictures to train on", 2, 10**6)
     num_test: int = option(512, "unseen pictures to measure on", 11, 10**5)
@@ -126,7 +128,8 @@ class Objective:
     """The loss that is handed to fit: L1 and KL, and with `gan` the adversary, which takes a step
     of its own for each batch."""
 
-    def __init__(self, gan=0.0, discriminator=None):
+    def __init__(self, kl_weight, gan=0.0, discriminator=None):
+        self.kl_weight = kl_weight
         self.gan = gan
         self.discriminator = discriminator
         if gan:
@@ -135,7 +138,7 @@ class Objective:
 
     def __call__(self, vae, batch):
         image, noise = batch
-        loss, _, reconstruction = vae_loss(vae, image, noise)
+        loss, _, reconstruction = vae_loss(vae, image, noise, self.kl_weight)
         if self.gan:
             self.train_discriminator(image, reconstruction.detach())
             fooling = generator_hinge_loss(self.discriminator(reconstruction))
@@ -223,9 +226,10 @@ def train_autoencoder(channels, gan, pictures, options, world):
 
     config = TrainConfig(steps=options.steps, every=options.steps, batch_size=B, lr=5e-4,
                          optimizer="adamw")
+    objective = Objective(options.kl_weight, gan, discriminator)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), config, world)
-        vae = fit(vae, Objective(gan, discriminator), batches, config, run)
+        vae = fit(vae, objective, batches, config, run)
     return normalised(vae, pictures[:512].to(world.device))
 
 
@@ -285,20 +289,19 @@ def measure(vae, images, tower):
 
 # ---- Fig. 10 -------------------------------------------------------------------------------------
 
-def save_model(vae, name, options):
-    """A model folder with this autoencoder, for train.py --encoders."""
+def save_model(vae, channels, options):
+    """A folder of runs/table3 with this autoencoder, for train.py --encoders."""
     file = find_model_file(options.encoders)
     text = load_components(file, ("text",)).text
-    folder = ROOT / "runs" / "table3" / name
+    folder = ROOT / "runs" / "table3" / f"{channels}-channels-kl-{options.kl_weight:g}"
     folder.mkdir(parents=True, exist_ok=True)
     save_networks(folder / "model.safetensors", {"vae": vae, **text.encoders}, text.config)
     shutil.copytree(file.parent / "tokenizers", folder / "tokenizers", dirs_exist_ok=True)
     return folder
 
 
-def flow_fids(vae, channels, test, captions, options, world):
-    """{depth: [FID of each seed]} of MM-DiTs on this autoencoder's latents."""
-    folder = save_model(vae, f"{channels}-channels", options)
+def flow_fids(folder, channels, test, captions, options, world):
+    """{depth: [FID of each seed]} of MM-DiTs on the latents of the autoencoder in this folder."""
     config = TrainConfig(data=options.data, encoders=str(folder), steps=options.flow_steps,
                          every=options.flow_steps, num_scenes=max(64, options.num_train),
                          lr=6e-4, encoder_dropout=0.464)
@@ -446,8 +449,10 @@ def main(arguments=None):
             numbers = " / ".join(f"{value:.3f}" for value in table[gan][channels].values())
             print(f"{channels:3} channels, adversary {gan:g}: {numbers}; the paper:",
                   *PAPER.get(channels, ("-",)), flush=True)
-            if options.depths and gan == options.gan[0]:
-                fids[channels] = flow_fids(vae, channels, test, captions, options, world)
+            if gan == options.gan[0]:
+                folder = save_model(vae, channels, options)
+                if options.depths:
+                    fids[channels] = flow_fids(folder, channels, test, captions, options, world)
     first = options.gan[0]
     rows = channel_claims(table[first], by_picture[first], options.channels)
     if len(options.channels) > 1 and len(options.depths) > 1:

@@ -72,12 +72,12 @@ def test_the_objective_adds_the_adversary_after_the_discriminators_step():
     mean, logvar = vae.encode_moments(image)
     reconstruction = vae.decoder(mean + torch.exp(logvar / 2) * noise)
     plain = (reconstruction - image).abs().mean() + 2e-4 * kl_loss(mean, logvar)
-    losses = table3.Objective()(vae, (image, noise))
+    losses = table3.Objective(2e-4)(vae, (image, noise))
     assert losses.shape == (2,)
     torch.testing.assert_close(losses.mean(), plain)
 
     before = table3.discriminator_hinge_loss(discriminator(image), discriminator(reconstruction))
-    objective = table3.Objective(0.5, discriminator)
+    objective = table3.Objective(2e-4, 0.5, discriminator)
     loss = objective(vae, (image, noise)).mean()
     after = table3.discriminator_hinge_loss(discriminator(image), discriminator(reconstruction))
     assert after < before                                   # it learned from this batch
@@ -265,7 +265,7 @@ def test_a_tiny_run_measures_all_and_ships_autoencoders_that_train_py_takes(
     assert list(record["fid_of_samples"]["8"]) == ["1", "2"]
     assert len(record["fid_of_samples"]["8"]["2"]) == 1 and len(record["claims"]) == 6
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    parts = load_components(tmp_path / "runs" / "table3" / "8-channels", ("vae", "text"))
+    parts = load_components(tmp_path / "runs" / "table3" / "8-channels-kl-0.0002", ("vae", "text"))
     assert parts.vae.config.latent_channels == 8 and set(parts.text.encoders) == set(ENCODERS)
     assert "28.62" not in capsys.readouterr().out              # 16 channels were not asked for
 
