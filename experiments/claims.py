@@ -32,6 +32,10 @@ PLACES = {
     "fig9_text_encoders": "Fig. 9",
     "table7_encoders": "Table 7",
     "fig11_densities": "Fig. 11",
+    "fig14_dpo": "Fig. 14",
+    "fig15_editing": "Fig. 15",
+    "fig16_deduplication": "Fig. 16",
+    "fig17_memorization": "Fig. 17",
 }
 VERDICTS = ("held", "did not hold at this size", "cannot be told")
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
