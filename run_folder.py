@@ -40,6 +40,7 @@ class Run:
     metadata: dict = None            # of an MM-DiT's model.safetensors; if none, it is not written
     about: dict = field(default_factory=dict)        # more entries for config.json
     began: float = 0                 # when the --minutes began; 0: when the loop did
+    may_stop: bool = False           # Ctrl-C ends the training early; if not, it ends the program
 
     def say(self, sentence):
         """Prints a line beside the progress bar, once for all processes."""

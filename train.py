@@ -171,6 +171,8 @@ def fit(model, loss, batches, config, run):
             if run.due:
                 run.save(model, average, optimizers)
                 run.sample(average)
+    if run.stopping and not run.may_stop:
+        raise KeyboardInterrupt(f"{run.done} of {run.steps} steps are no result")
     return average
 
 
@@ -368,6 +370,7 @@ def main(arguments=None):
         metadata={"sampling": sampling, "words": words, "sizes": inputs.training.sizes},
         about={"model": asdict(sizes), "encoders": encoders},
         began=STARTED,
+        may_stop=True,
     )
     run.say(f"{count_parameters(sizes):,} parameters, "
             f"{world.size} {world.device} {inputs.precision} {world.parallel}")

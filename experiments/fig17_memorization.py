@@ -2,7 +2,7 @@
 
 Some scenes come many times in a training set, as near-duplicates: brighter or darker, with another
 contrast, as JPEGs. One model trains on that set, another one on the same set with each scene once.
-Both see equally many pictures. Then both draw many pictures of each prompt whose scene was
+Both train for the same number of steps. Then both draw many pictures of each prompt whose scene was
 repeated. Algorithm 2 infers, from these pictures alone, how many are memorised: those that lie in a
 large clique of pictures nearly equal to each other. The caption says what a scene holds, but not
 where. So a model that has memorised nothing puts things at different places.
@@ -10,20 +10,26 @@ where. So a model that has memorised nothing puts things at different places.
 Distance  A picture is divided into 4 x 4 tiles, of 16 x 16 px here and of 128 x 128 px in the
           paper. The distance of two pictures is the largest l2 distance of two tiles at the same
           place. As in Carlini et al. (2023), values lie in [0, 1] and the squared distance is
-          divided by their number. Then .15 has a meaning at every size. Here it allows a thing to
-          move by about a pixel.
-Control   The training set is known, so the copies that the attack tries to infer are counted, too:
-          pictures that are nearer than .15 to the training scene of their prompt.
+          divided by their number. Then .15 has a meaning at every size. Here most things may move
+          by one pixel, and some by two.
+Controls  The training set is known, so the copies that the attack tries to infer are counted, too:
+          pictures that are nearer than .15 to the training scene of their prompt. And chance alone
+          makes cliques: the attack also runs on scenes of the same things at random places, as many
+          as pictures are drawn. That is also why --full draws 100 pictures of a prompt, not 500.
 Differs   The paper trains Stable Diffusion 2.1 on photographs, with 350,000 prompts and 500
-          pictures of each. It removes near-duplicates by SSCD above .5. Here they are removed by
-          known truth (fig16_deduplication.py does it by Algorithm 1), and guidance is off. Pictures
-          are compared with those of the same prompt only. Where a graph has very many cliques, only
-          some are looked at. The sizes are then lower bounds, and "all_cliques" is false.
+          pictures of each, which are larger and vary more. It removes near-duplicates by SSCD
+          above .5. Here they are removed by known truth (fig16_deduplication.py does it by
+          Algorithm 1), and guidance is off. Pictures are compared with those of the same prompt
+          only. Where a graph has very many cliques, only some are looked at. The sizes are then
+          lower bounds, and "all_cliques" is false.
 
-Verdicts: a claim holds if it is true with every seed, and there are two or more; it did not hold if
-it is true with none. Nothing can be told if the first model has memorised nothing at clique size
-10. "All clique sizes" are those of --cliques that one of the models reaches. The cliques are right
-if nine tenths of what they mark in the first model are copies.
+Verdicts: a claim holds if it is true with every seed, and there are two or more. It did not hold if
+it is false with every seed. Deduplication leaves fewer memorised pictures if it leaves half of them
+or less, at clique size 10; if it leaves as many or more, that is false. A clique size counts if at
+least one model has a picture in a clique of that size. The last claim is about both models
+together, because nearly all pictures of the first one are copies, whether a clique marks them or
+not. It is true if nine tenths of the marked pictures are copies, and if the others are copies less
+often. Nothing can be told if the first model has memorised nothing at clique size 10.
 
 Run   python experiments/fig17_memorization.py --quick      five minutes on one CPU core
       python experiments/fig17_memorization.py --full       a GPU
@@ -34,7 +40,7 @@ import shlex
 import sys
 import tempfile
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -93,7 +99,7 @@ class Options:
 QUICK = {"num_scenes": 512, "repeated": 6, "copies": 128, "cliques": (2, 5, 10, 15),
          "num_pictures": 20, "depth": 2, "steps": 700, "batch_size": 32}
 FULL = {"num_scenes": 32768, "repeated": 32, "copies": 512, "cliques": (2, 5, 10, 20, 50, 100),
-        "num_pictures": 500, "depth": 6, "steps": 8000, "batch_size": 128}
+        "num_pictures": 100, "depth": 6, "steps": 8000, "batch_size": 128}
 
 
 # --- The training sets ----------------------------------------------------------------------------
@@ -108,12 +114,12 @@ def near_copy(picture, rng):
 
 
 def draw_set(options, seed):
-    """(pictures, captions). First come the scenes that are repeated, then the others, then the
-    near-duplicates. So the first --num-scenes are the set without duplicates.
+    """(pictures, captions, repeated scenes). First come the scenes that are repeated, then the
+    others, then the near-duplicates. So the first --num-scenes are the set without duplicates.
 
     Repeated scenes hold one thing each, because its place is free, and have different captions.
     """
-    repeated = {}                                                     # {caption: picture}
+    repeated, scenes = {}, []                                         # {caption: picture}
     others = []                                                       # (caption, picture) each
     known = set()                                                     # pictures so far
     index = 0
@@ -128,6 +134,7 @@ def draw_set(options, seed):
         free = scene.kind == "single" and caption not in repeated
         if len(repeated) < options.repeated and free:
             repeated[caption] = picture
+            scenes.append(scene)
         elif len(others) < options.num_scenes - options.repeated:
             others.append((caption, picture))
     copies = []
@@ -136,7 +143,7 @@ def draw_set(options, seed):
         for _ in range(options.copies):
             copies.append((caption, near_copy(picture, rng)))
     captions, pictures = zip(*repeated.items(), *others, *copies, strict=True)
-    return pictures, captions
+    return pictures, captions, scenes
 
 
 # Latents (N, C, H, W) of pictures, context (N, L, D) and pooled (N, P) of their captions.
@@ -220,6 +227,25 @@ def largest_cliques(distance, epsilon):
     return torch.tensor(sizes), seen < MOST_CLIQUES
 
 
+def by_chance(scenes, options, seed):
+    """How many pictures Algorithm 2 marks for each T of --cliques if every picture shows the thing
+    of its scene at a random place."""
+    marked = [0] * len(options.cliques)
+    rng = np.random.default_rng((seed, 1))
+    for scene in scenes:
+        thing = scene.things[0]
+        images = []
+        for _ in range(options.num_pictures):
+            left, top = rng.integers(1, SIZE - thing.diameter, size=2).tolist()
+            moved = replace(scene, things=(replace(thing, left=left, top=top),))
+            images.append(to_tensor(draw_scene(moved)))
+        images = torch.stack(images)                                  # (N, 3, H, W)
+        sizes, _ = largest_cliques(tile_distance(images, images), options.epsilon)
+        for place, T in enumerate(options.cliques):
+            marked[place] += (sizes >= T).sum().item()
+    return marked
+
+
 def attack(pipeline, prompts, originals, options, seed):
     """Draws --num-pictures of each prompt (lines 2 to 6) and runs Algorithm 2 on them.
 
@@ -251,14 +277,15 @@ def attack(pipeline, prompts, originals, options, seed):
 
 def run_seed(seed, pipeline, options, world):
     """{set: what the attack found}, and {name: pictures} of the first two prompts."""
-    pictures, captions = draw_set(options, seed)
+    pictures, captions, scenes = draw_set(options, seed)
     encoded = encode(pictures, captions, pipeline)
     config = TrainConfig(resolution=SIZE, depth=options.depth)
     sizes = model_sizes(config, pipeline.vae.config, pipeline.text.config, SIZE)
     prompts = captions[: options.repeated]
     originals = torch.stack([to_tensor(picture) for picture in pictures[: options.repeated]])
     place = options.cliques.index(PAPER_CLIQUE)
-    results, shown = {}, {"in training": pictures[:2]}
+    results = {"by_chance": by_chance(scenes, options, seed)}
+    shown = {"in training": pictures[: min(2, options.repeated)]}
     for name, count in zip(SETS, (len(pictures), options.num_scenes), strict=True):
         pipeline.mmdit = train(encoded, count, sizes, options, seed, world)
         found, drawn = attack(pipeline, prompts, originals, options, seed)
@@ -266,7 +293,8 @@ def run_seed(seed, pipeline, options, world):
         shown[name] = drawn[:2]
         print(f"seed {seed}, {name} set of {count} pictures: of {found['pictures']} drawn, "
               f"{found['memorized'][place]} lie in cliques of {PAPER_CLIQUE}, and "
-              f"{found['copies']} are copies of the training picture", flush=True)
+              f"{found['copies']} are copies of the training picture; by chance "
+              f"{results['by_chance'][place]} would", flush=True)
     return results, shown
 
 
@@ -279,34 +307,55 @@ def judge(truths):
     return "held" if truths[0] else "did not hold at this size"
 
 
+def is_halved(before, after):
+    """True, False or None: does deduplication leave half of the memorised pictures or less?"""
+    if before and 2 * after <= before:
+        return True
+    return False if after >= max(1, before) else None
+
+
+def shares_of_copies(found, place):
+    """(share of copies among the marked pictures of both models, the same among the others)."""
+    marked = right = copies = pictures = 0
+    for name in SETS:
+        marked += found[name]["memorized"][place]
+        right += found[name]["right"][place]
+        copies += found[name]["copies"]
+        pictures += found[name]["pictures"]
+    return right / max(1, marked), (copies - right) / max(1, pictures - marked)
+
+
 def claims(seeds, options):
-    """Rows of the claims table; intervals are ranges over seeds. seeds: {set: found} of each."""
+    """Rows of the claims table; intervals are ranges over seeds. seeds: what `run_seed` found."""
     place = options.cliques.index(PAPER_CLIQUE)
     counts, drops, least_drops, shares = [], [], [], []
-    fewer, always, right = [], [], []                                 # true, false or None
+    fewer, always, right, chance = [], [], [], []                     # chance: numbers
     for found in seeds:
         before, after = found["duplicated"], found["deduplicated"]
         differences = []
         for ours, theirs in zip(before["memorized"], after["memorized"], strict=True):
             if ours > 0 or theirs > 0:
                 differences.append(ours - theirs)
-        marked = before["memorized"][place]
-        counts.append((marked, after["memorized"][place]))
-        drops.append(marked - after["memorized"][place])
+        marked, left = before["memorized"][place], after["memorized"][place]
+        counts.append((marked, left))
+        drops.append(marked - left)
         least_drops.append(min(differences, default=0))
-        shares.append(before["right"][place] / max(1, marked))
-        fewer.append(drops[-1] > 0 if marked else None)
+        fewer.append(is_halved(marked, left))
         always.append(least_drops[-1] > 0 if marked else None)
-        right.append(shares[-1] >= 0.9 if marked else None)
+        share, share_of_others = shares_of_copies(found, place)
+        shares.append(share)
+        right.append(share >= 0.9 and share_of_others < share if marked else None)
+        chance.append(found["by_chance"][place])
     first, last = torch.tensor(counts).double().mean(dim=0).tolist()
     sizes = ", ".join(map(str, options.cliques))
     rows = [
         (f"deduplication leaves fewer memorised pictures, at clique size {PAPER_CLIQUE}",
-         "Fig. 17: 5 times fewer", f"{first:g} -> {last:g}; interval: difference", drops, fewer),
+         "Fig. 17: 5 times fewer", f"{first:g} -> {last:g}, by chance {sum(chance) / len(chance):g}"
+         "; interval: difference", drops, fewer),
         (f"so it does at all clique sizes: {sizes}", "Fig. 17",
          f"at least {min(least_drops)} fewer at each", least_drops, always),
-        ("pictures in a clique are copies of a training picture", "E.3: it is likely",
-         f"{sum(shares) / len(shares):.3f} of those at clique size {PAPER_CLIQUE}", shares, right)]
+        (f"pictures in cliques of {PAPER_CLIQUE} are copies of the training scene of their prompt",
+         "E.3: it is likely", f"{sum(shares) / len(shares):.3f} of them", shares, right)]
     table = []
     for claim, paper, here, values, truths in rows:
         interval = [round(min(values), 4), round(max(values), 4)]
@@ -327,6 +376,8 @@ def draw_figure(seeds, shown, options, file):
             counts = found[name]["memorized"]
             axis.plot(options.cliques, counts, "o-", color=f"C{number}", label=label)
             axis.axhline(found[name]["copies"], color=f"C{number}", lw=0.5, ls="--")
+        axis.plot(options.cliques, found["by_chance"], ":", color="gray",
+                  label="" if seed else "by chance")
     axis.set(xlabel="clique size T", ylabel="memorised pictures", xticks=options.cliques)
     axis.set_title("dashed: true copies, nearer than epsilon", fontsize=9)
     axis.legend()

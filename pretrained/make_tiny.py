@@ -129,7 +129,7 @@ def train(model, loss, batches, options, **settings):
     config = TrainConfig(steps=options.steps, batch_size=options.batch_size, optimizer="adamw",
                          device=options.device, **settings)
     model = model.to(pick_device(options.device))
-    run = Run(Path(options.work) / f"{options.stage}-run", config)
+    run = Run(Path(options.work) / f"{options.stage}-run", config, may_stop=True)
     return fit(model, loss, Ahead(batches, options.workers), config, run)
 
 

@@ -412,27 +412,39 @@ def test_newcombes_interval_as_he_published_it():
 
 
 @pytest.mark.parametrize("low, high, verdict", [
-    (0.01, 0.05, "held"), (0.2, 0.4, "held"), (-0.01, 0.09, "did not hold at this size"),
+    (0.06, 0.3, "held"), (0.06, 0.09, "held"),
+    (0.01, 0.09, "did not hold at this size"), (-0.01, 0.09, "did not hold at this size"),
     (-0.3, -0.1, "did not hold at this size"), (-0.01, 0.2, "cannot be told"),
-    (0.0, 0.2, "cannot be told")])
+    (0.04, 0.2, "cannot be told")])
 def test_verdicts_by_hand(low, high, verdict):
     assert fig15.judge(low, high) == verdict
 
 
-def test_each_claim_reads_its_own_tasks_and_the_better_control():
+def test_each_claim_reads_its_own_tasks_and_the_best_control():
     def table(default, **others):
         shares = dict.fromkeys(fig15.TASKS, default) | others
         return {task: {"n": 100, "rate": share} for task, share in shares.items()}
     found = {"editor": table(0.0, color=1.0, shape=0.5, inpainting=0.25, **{"add a word": 0.5}),
              "base": table(0.0, **{"add a word": 0.4}), "source": table(0.0, inpainting=0.5),
-             "target through the VAE": table(1.0)}
+             "editor, other text": table(0.0, color=0.1), "target through the VAE": table(1.0)}
     edits, pictures, changed, added = fig15.claims(found)
-    assert edits["here"].startswith("0.300 of 500;") and edits["verdict"] == "held"
-    assert pictures["here"] == "0.050 of 500; the base model 0.000, the source 0.100"
+    assert edits["here"] == "0.300 of 500; the best control 0.020" and edits["verdict"] == "held"
+    assert pictures["here"] == "0.050 of 500; the best control 0.100"
     assert pictures["verdict"] == "did not hold at this size" and pictures["interval"][1] < 0
     assert changed["here"].startswith("0.000 of 100") and changed["interval"] == [-0.037, 0.037]
     assert changed["verdict"] == "did not hold at this size"
     assert added["verdict"] == "cannot be told"                       # .5 against .4 of 100
+
+
+def test_other_texts_are_of_the_same_task_and_never_the_edits_own():
+    edits = []
+    for task, instruction in (("color", "a"), ("color", "a"), ("color", "b"), ("deblurring", "c"),
+                              ("deblurring", "c")):
+        edits.append(fig15.Edit(task, instruction, None, None, None))
+    changed = fig15.exchange_texts(edits)
+    assert [edit.instruction for edit in changed] == ["b", "b", "a", "c", "c"]
+    assert [edit.task for edit in changed] == [edit.task for edit in edits]
+    assert [edit.instruction for edit in edits] == ["a", "a", "b", "c", "c"]
 
 
 def test_a_tiny_run_writes_numbers_claims_and_pictures(tmp_path, capsys, monkeypatch):
@@ -441,12 +453,15 @@ def test_a_tiny_run_writes_numbers_claims_and_pictures(tmp_path, capsys, monkeyp
 
     def watched(model, *others, answer=fig15.answer):
         sees_source.append(model.x_embedder.proj.weight[:, 16:].any().item())
+        settings = others[-1]
+        assert (settings.num_steps, settings.guidance_scale) == (1, 1.5)
         return answer(model, *others)
     monkeypatch.setattr(fig15, "answer", watched)
     out = tmp_path / "fig15.json"
     fig15.main(["--num-pairs", "10", "--steps", "1", "--batch-size", "2", "--num-cases", "1",
-                "--num-steps", "1", "--device", "cpu", "--out", str(out)])
-    assert sees_source == [False, True]                               # the base model, the editor
+                "--num-steps", "1", "--guidance-scale", "1.5", "--device", "cpu", "--out",
+                str(out)])
+    assert sees_source == [False, True, True]                         # base, editor, other text
     record = json.loads(out.read_text())
     assert list(record["tasks"]) == list(fig15.ANSWERS) and len(record["claims"]) == 4
     assert set(record["tasks"]["editor"]) == set(fig15.TASKS)

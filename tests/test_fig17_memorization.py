@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,9 +114,11 @@ def test_the_record_says_where_not_all_cliques_were_looked_at(monkeypatch):
 
 def test_the_set_begins_with_what_deduplication_leaves():
     options = fig17.Options(num_scenes=40, repeated=3, copies=5)
-    pictures, captions = fig17.draw_set(options, 7)
+    pictures, captions, scenes = fig17.draw_set(options, 7)
     assert len(pictures) == len(captions) == 40 + 3 * 5
-    assert len(set(captions[:3])) == 3
+    assert len(set(captions[:3])) == 3 and len(scenes) == 3
+    for picture, scene in zip(pictures, scenes, strict=False):
+        assert np.array_equal(picture, draw_scene(scene))
     assert len({picture.tobytes() for picture in pictures[:40]}) == 40
     images = torch.stack([to_tensor(picture) for picture in pictures])
     for number in range(3):
@@ -125,7 +128,7 @@ def test_the_set_begins_with_what_deduplication_leaves():
         distance = fig17.tile_distance(images[copies], images[:40])                  # (5, 40)
         assert distance[:, number].max() < options.epsilon
         assert distance.argmin(dim=1).tolist() == [number] * 5
-    again, _ = fig17.draw_set(options, 7)
+    again, *_ = fig17.draw_set(options, 7)
     assert all(map(np.array_equal, pictures, again))
 
 
@@ -137,7 +140,7 @@ def test_repeated_scenes_hold_one_thing_whose_place_is_free(monkeypatch):
         kinds[picture.tobytes()] = scene.kind
         return picture
     monkeypatch.setattr(fig17, "draw_scene", watched)
-    pictures, _ = fig17.draw_set(fig17.Options(num_scenes=600, repeated=8, copies=1), 0)
+    pictures, *_ = fig17.draw_set(fig17.Options(num_scenes=600, repeated=8, copies=1), 0)
     assert {kinds[picture.tobytes()] for picture in pictures[:8]} == {"single"}
     others = {picture.tobytes() for picture in pictures[8:600]}
     assert {kinds[picture] for picture in others} == {"single", "pair", "count", "word"}
@@ -149,7 +152,7 @@ def test_repeated_scenes_have_different_full_captions(monkeypatch):
     def colors(scene):
         return "short", scene.things[0].color if scene.things else ""
     monkeypatch.setattr(fig17, "scene_captions", colors)
-    _, captions = fig17.draw_set(fig17.Options(num_scenes=100, repeated=8, copies=1), 0)
+    _, captions, _ = fig17.draw_set(fig17.Options(num_scenes=100, repeated=8, copies=1), 0)
     assert len(set(captions[:8])) == 8 and captions[100:] == captions[:8]
 
 
@@ -209,12 +212,38 @@ def test_the_attack_counts_by_hand(monkeypatch):
     assert len(shown) == 2 and shown[1][0] is black
 
 
-def seed(before, after, right=None):
-    """What run_seed returns: memorised pictures at the clique sizes 2, 10, 20."""
-    found = {}
+def test_chance_puts_one_thing_anywhere():
+    """With an epsilon of 1 all pictures are near, with 0 none is. In between: 20 random places of a
+    small thing have pairs by chance, and no clique of 10."""
+    options = fig17.Options(num_scenes=8, repeated=2, copies=1, num_pictures=20, cliques=(2, 20))
+    _, _, scenes = fig17.draw_set(options, 0)
+    assert fig17.by_chance(scenes, replace(options, epsilon=1.0), 0) == [40, 40, 40]
+    assert fig17.by_chance(scenes, replace(options, epsilon=0.0), 0) == [0, 0, 0]
+    pairs, tens, twenties = fig17.by_chance(scenes, options, 0)
+    assert 0 < pairs < 30 and tens == twenties == 0
+
+
+def seed(before, after, right=None, copies=None):
+    """What run_seed returns: memorised pictures at the clique sizes 2, 10, 20, of 100."""
+    found = {"by_chance": [9, 1, 0]}
     for name, counts in zip(fig17.SETS, (before, after), strict=True):
-        found[name] = {"memorized": counts, "right": counts if right is None else right}
+        marked = counts if right is None else right
+        found[name] = {"memorized": counts, "right": marked, "pictures": 100,
+                       "copies": marked[1] if copies is None else copies}
     return found
+
+
+def test_copies_are_counted_among_the_marked_and_among_the_others():
+    """Marked 40 + 8, of which 30 + 6 are copies. Of the other 152, 70 + 70 - 36 are."""
+    found = seed([50, 40, 9], [30, 8, 0], copies=70)
+    found["duplicated"]["right"], found["deduplicated"]["right"] = [0, 30, 0], [0, 6, 0]
+    assert fig17.shares_of_copies(found, 1) == (36 / 48, 104 / 152)
+
+
+@pytest.mark.parametrize("before, after, halved", [
+    (40, 20, True), (40, 0, True), (40, 21, None), (40, 40, False), (0, 12, False), (0, 0, None)])
+def test_half_or_less_is_fewer(before, after, halved):
+    assert fig17.is_halved(before, after) is halved
 
 
 def test_verdicts_by_hand():
@@ -222,13 +251,16 @@ def test_verdicts_by_hand():
     rows = fig17.claims([seed([50, 40, 9], [30, 8, 0]), seed([60, 60, 0], [55, 12, 0])], options)
     assert [row["verdict"] for row in rows] == ["held"] * 3
     assert [row["interval"] for row in rows] == [[32, 48], [5, 9], [1, 1]]
-    assert rows[0]["here"] == "50 -> 10; interval: difference"
+    assert rows[0]["here"] == "50 -> 10, by chance 1; interval: difference"
     worse = seed([50, 40, 30], [60, 45, 30], right=[50, 35, 20])
     rows = fig17.claims([worse, worse], options)
     assert [row["verdict"] for row in rows] == ["did not hold at this size"] * 3
-    assert rows[2]["interval"] == [0.875, 0.875]
+    assert rows[2]["interval"] == [0.8235, 0.8235]                    # 70 of 85
+    every = [seed([50, 40, 9], [30, 8, 0], copies=100)] * 2           # The others are copies, too.
+    assert fig17.claims(every, options)[2]["verdict"] == "did not hold at this size"
     mixed = fig17.claims([seed([50, 40, 30], [49, 30, 30])] * 2, options)    # as many at size 20
-    assert [row["verdict"] for row in mixed] == ["held", "did not hold at this size", "held"]
+    assert [row["verdict"] for row in mixed] == ["cannot be told", "did not hold at this size",
+                                                 "held"]
     nothing = seed([7, 0, 0], [3, 0, 0])
     for seeds in ([nothing, nothing], [seed([50, 40, 0], [30, 8, 0]), nothing],
                   [seed([50, 40, 0], [30, 8, 0])]):
@@ -253,14 +285,14 @@ def test_a_tiny_run_writes_numbers_claims_and_the_figure(tmp_path, monkeypatch):
         return train(encoded, count, *others)
     monkeypatch.setattr(fig17, "train", watched)
     out = tmp_path / "fig17.json"
-    fig17.main(["--num-scenes", "8", "--repeated", "2", "--copies", "3", "--num-pictures", "10",
+    fig17.main(["--num-scenes", "8", "--repeated", "1", "--copies", "6", "--num-pictures", "10",
                 "--depth", "1", "--steps", "2", "--batch-size", "4", "--seeds", "1",
                 "--cliques", "2", "--device", "cpu", "--out", str(out)])
     assert trained == [14, 8]
     record = json.loads(out.read_text())
     found, = record["seeds"]
-    assert list(found) == ["duplicated", "deduplicated"] and len(record["claims"]) == 3
-    for counts in found.values():
-        assert counts["pictures"] == 20 and len(counts["memorized"]) == 2
+    assert list(found) == ["by_chance", *fig17.SETS] and len(record["claims"]) == 3
+    for counts in (found["duplicated"], found["deduplicated"]):
+        assert counts["pictures"] == 10 and len(counts["memorized"]) == 2
     assert record["settings"]["cliques"] == [2, 10] and "out" not in record["settings"]
     assert out.with_suffix(".png").read_bytes()[1:4] == b"PNG"

@@ -88,7 +88,7 @@ def experiment(folder, model=None, batches=line_batches, loss=line_loss, began=0
     """Returns (the model, its average, the run)."""
     model = model or small_model()
     config = settings(**values)
-    run = Run(folder, config, began=began)
+    run = Run(folder, config, began=began, may_stop=True)
     return model, fit(model, loss, batches, config, run), run
 
 
@@ -213,6 +213,18 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(tmp_path):
     assert run.stopping and run.done == 5 and steps_of(tmp_path / "run") == [5]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # A second one ends it.
     assert same_model(experiment(tmp_path / "run")[0], whole)
+
+
+def test_ctrl_c_ends_a_program_that_needs_the_whole_training(tmp_path):
+    """An experiment would judge what is half trained and write it down as if it were whole."""
+    def batches(step):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return line_batches(step)
+
+    with pytest.raises(KeyboardInterrupt, match="5 of 12 steps are no result"):
+        fit(small_model(), line_loss, batches, settings(), Run(tmp_path / "run", settings()))
+    fit(small_model(), line_loss, line_batches, settings(), Run(tmp_path / "whole", settings()))
 
 
 def test_ctrl_c_saves_and_a_second_one_kills(tmp_path):
