@@ -21,7 +21,7 @@ claim about a difference of shares if it is above 0. If the whole interval is be
 not hold. With fewer than 20 prompts that are no tie, nothing can be told. Each model was trained
 once.
 
-Run   python experiments/fig14_dpo.py --quick     one CPU core
+Run   python experiments/fig14_dpo.py --quick     thirteen minutes on one CPU core
       python experiments/fig14_dpo.py --full      one GPU
 """
 
@@ -331,7 +331,7 @@ def draw_figure(cases, pictures, judged, file, columns=10):
         axis.bar(np.arange(len(tasks)) + 0.27 * number, shares, 0.25, label=name)
     axis.set_xticks(np.arange(len(tasks)) + 0.27, tasks, fontsize=8)
     axis.set(title="share that passes, strict score", ylim=(0, 1))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower right", ncols=3)
     differs = judged["base"]["strict score"] != judged["DPO"]["strict score"]
     shown = np.flatnonzero(differs)
     shown = shown[:: max(1, len(shown) // columns)][:columns]
