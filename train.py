@@ -152,7 +152,8 @@ def update_average(average, model, done, steps, config):
 
 # --- The loop -------------------------------------------------------------------------------------
 def fit(model, loss, batches, config, run):
-    """Trains a model by loss(model, batch) -> (B,) on batches(step), and returns its average."""
+    """Trains a model by loss(model, batch) -> (B,) on batches(step), and returns its average.
+    KeyboardInterrupt if Ctrl-C stopped it, unless run.may_stop."""
     average = copy.deepcopy(model) if run.average is None else run.average
     average.requires_grad_(False)
     optimizers = make_optimizers(model, config)

@@ -304,7 +304,7 @@ def claims(cases, judged, judged_own, trained):
         return ours.astype(float) - theirs.astype(float)
     from_base = gain(judged, "DPO", "base")
     if new.sum() > 1:
-        claim = f"so it is for {new.sum()} prompts that made no pair: gain of the share that passes"
+        claim = f"DPO raises the share that passes, for {new.sum()} prompts that made no pair"
         rows.append(judge(claim, "not measured", "{:+.3f}", from_base[new], 0))
     rows.append(judge("DPO raises GenEval overall", PAPER, "{:+.3f}", from_base[six], 0))
     if judged_own:

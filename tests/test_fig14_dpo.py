@@ -186,7 +186,7 @@ def test_each_claim_reads_its_own_prompts_models_and_guidance():
     rows = fig14.claims(cases, judged, own, {"c0", "w"})
     assert [row["here"] for row in rows] == [
         "0.833", "0.500", "+0.000", "+0.000", "+1.000", "+0.250"]
-    assert rows[2]["claim"].startswith("so it is for 10 prompts")
+    assert rows[2]["claim"].endswith("for 10 prompts that made no pair")
     verdicts = [row["verdict"] for row in rows]
     assert verdicts == ["held", *3 * ["cannot be told"], "held", "cannot be told"]
     assert len(fig14.claims(cases, judged, {}, set())) == 5
